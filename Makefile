@@ -1,0 +1,27 @@
+# make demo   the whole path on the committed sample, on any machine: clips in, a voice out
+# make test   the tests
+# make train  python finetune.py, on a GPU
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+REQUIREMENTS := requirements-$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
+# Without its dependencies, which would replace the pins: requirements-*.txt name those it needs.
+UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+
+demo: .venv/ready
+	.venv/bin/python finetune.py --config data/demo/config.json
+	.venv/bin/python infer.py "seven two nine" --model outputs/demo --out outputs/demo/seven_two_nine.wav
+
+train: .venv/ready
+	.venv/bin/python finetune.py
+
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
+
+.venv/ready: $(REQUIREMENTS) Makefile
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r $(REQUIREMENTS)
+	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
+	touch $@
+
+.PHONY: demo train test

@@ -1,0 +1,650 @@
+"""The speech language of Orpheus (prompt, slots, codec), and speaking with it: text → tokens → wav.
+
+python infer.py "Hello there"                                 # the voice that finetune.py made last
+python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wav
+python infer.py --file lines.txt --out lines/                 # lines/001.wav, lines/002.wav, …
+python infer.py --wav recording.flac --out heard.wav          # what the codec alone does to it
+python infer.py --tokens ids.txt --out ids.wav                # ids that something else made
+"""
+
+import argparse
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+SAMPLE_RATE = 24_000  # Hz
+FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
+SLOTS = 7
+SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
+SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+class Mistake(ValueError):
+    """Something a person can mend: what, where and the remedy, in one line."""
+
+
+def run(main):
+    """Calls `main`; a Mistake becomes one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def key(description: str, **bounds):
+    """A settings field: its words for --help, and pydantic's bounds (gt, ge, le, …)."""
+    return dataclasses.field(metadata={"description": description, **bounds})
+
+
+@dataclass
+class Settings:
+    """Our own keys. They have no defaults here: config.json is the only home of defaults.
+
+    Every other key of a config goes to TRL's SFTConfig, by way of `trainer`.
+    """
+
+    model: str = key("base model: hub id or folder")
+    codec: str = key("SNAC 24 kHz codec: hub id or folder")
+    dataset: str = key("folder of clips (data/README.md), or the hub id of a dataset")
+    dataset_config: str | None = key("configuration of a hub dataset")
+    dataset_split: str = key("split of a hub dataset")
+    voice: str | None = key("voice name for clips that name no speaker")
+    limit: int | None = key("take the first N clips only", gt=0)
+    train_on: Literal["audio", "all"] = key("loss on the audio alone, or on the prompt too")
+    max_length: int = key("longest row, and length of a packed row, in tokens", gt=0)
+    load_in_4bit: bool = key("4-bit base weights (QLoRA)")
+    lora_r: int = key("LoRA rank", gt=0)
+    lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0)
+    lora_dropout: float = key("LoRA dropout", ge=0, lt=1)
+    gradient_checkpointing: bool | Literal["unsloth"] = key("off, on, or Unsloth's, which offloads")
+    packing: bool = key("fill rows of max_length with whole clips, instead of padding")
+    output_dir: str = key("folder for the adapter, checkpoints and samples")
+    overwrite: bool = key("replace the run that output_dir holds")
+    resume: bool = key("go on from the last checkpoint in output_dir")
+    seed: int = key("seed of training and of speaking", ge=0)
+    sample_texts: list[str] = key("texts spoken to wavs when training is done")
+    temperature: float = key("sampling temperature; 0 is greedy", ge=0)
+    top_p: float = key("nucleus sampling", gt=0, le=1)
+    repetition_penalty: float = key("over prompt and audio alike; 1 is off", gt=0)
+    max_seconds: float = key("speech longer than this is cut off", gt=0)
+    trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
+
+    def flat(self) -> dict[str, Any]:
+        """One flat dict, as config.json has it."""
+        own = dataclasses.asdict(self)
+        return own | {name: value for name, (value, _) in own.pop("trainer").items()}
+
+
+OWN_KEYS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "trainer"}
+
+
+def checked(name: str, value: Any, hint: Any, source: str, bounds: dict | None = None) -> Any:
+    """`value` as the type `hint` says; a str from the command line may be JSON or a bare word."""
+    from typing import Annotated
+
+    from pydantic import Field, TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(Annotated[hint, Field(**(bounds or {}))])
+    try:
+        if source != "command line":
+            return adapter.validate_json(json.dumps(value), strict=True)
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        return adapter.validate_python(parsed if isinstance(parsed, list | dict | None) else value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise Mistake(f"{source}: {name} is {json.dumps(value)}: {message}") from None
+
+
+def unknown_key(name: str, known, source: str) -> Mistake:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return Mistake(f"{source}: no key is named {name!r}; the nearest is {near[0]!r}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A flat JSON object from a file; `Mistake` with the place where it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise Mistake(f"{path}: must be one JSON object of keys and values")
+    return values
+
+
+def read_settings(config: str | Path | None = None, overrides: dict | None = None) -> Settings:
+    """config.json, then `config` over it, then the command line's `--key value` over both."""
+    layers = [(str(ROOT / "config.json"), read_json(ROOT / "config.json"))]
+    if config is not None:
+        layers.append((str(config), read_json(Path(config))))
+    layers.append(("command line", overrides or {}))
+    own, trainer = {}, {}
+    for source, values in layers:
+        for name, value in values.items():
+            if name in OWN_KEYS:
+                field = OWN_KEYS[name]
+                own[name] = checked(name, value, field.type, source, dict(field.metadata))
+            else:
+                trainer[name] = (value, source)
+    missing = [name for name in OWN_KEYS if name not in own]
+    if missing:
+        raise Mistake(f"{ROOT / 'config.json'}: lacks {', '.join(missing)}; every key stands there")
+    return Settings(**own, trainer=trainer)
+
+
+def read_command_line(description: str) -> Settings:
+    """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
+    keys = [f"  --{name:24}{f.metadata['description']}" for name, f in OWN_KEYS.items()]
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="\n".join(["keys, with their defaults in config.json:", *keys]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+    known, rest = parser.parse_known_args()
+    words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    overrides = {}
+    while words:
+        name = words.pop(0)
+        bare = not words or words[0].startswith("--")  # a switch, as --overwrite
+        own = OWN_KEYS.get(name[2:])
+        if not name.startswith("--") or (bare and own and own.type is not bool):
+            raise Mistake(f"command line: {name}: write keys as --key value")
+        overrides[name[2:]] = "true" if bare else words.pop(0)
+    return read_settings(known.config, overrides)
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def local(path: str) -> str:
+    """An absolute path where `path` exists here, else the hub id as it was asked for."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def fetch(path: str, patterns: list[str]) -> Path:
+    """The local folder of `path`: itself, or a hub repository's files that match `patterns`."""
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise Mistake(f"{path}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        remedy = "gated: accept its terms on its page, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        remedy = "no such folder here, and no such repository on the hub"
+    except OSError as error:
+        remedy = f"no such folder here, and the hub cannot be reached: {str(error).splitlines()[0]}"
+    raise Mistake(f"{path}: {remedy}")
+
+
+# ---------------------------------------------------------------- prompt
+
+
+# In Orpheus `<custom_token_N>` is 128256 + N; BOS and EOT are Llama 3's (github.com/canopyai).
+TOKEN_NAMES = {
+    "bos": "<|begin_of_text|>",
+    "eot": "<|eot_id|>",
+    "sos": "<custom_token_1>",
+    "eos": "<custom_token_2>",
+    "soh": "<custom_token_3>",
+    "eoh": "<custom_token_4>",
+    "soa": "<custom_token_5>",
+    "eoa": "<custom_token_6>",
+    "pad": "<custom_token_7>",
+    "audio": "<custom_token_10>",  # the first of 7 × codebook_size audio ids
+}
+SpeechIds = namedtuple("SpeechIds", [*TOKEN_NAMES, "codebook_size"])
+
+
+def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
+    """The ids, by name; `Mistake` for a tokenizer that lacks one of them."""
+    vocabulary = tokenizer.get_vocab()
+    last = f"<custom_token_{9 + SLOTS * codebook_size}>"
+    missing = [name for name in [*TOKEN_NAMES.values(), last] if name not in vocabulary]
+    if missing:
+        where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        raise Mistake(f"{where}: no token {missing[0]}: not an Orpheus model for this codec")
+    ids = {field: vocabulary[name] for field, name in TOKEN_NAMES.items()}
+    assert vocabulary[last] == ids["audio"] + SLOTS * codebook_size - 1, vocabulary[last]
+    return SpeechIds(**ids, codebook_size=codebook_size)
+
+
+def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -> list[int]:
+    """SOH BOS "voice: text" EOT EOH SOA SOS: the one prompt of training and of speaking.
+
+    White space is folded. What looks like a special token in `text` stays text.
+    """
+    line = " ".join(text.split())
+    if not line:
+        raise Mistake("the text is empty")
+    if voice:
+        line = f"{voice}: {line}"
+    words = tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
+
+
+# ---------------------------------------------------------------- slots
+
+
+def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:
+    """(frames, 7) codes in slot order → (frames × 7,) ids: audio + code + codebook_size × slot."""
+    codes = np.asarray(codes, dtype=np.int64).reshape(-1, SLOTS)
+    assert codes.size == 0 or 0 <= codes.min() <= codes.max() < ids.codebook_size, codes.max()
+    return (codes + ids.audio + ids.codebook_size * np.arange(SLOTS)).reshape(-1)
+
+
+def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
+    """(frames × 7,) ids → (frames, 7) codes; `Mistake` names the first id in a wrong slot."""
+    speech = np.asarray(speech, dtype=np.int64)
+    if speech.size % SLOTS:
+        raise Mistake(f"{speech.size} audio ids are no whole frames of {SLOTS}")
+    codes = speech.reshape(-1, SLOTS) - ids.audio - ids.codebook_size * np.arange(SLOTS)
+    wrong = np.flatnonzero((codes < 0) | (codes >= ids.codebook_size))
+    if wrong.size:
+        at = int(wrong[0])
+        slot = (int(speech[at]) - ids.audio) // ids.codebook_size
+        fault = f"belongs in slot {slot}" if 0 <= slot < SLOTS else "is no audio id"
+        place = f"position {at} (frame {at // SLOTS}, slot {at % SLOTS})"
+        raise Mistake(f"id {speech[at]} at {place} {fault}")
+    return codes
+
+
+# ---------------------------------------------------------------- codec
+
+# SNAC's three levels side by side, (frames, 1 + 2 + 4), are slots 0 to 6 in this order, and back.
+LEVELS_TO_SLOTS = [0, 1, 3, 4, 2, 5, 6]
+SLOTS_TO_LEVELS = [0, 1, 4, 2, 3, 5, 6]
+
+
+def load_codec(path: str, device: str = "cpu"):
+    """A `snac.SNAC` at 24 kHz with levels of 1, 2 and 4 codes a frame."""
+    folder = fetch(path, ["config.json", "pytorch_model.bin"])
+    for name in ("config.json", "pytorch_model.bin"):
+        if not (folder / name).is_file():
+            raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
+    from snac import SNAC
+
+    codec = SNAC.from_pretrained(str(folder)).to(device)
+    shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
+    if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
+        raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
+    return codec
+
+
+def encode(codec, clips: list[np.ndarray]) -> list[np.ndarray]:
+    """Clips of (samples,) at 24 kHz → codes of (frames, 7) each, frames = ⌈samples / 2048⌉.
+
+    A clip gets the same codes alone and in any batch: every clip is followed by at least 4,096
+    zero samples, more than the encoder sees ahead, and the frames of those zeros are cut off.
+    """
+    import torch
+
+    frames = [-(-len(clip) // FRAME_SAMPLES) for clip in clips]
+    batch = np.zeros((len(clips), 1, (max(frames) + 2) * FRAME_SAMPLES), dtype=np.float32)
+    for row, clip in zip(batch, clips, strict=True):
+        row[0, : len(clip)] = clip
+    where = next(codec.parameters()).device
+    with torch.inference_mode():
+        first, *finer = codec.encode(torch.from_numpy(batch).to(where))  # (clips, T), 2T, 4T
+    side = torch.cat([level.reshape(*first.shape, -1) for level in (first, *finer)], dim=-1)
+    codes = side[..., LEVELS_TO_SLOTS].cpu().numpy()  # (clips, T, 7)
+    return [row[:n] for row, n in zip(codes, frames, strict=True)]
+
+
+def decode(codec, codes: np.ndarray) -> np.ndarray:
+    """(frames, 7) codes → (frames × 2048,) samples at 24 kHz, float32.
+
+    The full-size decoder adds noise of its own: seed torch for equal samples.
+    """
+    import torch
+
+    where = next(codec.parameters()).device
+    side = torch.as_tensor(np.asarray(codes)[:, SLOTS_TO_LEVELS], device=where)
+    levels = [part.reshape(1, -1) for part in side.split([1, 2, 4], dim=1)]
+    with torch.inference_mode():
+        return codec.decode(levels)[0, 0].float().cpu().numpy()
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def read_audio(source: Path | bytes) -> np.ndarray:
+    """A recording that libsndfile reads → (samples,) at 24 kHz, mono, float32."""
+    import soundfile
+    import soxr
+
+    where, file = "its audio", source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif not (where := source).is_file():
+        raise Mistake(f"{where} does not exist")
+    try:
+        audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise Mistake(f"{where}: not audio that libsndfile reads: {error.error_string}") from None
+    audio = audio.mean(axis=1)  # (samples,)
+    if not np.isfinite(audio).all():
+        raise Mistake(f"{where}: samples that are not numbers (NaN or infinite)")
+    audio = soxr.resample(audio, rate, SAMPLE_RATE)
+    if not len(audio):
+        raise Mistake(f"{where}: no samples in it")
+    return audio
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole or not there."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_audio(path: Path, audio: np.ndarray) -> None:
+    """(samples,) at 24 kHz → a file of the kind its name ends in, whole or not at all."""
+    import soundfile
+
+    kind = path.suffix[1:].upper()
+    if kind not in soundfile.available_formats():
+        raise Mistake(f"{path}: end the name in .wav or .flac")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(part, np.clip(audio, -1, 1), SAMPLE_RATE, format=kind)
+        os.replace(part, path)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise Mistake(f"{path}: cannot be written: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- speaking
+
+
+class SlotProcessor:
+    """A transformers logits processor: only ids that a frame allows next can be sampled.
+
+    Slot s takes the codes of codebook s; the end comes at a frame's edge, never before frame one.
+    """
+
+    def __init__(self, ids: SpeechIds, prompt_length: int):
+        self.ids = ids
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids, scores):
+        """(batch, length), (batch, vocabulary) → scores, −inf where not allowed."""
+        frame, slot = divmod(input_ids.shape[1] - self.prompt_length, SLOTS)
+        start = self.ids.audio + slot * self.ids.codebook_size
+        allowed = scores.new_full(scores.shape, float("-inf"))
+        codes = slice(start, start + self.ids.codebook_size)
+        allowed[:, codes] = scores[:, codes]
+        if slot == 0 and frame > 0:
+            allowed[:, self.ids.eos] = scores[:, self.ids.eos]
+        return allowed
+
+
+def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice=None):
+    """Speaks `text`: (frames, 7) codes, and whether the model ended by itself.
+
+    Where it did not, `settings.max_seconds` or the model's context was reached first.
+    """
+    import torch
+
+    prompt = torch.tensor([prompt_ids(tokenizer, ids, text, voice)], device=model.device)
+    frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
+    room = (model.config.max_position_embeddings - prompt.shape[1] - 1) // SLOTS  # frames
+    if min(frames, room) < 1:
+        what = "max_seconds leaves" if frames < 1 else f"a text of {prompt.shape[1]} tokens leaves"
+        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
+    sampling = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature}
+        sampling |= {"top_p": settings.top_p, "top_k": 0}
+    torch.manual_seed(settings.seed)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(frames, room) * SLOTS + 1,  # the end token, too
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.pad,
+        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
+        **sampling,
+    )[0, prompt.shape[1] :]
+    speech = out.cpu().numpy()
+    ended = bool(speech[-1] == ids.eos)
+    return ids_to_codes(speech[: len(speech) // SLOTS * SLOTS], ids), ended
+
+
+# ---------------------------------------------------------------- models
+
+TOKENIZER_FILES = ["*.json", "tokenizer*", "*.jinja"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder; `Mistake` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
+
+
+def load_model(path: str, load_in_4bit: bool = False):
+    """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
+
+    Through Unsloth where there is a GPU, else transformers in fp32.
+    """
+    import torch
+
+    folder = fetch(path, MODEL_FILES)
+    base = None
+    if is_adapter(folder):
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")
+        if os.path.isabs(base) and not os.path.isdir(base):
+            raise Mistake(f"{folder}: its base {base} is gone; mend adapter_config.json")
+    try:
+        if torch.cuda.is_available():
+            from unsloth import FastLanguageModel
+
+            model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=load_in_4bit)
+            return FastLanguageModel.for_inference(model), load_tokenizer(folder)
+        from transformers import AutoModelForCausalLM
+
+        whole = folder if base is None else fetch(base, MODEL_FILES)
+        model = AutoModelForCausalLM.from_pretrained(str(whole), dtype=torch.float32)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Mistake(f"{folder}: does not load: {str(error).strip().splitlines()[0]}") from None
+    return model.eval(), load_tokenizer(folder)
+
+
+# ---------------------------------------------------------------- ids from elsewhere
+
+
+def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.ndarray:
+    """(frames, 7) codes from a JSON list, ids between white space, or `<custom_token_N>` text.
+
+    Plain ids need the tokenizer that made them; without one they are Orpheus's own.
+    """
+    text = read_text(path)
+    named = re.findall(r"<custom_token_(\d+)>", text)
+    first = 128_256  # <custom_token_0> of Orpheus
+    ids = SpeechIds(128_000, 128_009, *range(first + 1, first + 8), first + 10, codebook_size)
+    if tokenizer is not None and not named:
+        ids = read_speech_ids(tokenizer, codebook_size)
+    words = named or re.sub(r"[\[\],]", " ", text).split()
+    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+        raise Mistake(f"{path}: neither a list of ids nor <custom_token_N> text")
+    numbers = [int(word) + (first if named else 0) for word in words]
+    if ids.sos in numbers:
+        numbers = numbers[numbers.index(ids.sos) + 1 :]
+    if ids.eos in numbers:
+        numbers = numbers[: numbers.index(ids.eos)]
+    whole = len(numbers) // SLOTS * SLOTS
+    if not whole:
+        raise Mistake(f"{path}: no whole frame of {SLOTS} audio ids in it")
+    if whole < len(numbers):
+        print(f"{path}: left out {len(numbers) - whole} ids after the last whole frame")
+    return ids_to_codes(np.array(numbers[:whole]), ids)
+
+
+# ---------------------------------------------------------------- command line
+
+RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to say, a wav each")
+    for name, words in {
+        "file": "texts, one a line",
+        "tokens": "a file of ids to decode instead",
+        "wav": "a recording to encode and decode instead",
+        "model": "adapter, checkpoint, merged folder or hub id (the last run's)",
+        "voice": "voice name (the adapter's first)",
+        "out": "wav, or folder for several (out.wav, out/)",
+        **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
+    }.items():
+        parser.add_argument(f"--{name}", metavar="…", help=words)
+    arguments = parser.parse_args()
+    asked = (arguments.texts, arguments.file, arguments.tokens, arguments.wav)
+    if sum(map(bool, asked)) != 1:
+        parser.error("give one of: texts, --file, --tokens, --wav")
+    return arguments
+
+
+def read_texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts to say, none of them empty."""
+    texts = arguments.texts
+    if arguments.file:
+        texts = [line for line in read_text(arguments.file).splitlines() if line.strip()]
+    if not texts or not all(text.strip() for text in texts):
+        raise Mistake(f"{arguments.file or 'command line'}: the text is empty; give some to say")
+    return texts
+
+
+def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list[str]]:
+    """(settings, model folder, voices) of --model; without it of config.json's run, or its base.
+
+    --wav and --tokens need no weights: where they name no model, there may be no folder.
+    """
+    overrides = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+    plain = read_settings(None, overrides)
+    model, patterns = arguments.model, MODEL_FILES
+    if arguments.wav or arguments.tokens:
+        patterns = TOKENIZER_FILES
+    if model is None:
+        made = is_adapter(Path(plain.output_dir))
+        if not made and patterns is TOKENIZER_FILES:
+            return plain, None, []
+        model = plain.output_dir if made else plain.model
+        print(f"model {model}" if made else f"model {model}, the base itself: no run of yours yet")
+    folder = fetch(model, patterns)
+    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
+        if (home / SAVED_CONFIG).is_file():
+            voices = list(read_json(home / SAVED_REPORT)["voices"])
+            return read_settings(home / SAVED_CONFIG, overrides), folder, voices
+    return plain, folder, []
+
+
+def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: int) -> None:
+    """Decodes to `path` and tells what came of it."""
+    import torch
+
+    torch.manual_seed(seed)
+    audio = decode(codec, codes)
+    write_audio(path, audio)
+    length, spent = len(audio) / SAMPLE_RATE, time.perf_counter() - started
+    print(f"{path}  {length:.2f} s of audio in {spent:.2f} s, {len(codes)} frames, {how}")
+
+
+def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None) -> None:
+    """Each text to its path, told one by one; finetune.py's samples are made here, too."""
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
+    for text, path in zip(texts, paths, strict=True):
+        started = time.perf_counter()
+        codes, ended = generate(model, tokenizer, ids, text, settings, voice)
+        how = "ended by itself" if ended else "cut off at the limit: no end came (--max_seconds)"
+        say(codec, codes, path, started, how, settings.seed)
+
+
+def main() -> None:
+    arguments = read_arguments()
+    texts = [] if arguments.tokens or arguments.wav else read_texts(arguments)
+    several = bool(arguments.file) or len(texts) > 1
+    out = Path(arguments.out or ("out" if several else "out.wav"))
+    paths = [out / f"{n:03}.wav" for n in range(1, len(texts) + 1)] if several else [out]
+    settings, folder, voices = read_run(arguments)
+    started = time.perf_counter()
+    codec = load_codec(settings.codec, device())
+    if arguments.wav:
+        codes = encode(codec, [read_audio(Path(arguments.wav))])[0]
+        say(codec, codes, out, started, "encoded and decoded", settings.seed)
+    elif arguments.tokens:
+        tokenizer = load_tokenizer(folder) if folder else None
+        codes = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size)
+        say(codec, codes, out, started, "decoded", settings.seed)
+    else:
+        voice = arguments.voice or (voices[0] if voices else settings.voice)
+        model, tokenizer = load_model(str(folder), settings.load_in_4bit)
+        speak(texts, paths, model, tokenizer, codec, settings, voice)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""Fixtures: the demo's tiny codec and base, and one finished run that many tests look at."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import infer  # noqa: E402
+
+
+def script(*words, timeout=300):
+    """Runs a script of the project as a person would; (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(main, monkeypatch, *words):
+    """The one line that `main` ends with for these command-line words."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+    with pytest.raises(infer.Mistake) as caught:
+        main()
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="session")
+def codec():
+    return infer.load_codec("data/demo/codec")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return infer.load_tokenizer(Path("data/demo/base"))
+
+
+@pytest.fixture(scope="session")
+def ids(tokenizer, codec):
+    return infer.read_speech_ids(tokenizer, codec.codebook_size)
+
+
+DEMO = ["--config", "data/demo/config.json"]
+
+
+# finetune.py as it is; once the adapter is saved, the trained model's logits are put beside it.
+RUN = """
+import sys, torch
+import finetune, infer
+save = finetune.save_adapter
+def save_and_look(model, tokenizer, out):
+    save(model, tokenizer, out)
+    with torch.no_grad():
+        torch.save(model.eval()(input_ids=torch.arange(300)[None]).logits, out / "logits.pt")
+finetune.save_adapter = save_and_look
+infer.run(finetune.main)
+"""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(folder, what was printed) of a short run of finetune.py on the committed clips."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    words = [*DEMO, "--output_dir", out, "--max_steps", "4", "--limit", "16", "--max_seconds", "1"]
+    code, printed, errors = script("-c", RUN, *words, "--save_steps", "2")
+    assert code == 0, errors
+    return out, printed

@@ -1,0 +1,316 @@
+"""infer.py: ids, slots, codec, settings, speaking, and a person's mistakes."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import one_line, script
+
+import infer
+
+
+def test_true_orpheus_ids():
+    """A tokenizer with Orpheus's names at Orpheus's places gives the ids of its published table."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"word{n}": n for n in range(128_256)} | {
+        f"<custom_token_{n}>": 128_256 + n for n in range(28_684)
+    }
+    del vocabulary["word128000"], vocabulary["word128009"]
+    vocabulary |= {"<|begin_of_text|>": 128_000, "<|eot_id|>": 128_009}
+    whole = Tokenizer(models.WordLevel(vocabulary, unk_token="word0"))
+    ids = infer.read_speech_ids(PreTrainedTokenizerFast(tokenizer_object=whole))
+    assert ids._asdict() == {
+        "bos": 128_000, "eot": 128_009, "sos": 128_257, "eos": 128_258, "soh": 128_259,
+        "eoh": 128_260, "soa": 128_261, "eoa": 128_262, "pad": 128_263, "audio": 128_266,
+        "codebook_size": 4096,
+    }  # fmt: skip
+
+
+def test_tokenizer_without_orpheus_tokens_is_refused(tokenizer):
+    with pytest.raises(infer.Mistake, match="no token <custom_token_28681>"):
+        infer.read_speech_ids(tokenizer, 4096)
+
+
+def literal_ids(first, second, third, audio, size):
+    """The layout, written down frame by frame as Orpheus's own trainer does."""
+    out = []
+    for i in range(len(first)):
+        out.append(audio + first[i])
+        out.append(audio + second[2 * i] + size)
+        out.append(audio + third[4 * i] + 2 * size)
+        out.append(audio + third[4 * i + 1] + 3 * size)
+        out.append(audio + second[2 * i + 1] + 4 * size)
+        out.append(audio + third[4 * i + 2] + 5 * size)
+        out.append(audio + third[4 * i + 3] + 6 * size)
+    return out
+
+
+class LevelsCodec:
+    """Stands where SNAC stands, to see what reaches it and to give out known levels."""
+
+    def __init__(self, levels):
+        self.levels = levels
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def encode(self, audio):
+        return [torch.nn.functional.pad(level, (0, 8)) for level in self.levels]
+
+    def decode(self, levels):
+        self.decoded = levels
+        return torch.zeros(1, 1, 1)
+
+
+def test_layout_equals_the_literal_loop():
+    draw = np.random.default_rng(0)
+    first, second, third = (draw.integers(0, 4096, 13 * n) for n in (1, 2, 4))
+    first[0], third[5], second[1] = 0, 4095, 0
+    codec = LevelsCodec([torch.from_numpy(x)[None] for x in (first, second, third)])
+    # two frames more, as the zeros behind a clip give
+    codec.encode = lambda audio: [
+        torch.nn.functional.pad(torch.from_numpy(x)[None], (0, 2 * n))
+        for x, n in ((first, 1), (second, 2), (third, 4))
+    ]
+    codes = infer.encode(codec, [np.zeros(13 * infer.FRAME_SAMPLES, np.float32)])[0]
+    orpheus = infer.SpeechIds(*range(8), 0, 128_266, 4096)
+    assert infer.codes_to_ids(codes, orpheus).tolist() == literal_ids(
+        first, second, third, 128_266, 4096
+    )
+    infer.decode(codec, codes)
+    for level, expected in zip(codec.decoded, (first, second, third), strict=True):
+        assert level[0].tolist() == expected.tolist()
+
+
+def test_codes_round_trip_with_the_extremes(ids):
+    codes = np.random.default_rng(1).integers(0, ids.codebook_size, (50, 7))
+    codes[0], codes[1] = 0, ids.codebook_size - 1
+    assert (infer.ids_to_codes(infer.codes_to_ids(codes, ids), ids) == codes).all()
+
+
+def test_a_wrong_slot_is_told_by_place(ids):
+    speech = infer.codes_to_ids(np.zeros((3, 7), int), ids)
+    speech[9], speech[10] = speech[10], speech[9]
+    with pytest.raises(infer.Mistake, match=r"position 9 \(frame 1, slot 2\) belongs in slot 3"):
+        infer.ids_to_codes(speech, ids)
+    speech[3] = ids.eos
+    with pytest.raises(infer.Mistake, match=r"position 3 \(frame 0, slot 3\) is no audio id"):
+        infer.ids_to_codes(speech, ids)
+    with pytest.raises(infer.Mistake, match="20 audio ids are no whole frames"):
+        infer.ids_to_codes(speech[:20], ids)
+
+
+def test_encode_is_the_same_alone_and_in_any_batch(codec):
+    draw = np.random.default_rng(2)
+    lengths = [1, 2047, 2048, 2049, 30_000, 61_440]
+    clips = [draw.normal(0, 0.1, n).astype(np.float32) for n in lengths]
+    alone = [infer.encode(codec, [clip])[0] for clip in clips]
+    assert [len(codes) for codes in alone] == [1, 1, 1, 2, 15, 30]
+    random.Random(0).shuffle(order := list(range(len(clips))))
+    together = infer.encode(codec, [clips[n] for n in order])
+    for n, codes in zip(order, together, strict=True):
+        assert (codes == alone[n]).all(), lengths[n]
+
+
+def test_decode_gives_whole_frames_and_repeats(codec):
+    codes = np.random.default_rng(3).integers(0, codec.codebook_size, (5, 7))
+    audio = infer.decode(codec, codes)
+    assert audio.shape == (5 * infer.FRAME_SAMPLES,)
+    assert (audio == infer.decode(codec, codes)).all()
+
+
+def test_prompt(tokenizer, ids):
+    prompt = infer.prompt_ids(tokenizer, ids, "  seven\n two ", "slt")
+    words = tokenizer("slt: seven two", add_special_tokens=False)["input_ids"]
+    assert prompt == [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
+    without = infer.prompt_ids(tokenizer, ids, "seven two")
+    assert tokenizer.decode(without[2:-4]) == "seven two"
+    with pytest.raises(infer.Mistake, match="empty"):
+        infer.prompt_ids(tokenizer, ids, " \n")
+
+
+def test_special_tokens_in_a_text_stay_text(tokenizer, ids):
+    prompt = infer.prompt_ids(tokenizer, ids, "a <custom_token_2> b <|eot_id|> <laugh>")
+    assert ids.eos not in prompt
+    assert prompt.count(ids.eot) == 1
+
+
+# ---------------------------------------------------------------- speaking
+
+
+def test_ten_thousand_frames_and_none_illegal(ids):
+    """10⁴ constrained frames at a high temperature, drawn through the processor."""
+    torch.manual_seed(0)
+    processor = infer.SlotProcessor(ids, prompt_length=3)
+    vocabulary = ids.audio + 7 * ids.codebook_size
+    speech = torch.zeros(500, 3, dtype=torch.long)  # 500 at once, 20 frames each
+    ended = torch.zeros(500, dtype=torch.bool)
+    for _ in range(20 * 7):
+        scores = processor(speech, torch.randn(500, vocabulary) * 3)
+        drawn = torch.multinomial(scores.softmax(-1), 1)
+        ended |= (drawn == ids.eos)[:, 0]
+        speech = torch.cat([speech, drawn], dim=1)
+    frames = speech[:, 3:].reshape(-1, 7)
+    whole = frames[frames[:, 0] != ids.eos].numpy()
+    assert len(whole) > 9_500
+    infer.ids_to_codes(whole.reshape(-1), ids)  # raises for any id out of its slot
+    assert (frames[:, 1:] != ids.eos).all()
+    assert not (speech[:, 3] == ids.eos).any(), "an end before the first frame"
+
+
+def test_generate_is_repeatable_and_says_when_cut(tokenizer, ids, codec):
+    model, _ = infer.load_model("data/demo/base")
+    settings = infer.read_settings("data/demo/config.json", {"max_seconds": "0.35"})
+    codes, ended = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    again, _ = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    assert codes.shape == (4, 7) and not ended
+    assert (codes == again).all()
+    settings.seed = 1
+    other, _ = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    assert (codes != other).any()
+
+
+def test_text_longer_than_the_context_is_refused(tokenizer, ids):
+    model, _ = infer.load_model("data/demo/base")
+    settings = infer.read_settings("data/demo/config.json")
+    with pytest.raises(infer.Mistake, match="no room for a frame"):
+        infer.generate(model, tokenizer, ids, "seven " * 2000, settings)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_settings_layers(tmp_path):
+    config = tmp_path / "mine.json"
+    config.write_text('{"lora_r": 8, "temperature": 1}')
+    overrides = {"lora_r": "32", "sample_texts": '["a", "b"]', "limit": "null", "voice": "7"}
+    settings = infer.read_settings(config, overrides)
+    assert (settings.lora_r, settings.temperature, settings.limit) == (32, 1.0, None)
+    assert (settings.sample_texts, settings.voice) == (["a", "b"], "7")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"lora_r": "many"}, "lora_r"),
+        ({"lora_r": True}, "lora_r"),
+        ({"lora_r": 0}, "lora_r is 0: Input should be greater than 0"),
+        ({"train_on": "txt"}, "train_on"),
+        ({"sample_texts": "one"}, "sample_texts"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"packing": 1}, "packing"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, values, line):
+    config = tmp_path / "mine.json"
+    config.write_text(json.dumps(values))
+    with pytest.raises(infer.Mistake, match=line) as caught:
+        infer.read_settings(config)
+    assert "mine.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff", '{"lora_r": 8,}'])
+def test_a_config_that_is_no_json_object(tmp_path, text):
+    config = tmp_path / "mine.json"
+    config.write_text(text, encoding="latin-1")
+    with pytest.raises(infer.Mistake, match=r"mine\.json: (not JSON|must be)"):
+        infer.read_settings(config)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code, printed, _ = script("-X", "importtime", "infer.py", "--help")
+    assert code == 0 and "--voice" in printed
+    _, _, imported = script("-X", "importtime", "finetune.py", "--help")
+    assert "torch" not in imported and "transformers" not in imported
+
+
+def test_wav_and_tokens(tmp_path, ids, codec):
+    recording = tmp_path / "in.wav"
+    soundfile.write(recording, np.random.default_rng(4).normal(0, 0.1, (22_050, 2)), 22_050)
+    words = ["--model", "data/demo/base", "--codec", "data/demo/codec"]
+    code, printed, errors = script(
+        "infer.py", "--wav", recording, *words, "--out", tmp_path / "heard.wav"
+    )
+    assert code == 0, errors
+    assert "12 frames" in printed
+    heard, rate = soundfile.read(tmp_path / "heard.wav", dtype="float32")
+    assert (len(heard), rate) == (12 * 2048, 24_000)
+    codes = infer.encode(codec, [infer.read_audio(recording)])[0]
+    assert abs(infer.decode(codec, codes) - heard).max() < 1e-3  # 16-bit wav
+
+    speech = [ids.sos, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    names = "".join(f"<custom_token_{n - ids.audio + 10}>" for n in speech[1:-2])
+    for n, text in enumerate([json.dumps(speech), " ".join(map(str, speech)), names]):
+        (tmp_path / "ids").write_text(text)
+        read = infer.read_tokens(
+            tmp_path / "ids", infer.load_tokenizer("data/demo/base"), codec.codebook_size
+        )
+        assert (read == codes).all(), n
+    code, _, errors = script(
+        "infer.py", "--tokens", tmp_path / "ids", *words, "--out", tmp_path / "ids.wav"
+    )
+    assert code == 0, errors
+    assert (soundfile.read(tmp_path / "ids.wav", dtype="float32")[0] == heard).all()
+
+
+def test_lines_of_a_file_in_order(tmp_path, finished):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("seven two\n\nnine\n")
+    out, _ = finished
+    code, printed, errors = script(
+        "infer.py",
+        "--file",
+        lines,
+        "--model",
+        out,
+        "--out",
+        tmp_path / "said",
+        "--max_seconds",
+        "1",
+    )
+    assert code == 0, errors
+    assert [line.split()[0][-7:] for line in printed.splitlines()] == ["001.wav", "002.wav"]
+    assert sorted(p.name for p in (tmp_path / "said").iterdir()) == ["001.wav", "002.wav"]
+
+
+def bad_tokens(tmp_path, text):
+    path = tmp_path / f"ids{len(list(tmp_path.iterdir()))}.txt"
+    path.write_text(text)
+    return ["--tokens", path, "--model", "data/demo/base", "--codec", "data/demo/codec"]
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "llama").mkdir()
+    demo = ["--codec", "data/demo/codec", "--model", "data/demo/base"]
+    cases = [
+        ([""], "the text is empty"),
+        (["--file", tmp_path / "empty"], "the text is empty"),
+        (["--file", tmp_path / "none"], "cannot be read"),
+        (["hi", "--model", tmp_path / "none"], "no such folder"),
+        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "none"], "no such folder"),
+        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "not a SNAC codec"),
+        (["hi", "--model", tmp_path / "llama", "--codec", "data/demo/codec"], "does not load"),
+        (["hi", *demo, "--max_seconds", "0.01"], "no room"),
+        (["hi", *demo, "--temperature", "warm"], "temperature"),
+        (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),
+        (["--wav", tmp_path / "none.wav", *demo], "does not exist"),
+        (["--wav", tmp_path / "text.wav", *demo], "not audio"),
+        (bad_tokens(tmp_path, "1 2 3"), "no whole frame"),
+        (bad_tokens(tmp_path, "1 2 3 4 5 6 7"), "position 0 .* is no audio id"),
+        (bad_tokens(tmp_path, "hello"), "neither a list"),
+    ]
+    for words, line in cases:
+        assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
+    code, _, errors = script("infer.py", "hi", "--model", tmp_path / "none")
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")

@@ -1,0 +1,81 @@
+"""README.md: its commands run as typed, and what it names is there."""
+
+import re
+import shlex
+import subprocess
+
+import soundfile
+from conftest import ROOT, script
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands(heading):
+    """The shell commands under a heading of the README, as lists of words."""
+    section = README.split(f"## {heading}")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.S)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def made_by(target):
+    """The python commands that `make TARGET` runs once .venv is there."""
+    done = subprocess.run(
+        ["make", "-n", "-o", ".venv/ready", target], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_the_quick_start_runs(tmp_path):
+    """make demo's commands, then infer.py's; shortened to a few steps, and into another folder."""
+    quick = commands("Quick start")
+    assert [words for words in quick if words[0] == "make"] == [["make", "demo"], ["make", "test"]]
+    train, speak = made_by("demo")
+    assert train in quick, "the README's way without make is not what make does"
+    again = next(words for words in quick if words[1] == "infer.py")
+    out = str(tmp_path / "demo")
+    short = ["--output_dir", out, "--max_steps", "2", "--limit", "16", "--max_seconds", "0.5"]
+    code, printed, errors = script(*train[1:], *short)
+    assert code == 0, errors
+    assert "adapter" in printed
+    for words in (speak, again):
+        words = [word.replace("outputs/demo", out) for word in words[1:]]
+        wav = tmp_path / words[words.index("--out") + 1]
+        words[words.index("--out") + 1] = str(wav)
+        code, printed, errors = script(*words, "--max_seconds", "0.5")
+        assert code == 0, errors
+        assert soundfile.info(wav).samplerate == 24_000
+
+
+def test_make_train_and_make_test_are_what_the_readme_says():
+    assert made_by("train") == [[".venv/bin/python", "finetune.py"]]
+    assert [".venv/bin/python", "-m", "pytest"] in made_by("test")
+    assert [".venv/bin/python", "-m", "pytest"] in commands("Quick start")
+
+
+def test_pins_are_named_once():
+    """The unsloth that the README installs is the Makefile's."""
+    pins = re.search(r"^UNSLOTH := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert f"pip install --no-deps {pins}" in README
+
+
+def test_links_and_files_of_the_readme_exist():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    files = README.split("## Files")[1].split("```")[1]
+    for line in files.strip().splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_prepare_as_the_readme_has_it(tmp_path):
+    """The form of "Your own voice": a metadata.csv of file_name,text and a --voice."""
+    assert "file_name,text" in README
+    clips = sorted((ROOT / "data/numbers").glob("*.flac"))[:2]
+    rows = "".join(f"{n}.flac,seven\n" for n, _ in enumerate(clips))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
+    for n, clip in enumerate(clips):
+        (tmp_path / f"{n}.flac").write_bytes(clip.read_bytes())
+    words = ["--config", "data/demo/config.json", "--dataset", tmp_path, "--voice", "anna"]
+    code, printed, errors = script("data/prepare.py", *words)
+    assert code == 0, errors
+    assert "2 of 2 clips" in printed and "anna 2" in printed
