@@ -8,6 +8,7 @@ Every key of config.json can be given as --key value, and so can every key of TR
 """
 
 import json
+import math
 import os
 import resource
 import shlex
@@ -16,6 +17,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 import infer
 from data import prepare
@@ -34,7 +37,7 @@ def check_output(settings: Settings) -> Path | None:
         probe.unlink()
     except OSError as error:
         raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
-    finished, checkpoint = infer.is_adapter(out), last_checkpoint(out)
+    finished, checkpoint = infer.is_model(out), last_checkpoint(out)
     if settings.resume:
         if finished:
             print(f"{out} holds a finished run: nothing to resume (--overwrite starts anew)")
@@ -60,6 +63,29 @@ def last_checkpoint(out: Path) -> Path | None:
     return None
 
 
+# On resuming, the length of the run and what is told and kept may change; what is learnt may not.
+FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
+FREE_KEYS += ("sample_texts", "temperature", "top_p", "repetition_penalty", "max_seconds")
+FREE_PARTS = ("logging_", "save_", "eval_")
+
+
+def check_resumed(settings: Settings, report: prepare.Report) -> None:
+    """`Mistake` where the run to go on with had other settings or other rows."""
+    out = Path(settings.output_dir)
+    then, now = infer.read_json(out / infer.SAVED_CONFIG), resolved(settings)
+    changed = [
+        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+        and name not in FREE_KEYS
+        and not name.startswith(FREE_PARTS)
+    ]
+    if infer.read_json(out / infer.SAVED_REPORT)["digest"] != report.digest:
+        changed.append("the rows are others")
+    if changed:
+        raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
+
+
 def check_machine(settings: Settings) -> None:
     """Orpheus-3B is not started on a CPU; a local model, which may be small, is."""
     import torch
@@ -79,15 +105,23 @@ def trainer_arguments(settings: Settings):
     replaced is printed, since a remedy that is not in force must not look as if it were."""
     from typing import get_type_hints
 
+    import torch
     from trl import SFTConfig
 
     hints = get_type_hints(SFTConfig)
+    ours = {
+        "packing": settings.batching == "pack",
+        "pad_to_multiple_of": settings.max_length if settings.batching == "pad_to_max" else None,
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
+        "use_cpu": not torch.cuda.is_available(),
+    }
     for name, (value, source) in settings.trainer.items():
+        if name in ours:
+            raise Mistake(f"{source}: {name} follows from batching and the machine; leave it out")
         if name not in hints:
             raise infer.unknown_key(name, [*infer.OWN_KEYS, *hints], source)
         settings.trainer[name] = infer.checked(name, value, hints[name], source), source
-    asked = {name: value for name, value in settings.flat().items() if name in hints}
-    asked["gradient_checkpointing"] = bool(settings.gradient_checkpointing)
+    asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         arguments = SFTConfig(**asked)
     except (ValueError, ImportError) as error:
@@ -100,19 +134,74 @@ def trainer_arguments(settings: Settings):
     return arguments
 
 
+W8 = 'weights "8bit" need a GPU; on a CPU, backend "transformers" has them'
+FP8 = 'weights "fp8" need a GPU and backend "unsloth"'
+FULL = 'full_finetuning needs weights "16bit"'
+OFFLOAD = 'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true'
+
+
+def check_remedies(settings: Settings, arguments) -> None:
+    """Refuses by name what this backend or machine cannot do, before anything would replace it."""
+    import torch
+
+    gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
+    optimiser = getattr(arguments.optim, "value", arguments.optim)
+    lean = any(word in optimiser for word in ("8bit", "paged", "bnb"))
+    for refused, line in (
+        (settings.weights == "8bit" and unsloth and not gpu, W8),
+        (settings.weights == "fp8" and not (gpu and unsloth), FP8),
+        (settings.full_finetuning and settings.weights != "16bit", FULL),
+        (settings.gradient_checkpointing == "unsloth" and not unsloth, OFFLOAD),
+        (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
+        (lean and not gpu, f"optim {optimiser} needs a GPU; adamw_torch_fused does not"),
+    ):
+        if refused:
+            raise Mistake(f"settings: {line}")
+
+
 # ---------------------------------------------------------------- model
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
 
 
-def load_model(settings: Settings):
-    """The base through Unsloth, 4-bit where asked, with LoRA on every linear layer."""
+def load_model(settings: Settings, arguments):
+    """The base with its weights held as asked, and a LoRA on every linear layer."""
+    import torch
+
+    load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
+    model = load(settings, arguments)
+    classes = {type(module).__name__ for module in model.modules()}
+    wanted = QUANTISED.get(settings.weights)
+    if wanted and wanted not in classes:
+        raise Mistake(f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead")
+    if not settings.full_finetuning:
+        # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked.
+        model.peft_config["default"].base_model_name_or_path = infer.local(settings.model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = next(p.dtype for p in model.parameters() if p.dtype != torch.uint8)
+    print(f"model   {settings.model}: {wanted or dtype}, {trained:,} parameters to train")
+    return model
+
+
+def load_with_unsloth(settings: Settings, arguments):
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
-        settings.model, max_seq_length=settings.max_length, load_in_4bit=settings.load_in_4bit
+        settings.model,
+        max_seq_length=settings.max_length,
+        load_in_4bit=settings.weights == "4bit",
+        load_in_8bit=settings.weights == "8bit",
+        load_in_16bit=settings.weights == "16bit",
+        full_finetuning=settings.full_finetuning,
+        use_gradient_checkpointing=settings.gradient_checkpointing,
+        **(
+            {"load_in_fp8": True} if settings.weights == "fp8" else {}
+        ),  # its CPU side knows no such
     )
-    model = FastLanguageModel.get_peft_model(
+    if settings.full_finetuning:
+        return model
+    return FastLanguageModel.get_peft_model(
         model,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -121,9 +210,43 @@ def load_model(settings: Settings):
         use_gradient_checkpointing=settings.gradient_checkpointing,
         random_state=settings.seed,
     )
-    # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked for.
-    model.peft_config["default"].base_model_name_or_path = infer.local(settings.model)
-    return model
+
+
+def load_with_transformers(settings: Settings, arguments):
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    if arguments.fp16 and not settings.full_finetuning:  # fp16's scaler wants fp32 gradients
+        dtype = torch.float16
+    config = {
+        "4bit": lambda: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    }.get(settings.weights, lambda: None)()
+    folder = infer.fetch(settings.model, infer.MODEL_FILES)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, quantization_config=config
+    )
+    if settings.full_finetuning:
+        return model
+    if config is not None:
+        checkpointing = bool(settings.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=LINEAR_LAYERS,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(settings.seed)
+    return get_peft_model(model, lora)
 
 
 def check_context(settings: Settings) -> None:
@@ -143,35 +266,111 @@ def check_context(settings: Settings) -> None:
 # ---------------------------------------------------------------- training
 
 
-def make_trainer(model, tokenizer, rows: list[dict], arguments, stop: dict):
-    """SFTTrainer over ready rows; says how its batches are made."""
-    from datasets import Dataset
+def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
+    """Row numbers in an order in which every `size` neighbours are of like length.
+
+    Rows are shuffled, sorted by length within pools of 32 batches, and the batches shuffled again;
+    all of it from `seed` alone, so that a resumed run meets the same batches.
+    """
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(lengths)).tolist()
+    pools = [order[n : n + 32 * size] for n in range(0, len(order), 32 * size)]
+    ordered = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
+    batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
+    last = batches.pop() if len(batches[-1]) < size else []  # a short batch stays at the end
+    draw.shuffle(batches)
+    return [row for batch in batches for row in batch] + last
+
+
+def trainer_class(lengths: list[int], stop: dict):
+    """SFTTrainer with batches of like lengths, and the callback that watches over a run."""
+    from torch.utils.data import Sampler
     from transformers import TrainerCallback
     from trl import SFTTrainer
 
-    class StopOnSignal(TrainerCallback):
-        """Ctrl-C or a kill ends the run after the step at hand, with a checkpoint."""
+    class LengthSampler(Sampler):
+        """Another order every epoch, the same in every run and rank."""
+
+        def __init__(self, size: int, seed: int):
+            self.size, self.seed, self.epoch = size, seed, 0
+
+        def set_epoch(self, epoch: int):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter(length_batches(lengths, self.size, self.seed + self.epoch))
+
+        def __len__(self):
+            return len(lengths)
+
+    class Watch(TrainerCallback):
+        """Ends the run after the step at hand on Ctrl-C or a kill, and on an exploding loss."""
 
         def on_step_end(self, args, state, control, **_):
             if stop:
                 control.should_save = control.should_training_stop = True
             return control
 
+        def on_log(self, args, state, control, logs, model, **_):
+            guessing = math.log(model.config.vocab_size)  # the loss of one who knows nothing
+            if logs.get("loss", 0) > 2 * guessing:
+                told = f"loss {logs['loss']:.1f} at step {state.global_step}"
+                raise Mistake(f"{told} explodes (guessing is {guessing:.1f}): lower learning_rate")
+
+    class SpeechTrainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            if self.args.packing or self.args.pad_to_multiple_of:
+                return super()._get_train_sampler(train_dataset)
+            return LengthSampler(self._train_batch_size, self.args.seed)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            rows = inputs["input_ids"]
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if not loss.isfinite():
+                texts = self.processing_class.batch_decode([row[:80].tolist() for row in rows])
+                texts = "; ".join(text.split("<|begin_of_text|>")[-1][:60] for text in texts)
+                good = last_checkpoint(Path(self.args.output_dir)) or "none yet"
+                step = f"loss is {loss.item()} at step {self.state.global_step + 1}"
+                raise Mistake(f"{step}; last checkpoint: {good}; rows in the batch: {texts}")
+            return loss
+
+    return SpeechTrainer, Watch()
+
+
+def make_trainer(model, tokenizer, rows: list[dict], arguments, stop: dict):
+    """The trainer over ready rows; says how its batches are made."""
+    from datasets import Dataset
+
     asked = arguments.packing
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    trainer = SFTTrainer(
+    lengths = [len(row) for row in columns["input_ids"]]
+    trainer_type, callback = trainer_class(lengths, stop)
+    trainer = trainer_type(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
-        callbacks=[StopOnSignal()],
+        callbacks=[callback],
     )
     if asked and not trainer.args.packing:
         print("changed packing: Unsloth turned it off when the trainer was made")
-    how = "packed rows" if trainer.args.packing else "each padded to its longest row"
-    size, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    print(f"batches {how}; {size} rows × {steps} for a step")
+    tell_batches(trainer, lengths)
     return trainer
+
+
+def tell_batches(trainer, lengths: list[int]) -> None:
+    """How the batches are made, and the share of their slots that hold a token of a row."""
+    size, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    if trainer.args.packing:
+        how, slots = "packed", len(trainer.train_dataset) * trainer.args.max_length
+    elif trainer.args.pad_to_multiple_of:
+        how, slots = "padded to max_length", len(lengths) * trainer.args.max_length
+    else:
+        how, order = "padded to the longest row", length_batches(lengths, size, trainer.args.seed)
+        batches = [order[n : n + size] for n in range(0, len(order), size)]
+        slots = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    used = f"{100 * sum(lengths) / slots:.1f} % of their slots used"
+    print(f"batches {how}, {size} rows × {steps} for a step; {used}")
 
 
 def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> float:
@@ -183,10 +382,21 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> f
         stop["signal"] = number
         print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
 
+    import torch
+
+    out = Path(settings.output_dir)
     begin = infer.read_json(checkpoint / "trainer_state.json")["epoch"] if checkpoint else 0
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError) as error:
+        remedy = "the disk is full: free some"
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            remedy = "out of GPU memory: README, Out of memory, says what to change"
+        elif "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        told = f"step {trainer.state.global_step + 1}: {remedy}, and --resume"
+        raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -203,42 +413,47 @@ def clear_run(out: Path) -> None:
     """Takes away what an earlier run left in output_dir, and nothing else."""
     for path in [*out.glob("checkpoint-*"), out / "samples"]:
         shutil.rmtree(path, ignore_errors=True)
-    adapter = ("adapter_config.json", "adapter_model.safetensors")
-    for name in (*adapter, infer.SAVED_CONFIG, infer.SAVED_REPORT):
-        (out / name).unlink(missing_ok=True)
+    for pattern in ("adapter_*", "config.json", "model*.safetensors*", infer.SAVED_CONFIG):
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 # ---------------------------------------------------------------- what a run leaves
 
 
+def resolved(settings: Settings) -> dict:
+    """The settings as they are saved: with paths that hold from any folder."""
+    paths = {name: infer.local(getattr(settings, name)) for name in ("model", "codec", "dataset")}
+    return settings.flat() | paths | {"overwrite": False, "resume": False}
+
+
 def save_config(settings: Settings) -> None:
-    """The resolved settings, with paths that hold from any folder; checkpoints need them, too."""
-    flat = settings.flat() | {"overwrite": False, "resume": False}
-    for name in ("model", "codec", "dataset"):
-        flat[name] = infer.local(flat[name])
+    """Before the first step, since a checkpoint needs them as much as the adapter does."""
     path = Path(settings.output_dir) / infer.SAVED_CONFIG
-    infer.write_text(path, json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
+    infer.write_text(path, json.dumps(resolved(settings), indent=2, ensure_ascii=False) + "\n")
 
 
-def save_adapter(model, tokenizer, out: Path) -> None:
-    """Adapter and tokenizer, written aside and renamed into `out`, adapter_config.json last."""
+def save_model(model, tokenizer, out: Path) -> None:
+    """Adapter (or whole model) and tokenizer, written aside and renamed, its config last."""
     part = out / ".adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(str(part))
     tokenizer.save_pretrained(str(part))
-    for path in sorted(part.iterdir(), key=lambda p: p.name == "adapter_config.json"):
+    for path in sorted(part.iterdir(), key=lambda p: p.name.endswith("config.json")):
         os.replace(path, out / path.name)
     part.rmdir()
 
 
 def speak_samples(model, tokenizer, codec, settings: Settings, report: prepare.Report) -> None:
     """Each of sample_texts to output_dir/samples, in the first voice of the data."""
-    from unsloth import FastLanguageModel
-
     texts, folder = settings.sample_texts, Path(settings.output_dir) / "samples"
     paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
     voice = next(iter(report.voices), None)
-    model = FastLanguageModel.for_inference(model)
+    model.eval()
+    if settings.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
     infer.speak(texts, paths, model, tokenizer, codec, settings, voice)
 
 
@@ -270,15 +485,18 @@ def main() -> None:
     checkpoint = check_output(settings)
     clips = prepare.read_clips(settings)
     check_machine(settings)
-    import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
-
+    if settings.backend == "unsloth":
+        import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
     arguments = trainer_arguments(settings)
+    check_remedies(settings, arguments)
     check_context(settings)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     codec = infer.load_codec(settings.codec, infer.device())
     rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
     report.tell(settings.max_length)
-    model, stop = load_model(settings), {}
+    if checkpoint:
+        check_resumed(settings, report)
+    model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, stop)
     out = Path(settings.output_dir)
     if settings.overwrite and not settings.resume:
@@ -286,7 +504,7 @@ def main() -> None:
     save_config(settings)
     report.save(out / infer.SAVED_REPORT)
     epochs = train(trainer, settings, checkpoint, stop)
-    save_adapter(trainer.model, tokenizer, out)
+    save_model(trainer.model, tokenizer, out)
     speak_samples(trainer.model, tokenizer, codec, settings, report)
     end_block(settings, trainer, report.tokens * epochs, started)
 

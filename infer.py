@@ -74,12 +74,15 @@ class Settings:
     limit: int | None = key("take the first N clips only", gt=0)
     train_on: Literal["audio", "all"] = key("loss on the audio alone, or on the prompt too")
     max_length: int = key("longest row, and length of a packed row, in tokens", gt=0)
-    load_in_4bit: bool = key("4-bit base weights (QLoRA)")
+    too_long: Literal["drop", "truncate"] = key("what becomes of a row over max_length")
+    batching: Literal["pack", "pad", "pad_to_max"] = key("how rows of unequal length share a batch")
+    backend: Literal["unsloth", "transformers"] = key("Unsloth, or plain TRL and PEFT")
+    weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("how the base's weights are held")
+    full_finetuning: bool = key("train every weight, instead of a LoRA")
     lora_r: int = key("LoRA rank", gt=0)
     lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0)
     lora_dropout: float = key("LoRA dropout", ge=0, lt=1)
     gradient_checkpointing: bool | Literal["unsloth"] = key("off, on, or Unsloth's, which offloads")
-    packing: bool = key("fill rows of max_length with whole clips, instead of padding")
     output_dir: str = key("folder for the adapter, checkpoints and samples")
     overwrite: bool = key("replace the run that output_dir holds")
     resume: bool = key("go on from the last checkpoint in output_dir")
@@ -450,6 +453,7 @@ def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, vo
         repetition_penalty=settings.repetition_penalty,
         eos_token_id=ids.eos,
         pad_token_id=ids.pad,
+        use_cache=True,
         logits_processor=[SlotProcessor(ids, prompt.shape[1])],
         **sampling,
     )[0, prompt.shape[1] :]
@@ -468,6 +472,10 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def is_model(folder: Path) -> bool:
+    return is_adapter(folder) or (folder / "config.json").is_file()
+
+
 def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; `Mistake` where there is none."""
     from transformers import AutoTokenizer
@@ -478,7 +486,7 @@ def load_tokenizer(folder: Path):
         raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str, load_in_4bit: bool = False):
+def load_model(path: str, in_4bit: bool = False):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
     Through Unsloth where there is a GPU, else transformers in fp32.
@@ -495,7 +503,7 @@ def load_model(path: str, load_in_4bit: bool = False):
         if torch.cuda.is_available():
             from unsloth import FastLanguageModel
 
-            model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=load_in_4bit)
+            model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=in_4bit)
             return FastLanguageModel.for_inference(model), load_tokenizer(folder)
         from transformers import AutoModelForCausalLM
 
@@ -590,7 +598,7 @@ def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list
     if arguments.wav or arguments.tokens:
         patterns = TOKENIZER_FILES
     if model is None:
-        made = is_adapter(Path(plain.output_dir))
+        made = is_model(Path(plain.output_dir))
         if not made and patterns is TOKENIZER_FILES:
             return plain, None, []
         model = plain.output_dir if made else plain.model
@@ -642,7 +650,7 @@ def main() -> None:
         say(codec, codes, out, started, "decoded", settings.seed)
     else:
         voice = arguments.voice or (voices[0] if voices else settings.voice)
-        model, tokenizer = load_model(str(folder), settings.load_in_4bit)
+        model, tokenizer = load_model(str(folder), settings.weights == "4bit")
         speak(texts, paths, model, tokenizer, codec, settings, voice)
 
 

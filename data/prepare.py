@@ -7,6 +7,7 @@ Takes the same --config and keys as finetune.py. The accepted forms are in data/
 """
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -140,8 +141,10 @@ class Report:
     rows: int = 0
     tokens: int = 0  # in the rows, prompts included
     longest: int = 0  # tokens in the longest row that was kept
+    digest: str = ""  # SHA-256 over the rows' ids and labels, in order
     voices: dict[str, int] = field(default_factory=dict)  # clips by voice name
-    too_long: list[str] = field(default_factory=list)  # over max_length
+    dropped: list[str] = field(default_factory=list)  # over max_length
+    truncated: list[str] = field(default_factory=list)  # cut to max_length
     left_out: list[str] = field(default_factory=list)  # faulty
 
     def tell(self, max_length: int) -> None:
@@ -150,8 +153,8 @@ class Report:
         print(f"data    {self.dataset}: {made}; voices: {voices}")
         longest = f"the longest {self.longest:,} of max_length {max_length:,}"
         print(f"rows    {self.tokens:,} tokens, {longest}")
-        for title, faults in (("dropped", self.too_long), ("left out", self.left_out)):
-            if faults:
+        for title in ("dropped", "truncated", "left_out"):
+            if faults := getattr(self, title):
                 print(f"        {title}: {len(faults)}")
                 for fault in faults[:5]:
                     print(f"          {fault}")
@@ -162,14 +165,20 @@ class Report:
         infer.write_text(path, json.dumps(vars(self), indent=2, ensure_ascii=False) + "\n")
 
 
-def row_ids(
-    prompt: list[int], codes: np.ndarray, ids: infer.SpeechIds, train_on: str
-) -> dict[str, np.ndarray]:
-    """input_ids: prompt, audio, EOS, EOA; labels: the same, −100 where there is no loss."""
-    speech = infer.codes_to_ids(codes, ids)
-    input_ids = np.concatenate([prompt, speech, [ids.eos, ids.eoa]]).astype(np.int64)
+def make_row(
+    prompt: list[int], codes: np.ndarray, ids: infer.SpeechIds, settings: Settings
+) -> dict:
+    """input_ids: prompt, audio, EOS, EOA; labels: the same, −100 where there is no loss.
+
+    `too_long` "truncate" cuts at a frame's edge and leaves the ends off: none learns to stop early.
+    """
+    ends = [ids.eos, ids.eoa]
+    room = (settings.max_length - len(prompt) - len(ends)) // infer.SLOTS  # frames
+    if len(codes) > room and settings.too_long == "truncate":
+        codes, ends = codes[: (settings.max_length - len(prompt)) // infer.SLOTS], []
+    input_ids = np.concatenate([prompt, infer.codes_to_ids(codes, ids), ends]).astype(np.int64)
     labels = input_ids.copy()
-    if train_on == "audio":
+    if settings.train_on == "audio":
         labels[: len(prompt)] = -100
     return {"input_ids": input_ids, "labels": labels}
 
@@ -181,7 +190,7 @@ def make_rows(
     from tqdm import tqdm
 
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    report, rows = Report(settings.dataset), []
+    report, rows, digest = Report(settings.dataset), [], hashlib.sha256()
     for clip in tqdm(clips, desc="encoding", unit="clip", disable=None):
         report.clips += 1
         try:
@@ -193,25 +202,30 @@ def make_rows(
         except Mistake as mistake:
             report.left_out.append(f"{clip.where}: {mistake}")
             continue
-        row = row_ids(prompt, infer.encode(codec, [audio])[0], ids, settings.train_on)
+        codes = infer.encode(codec, [audio])[0]
+        row = make_row(prompt, codes, ids, settings)
         length = len(row["input_ids"])
-        if length > settings.max_length:
-            report.too_long.append(
-                f"{clip.where}: {length} tokens, {len(audio) / infer.SAMPLE_RATE:.1f} s"
-            )
+        kept = (length - len(prompt)) // infer.SLOTS  # frames
+        fault = f"{clip.where}: {len(prompt) + codes.size + 2} tokens, "
+        fault += f"{len(audio) / infer.SAMPLE_RATE:.1f} s"
+        if length > settings.max_length or not kept:
+            report.dropped.append(fault)
             continue
+        if kept < len(codes):
+            report.truncated.append(fault)
         rows.append(row)
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
         report.rows += 1
-        report.seconds += len(audio) / infer.SAMPLE_RATE
+        report.seconds += min(len(audio), kept * infer.FRAME_SAMPLES) / infer.SAMPLE_RATE
         report.tokens += length
         report.longest = max(report.longest, length)
         if voice:
             report.voices[voice] = report.voices.get(voice, 0) + 1
     if not rows:
-        first = (report.left_out + report.too_long + ["no clips"])[0]
-        raise Mistake(
-            f"{settings.dataset}: no rows left of {report.clips} clips; the first: {first}"
-        )
+        first = (report.left_out + report.dropped + ["no clips"])[0]
+        none = f"{settings.dataset}: no rows left of {report.clips} clips"
+        raise Mistake(f"{none}; the first: {first}")
+    report.digest = digest.hexdigest()
     return rows, report
 
 

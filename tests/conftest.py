@@ -59,12 +59,12 @@ DEMO = ["--config", "data/demo/config.json"]
 RUN = """
 import sys, torch
 import finetune, infer
-save = finetune.save_adapter
+save = finetune.save_model
 def save_and_look(model, tokenizer, out):
     save(model, tokenizer, out)
     with torch.no_grad():
         torch.save(model.eval()(input_ids=torch.arange(300)[None]).logits, out / "logits.pt")
-finetune.save_adapter = save_and_look
+finetune.save_model = save_and_look
 infer.run(finetune.main)
 """
 

@@ -3,12 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import typing
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -16,6 +16,9 @@ from conftest import DEMO, ROOT, one_line, script
 
 import finetune
 import infer
+
+# In this process without unsloth, which would patch TRL for all tests that follow.
+PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
 
 # ---------------------------------------------------------------- settings
 
@@ -34,12 +37,12 @@ def test_every_key_is_read_and_stands_in_the_readme():
     assert sorted(table) == sorted(config)
 
 
-def arguments_of(**overrides):
+def settings_of(**overrides):
     return infer.read_settings("data/demo/config.json", overrides)
 
 
 def test_every_sftconfig_key_is_reachable(tmp_path):
-    settings = arguments_of(output_dir=str(tmp_path), adam_beta2="0.95", neftune_noise_alpha="5")
+    settings = settings_of(output_dir=str(tmp_path), adam_beta2="0.95", neftune_noise_alpha="5")
     arguments = finetune.trainer_arguments(settings)
     assert (arguments.adam_beta2, arguments.neftune_noise_alpha) == (0.95, 5.0)
     assert settings.flat()["adam_beta2"] == 0.95
@@ -53,7 +56,7 @@ def test_unknown_and_wrong_trainer_keys():
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
         with pytest.raises(infer.Mistake, match=line):
-            finetune.trainer_arguments(arguments_of(**overrides))
+            finetune.trainer_arguments(settings_of(**overrides))
 
 
 def test_the_top_level_config_without_a_gpu(monkeypatch, tmp_path):
@@ -63,32 +66,157 @@ def test_the_top_level_config_without_a_gpu(monkeypatch, tmp_path):
     assert "no GPU" in line and "days" in line and "make demo" in line
 
 
+# ---------------------------------------------------------------- remedies
+
+
+REMEDIES = {
+    "4-bit": ({"weights": "4bit"}, "Linear4bit"),
+    "8-bit": ({"weights": "8bit"}, "Linear8bitLt"),
+    "16-bit": ({"weights": "16bit"}, "torch.float32"),
+    "full": ({"full_finetuning": "true", "learning_rate": "1e-4"}, "parameters to train"),
+    "checkpointing": ({"gradient_checkpointing": "true"}, "torch.float32"),
+    "bf16": ({"bf16": "true"}, "torch.bfloat16"),
+    "adafactor": ({"optim": "adafactor"}, "torch.float32"),
+    "sgd": ({"optim": "sgd", "learning_rate": "1"}, "torch.float32"),
+    "accumulation": ({"gradient_accumulation_steps": "3"}, "× 3 for a step"),
+    "packed": ({"batching": "pack", "per_device_train_batch_size": "1"}, "batches packed"),
+    "fixed": ({"batching": "pad_to_max"}, "padded to max_length"),
+}
+
+
+def run_here(monkeypatch, out, **overrides):
+    """finetune.main in this process, on the transformers backend and eight of the clips."""
+    overrides = {
+        "output_dir": out, "backend": "transformers", "gradient_checkpointing": "false",
+        "limit": "8", "max_steps": "3", "logging_steps": "1", "sample_texts": "[]",
+        "per_device_train_batch_size": "2", "lr_scheduler_type": "constant", **overrides,
+    }  # fmt: skip
+    words = [str(word) for name, value in overrides.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *DEMO, *words])
+    finetune.main()
+    assert "unsloth" not in sys.modules
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_remedy_trains_and_reloads(name, tmp_path, monkeypatch, capsys):
+    """Real steps on one batch with each remedy: the loss falls, and what was saved loads again."""
+    overrides, sign = REMEDIES[name]
+    run_here(monkeypatch, tmp_path, limit="2", max_steps="4", **overrides)
+    printed = capsys.readouterr().out
+    assert sign in printed
+    first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", printed).groups())
+    assert last < first
+    assert infer.is_adapter(tmp_path) == (name != "full")
+    model, _ = infer.load_model(str(tmp_path))
+    assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()
+
+
+def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine can")
+    cases = [
+        (["--weights", "fp8"], 'weights "fp8" need a GPU'),
+        (["--weights", "4bit", "--full_finetuning"], 'full_finetuning needs weights "16bit"'),
+        (["--gradient_checkpointing", "unsloth"], "set it to true"),
+        (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit needs a GPU"),
+        (["--fp16", "true"], "fp16 needs a GPU"),
+        (["--packing", "true"], "packing follows from batching"),
+    ]
+    for words, line in cases:
+        words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
+        assert line in one_line(finetune.main, monkeypatch, *words)
+    settings = settings_of(weights="8bit")
+    with pytest.raises(infer.Mistake, match='backend "transformers" has them'):
+        finetune.check_remedies(settings, finetune.trainer_arguments(settings))
+
+
+# ---------------------------------------------------------------- nothing lost
+
+
+def same_file(a, b):
+    return a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("batching", ["pack", "pad"])
+def test_resume_past_the_first_epoch_is_bit_identical(batching, tmp_path, monkeypatch):
+    keys = {"batching": batching, "max_length": "256", "save_steps": "1", "save_total_limit": "9"}
+    keys |= {"max_steps": "9", "lr_scheduler_type": "cosine", "lora_dropout": "0.1"}
+    run_here(monkeypatch, tmp_path / "whole", **keys)
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for name in (infer.SAVED_CONFIG, infer.SAVED_REPORT):
+        (torn / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    state = json.loads((tmp_path / "whole/checkpoint-7/trainer_state.json").read_text())
+    assert state["epoch"] > 1
+    shutil.copytree(tmp_path / "whole/checkpoint-7", torn / "checkpoint-7")
+    run_here(monkeypatch, torn, **keys, resume="true")
+    name = "adapter_model.safetensors"
+    assert same_file(tmp_path / "whole" / name, torn / name)
+
+
+def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run_here(monkeypatch, out, save_steps="2")
+    (out / "adapter_config.json").unlink()  # as if the end had not been reached
+    with pytest.raises(infer.Mistake, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
+        run_here(monkeypatch, out, resume="true", lora_r="4", limit="7", max_steps="4")
+    assert "limit was 8 and is 7" in str(told.value) and "rows are others" in str(told.value)
+    assert "max_steps" not in str(told.value)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    load = finetune.load_model
+
+    def spoilt(settings, arguments):
+        model = load(settings, arguments)
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(finetune, "load_model", spoilt)
+    with pytest.raises(infer.Mistake, match=r"loss is nan at step 1; .* rows in the batch: .*slt:"):
+        run_here(monkeypatch, tmp_path)
+
+
+def test_an_exploding_loss_stops_the_run(tmp_path, monkeypatch):
+    with pytest.raises(infer.Mistake, match=r"at step \d explodes .* lower learning_rate"):
+        run_here(monkeypatch, tmp_path, learning_rate="100", max_grad_norm="0")
+
+
 # ---------------------------------------------------------------- batches
 
 
-def test_rows_of_1054_and_337_tokens_train_in_one_batch(tmp_path, tokenizer, ids):
-    """The pair of the classic crash: input_ids, attention_mask and labels are padded alike."""
-    import unsloth  # noqa: F401
+PAIR = """
+import json, sys
+import unsloth
+from pathlib import Path
+import finetune, infer
+settings = infer.read_settings("data/demo/config.json", json.loads(sys.argv[1]))
+arguments = finetune.trainer_arguments(settings)
+tokenizer = infer.load_tokenizer(Path(settings.model))
+ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
+draw = np.random.default_rng(0)
+rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
+rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
+model = finetune.load_model(settings, arguments)
+trainer = finetune.make_trainer(model, tokenizer, rows, arguments, {})
+batch = next(iter(trainer.get_train_dataloader()))
+assert set(batch) == {"input_ids", "attention_mask", "labels"}, set(batch)
+assert all(tensor.shape == (2, 1054) for tensor in batch.values())
+short = int(batch["attention_mask"].sum(1).argmin())
+assert batch["attention_mask"].sum(1).tolist()[short] == 337
+assert (batch["labels"][short, 337:] == -100).all()
+assert (batch["input_ids"][short, 337:] == ids.pad).all()
+assert (batch["labels"][short, :337] == batch["input_ids"][short, :337]).all()
+trainer.train()
+assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
+"""
 
-    draw = np.random.default_rng(0)
-    rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
-    rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
-    overrides = dict(per_device_train_batch_size="2", max_steps="1", max_length="1100")
-    settings = arguments_of(output_dir=str(tmp_path / "out"), **overrides)
-    arguments = finetune.trainer_arguments(settings)
-    model = finetune.load_model(settings)
-    trainer = finetune.make_trainer(model, tokenizer, rows, arguments, {})
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "labels"), (2, 1054)
-    )
-    short = int(batch["attention_mask"].sum(1).argmin())
-    assert batch["attention_mask"].sum(1).tolist()[short] == 337
-    assert (batch["labels"][short, 337:] == -100).all()
-    assert (batch["input_ids"][short, 337:] == ids.pad).all()
-    assert (batch["labels"][short, :337] == batch["input_ids"][short, :337]).all()
-    trainer.train()
-    assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+def test_rows_of_1054_and_337_tokens_train_in_one_batch(tmp_path):
+    """The pair of the classic crash, through Unsloth: all three tensors are padded alike."""
+    overrides = {"per_device_train_batch_size": "2", "max_steps": "1", "max_length": "1100"}
+    code, _, errors = script("-c", PAIR, json.dumps(overrides | {"output_dir": str(tmp_path)}))
+    assert code == 0, errors
 
 
 # ---------------------------------------------------------------- a whole run
@@ -200,8 +328,9 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "learning_rate", "1"], "write keys as --key value"),
         ([*DEMO, "--output_dir"], "write keys as --key value"),
     ]
-    monkeypatch.setattr(finetune, "load_model", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("a model was loaded"))
     for words, line in cases:
+        words = [*PLAIN, *words]
         if "--output_dir" not in words:
             words = [*words, "--output_dir", tmp_path / "out"]
         assert re.search(line, one_line(finetune.main, monkeypatch, *words)), words

@@ -1,0 +1,171 @@
+"""Rows of unequal length: packed, padded and cut, each against an independent account of it.
+
+All on the transformers backend: importing unsloth would patch TRL for the whole process.
+"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, script
+
+import finetune
+import infer
+from data import prepare
+
+PLAIN = {"backend": "transformers", "gradient_checkpointing": "false"}
+
+
+@pytest.fixture
+def rows(ids):
+    """Twelve rows as prepare makes them, 40 to 240 tokens, of random legal codes."""
+    draw = np.random.default_rng(5)
+    settings = infer.read_settings("data/demo/config.json")
+    codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 12)]
+    return [prepare.make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+
+
+@pytest.fixture
+def trainer_of(tmp_path, tokenizer, rows):
+    """A trainer over `rows`, and its settings, for these keys."""
+
+    def make(**overrides):
+        assert "unsloth" not in sys.modules
+        overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
+        settings = infer.read_settings("data/demo/config.json", overrides)
+        arguments = finetune.trainer_arguments(settings)
+        finetune.check_remedies(settings, arguments)
+        model = finetune.load_model(settings, arguments)
+        torch.manual_seed(1)
+        for name, weight in model.named_parameters():  # else half of the gradients are zero
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.02)
+        return finetune.make_trainer(model, tokenizer, rows, arguments, {})
+
+    return make
+
+
+def losses_and_gradients(model, batches):
+    """(summed loss, gradients end to end) over batches, in fp32."""
+    model.zero_grad()
+    loss = 0.0
+    for batch in batches:
+        labels = batch.pop("labels")
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        part = torch.nn.functional.cross_entropy(
+            logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
+        part.backward()
+        loss += part.item()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return loss, torch.cat(grads)
+
+
+def one_by_one(rows):
+    return [
+        {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "labels")} for row in rows
+    ]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_packed_equals_row_by_row_and_a_contaminated_pack_does_not(trainer_of, rows):
+    trainer = trainer_of(batching="pack", per_device_train_batch_size="1", max_length="512")
+    model = trainer.model.float().eval()
+    packed = list(trainer.get_train_dataloader())
+    assert len(packed) < len(rows) and all("attention_mask" not in batch for batch in packed)
+    assert all("position_ids" in batch for batch in packed)
+    alone, alone_grads = losses_and_gradients(model, one_by_one(rows))
+    again = [dict(batch) for batch in packed]
+    loss, grads = losses_and_gradients(model, again)
+    assert abs(loss / alone - 1) < 1e-5
+    assert relative(grads, alone_grads) < 1e-5
+    spoilt = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in packed]
+    loss, grads = losses_and_gradients(model, spoilt)
+    assert abs(loss / alone - 1) > 1e-5 and relative(grads, alone_grads) > 1e-3
+
+
+@pytest.mark.parametrize("batching", ["pad", "pad_to_max"])
+def test_padded_equals_row_by_row(trainer_of, rows, ids, batching):
+    trainer = trainer_of(batching=batching, per_device_train_batch_size="4", max_length="256")
+    model = trainer.model.float().eval()
+    batches = list(trainer.get_train_dataloader())
+    for batch in batches:
+        shape = batch["input_ids"].shape
+        assert batch["attention_mask"].shape == batch["labels"].shape == shape
+        blank = batch["attention_mask"] == 0
+        assert (batch["labels"][blank] == -100).all()
+        assert (batch["input_ids"][blank] == ids.pad).all()
+        longest = 256 if batching == "pad_to_max" else int(batch["attention_mask"].sum(1).max())
+        assert shape[1] == longest
+    alone, alone_grads = losses_and_gradients(model, one_by_one(rows))
+    loss, grads = losses_and_gradients(model, batches)
+    assert abs(loss / alone - 1) < 1e-5
+    assert relative(grads, alone_grads) < 1e-5
+
+
+def test_length_batches_are_alike_whole_and_repeatable():
+    lengths = np.random.default_rng(0).integers(50, 2000, 1003).tolist()
+    order = finetune.length_batches(lengths, 8, seed=1)
+    assert sorted(order) == list(range(1003))
+    assert order == finetune.length_batches(lengths, 8, seed=1)
+    assert order != finetune.length_batches(lengths, 8, seed=2)
+    batches = [[lengths[row] for row in order[n : n + 8]] for n in range(0, 1003, 8)]
+    slots = sum(len(batch) * max(batch) for batch in batches)
+    assert sum(lengths) / slots > 0.95
+    assert len(batches[-1]) == 3
+
+
+def test_length_sampler_changes_with_the_epoch(trainer_of):
+    sampler = trainer_of(batching="pad", per_device_train_batch_size="2")._get_train_sampler()
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == sorted(first)
+
+
+def test_truncated_rows_end_at_a_frames_edge_without_an_end(ids):
+    settings = infer.read_settings("data/demo/config.json", {"too_long": "truncate"})
+    settings.max_length = 40
+    prompt = [ids.soh, ids.bos, 65, 66, ids.sos]
+    codes = np.random.default_rng(0).integers(0, ids.codebook_size, (10, 7))
+    row = prepare.make_row(prompt, codes, ids, settings)
+    assert len(row["input_ids"]) == 5 + 35  # five frames fit, and no end
+    assert (infer.ids_to_codes(row["input_ids"][5:], ids) == codes[:5]).all()
+    short = prepare.make_row(prompt, codes[:4], ids, settings)
+    assert short["input_ids"][-2:].tolist() == [ids.eos, ids.eoa] and len(short["input_ids"]) == 35
+    settings.max_length = 41  # 5 + 35 + 2 would be over by one: cut, though the frames fit
+    assert ids.eos not in prepare.make_row(prompt, codes[:5], ids, settings)["input_ids"]
+
+
+def losses(out):
+    state = max(out.glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json"
+    return [log["loss"] for log in json.loads(state.read_text())["log_history"] if "loss" in log]
+
+
+def test_both_backends_give_the_same_losses(tmp_path):
+    words = [
+        *DEMO,
+        "--limit",
+        "16",
+        "--max_steps",
+        "4",
+        "--logging_steps",
+        "1",
+        "--lr_scheduler_type",
+    ]
+    words += ["constant", "--sample_texts", "[]", "--per_device_train_batch_size", "4"]
+    told = {}
+    for backend in ("unsloth", "transformers"):
+        out = tmp_path / backend
+        code, told[backend], errors = script(
+            "finetune.py", *words, "--backend", backend, "--output_dir", out
+        )
+        assert code == 0, errors
+    first, second = losses(tmp_path / "unsloth"), losses(tmp_path / "transformers")
+    assert len(first) == 4 and first[-1] < first[0]
+    assert np.allclose(first, second, rtol=1e-4), (first, second)
+    assert told["unsloth"].split("batches")[1][:80] == told["transformers"].split("batches")[1][:80]
