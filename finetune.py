@@ -65,7 +65,8 @@ def last_checkpoint(out: Path) -> Path | None:
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
-FREE_KEYS += ("sample_texts", "temperature", "top_p", "repetition_penalty", "max_seconds")
+FREE_KEYS += ("sample_steps", "sample_texts", "max_seconds")
+FREE_KEYS += ("temperature", "top_p", "repetition_penalty")
 FREE_PARTS = ("logging_", "save_", "eval_")
 
 
@@ -114,6 +115,8 @@ def trainer_arguments(settings: Settings):
         "pad_to_multiple_of": settings.max_length if settings.batching == "pad_to_max" else None,
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "use_cpu": not torch.cuda.is_available(),
+        "metric_for_best_model": "eval_score",  # the best checkpoint is never rotated away
+        "greater_is_better": True,
     }
     for name, (value, source) in settings.trainer.items():
         if name in ours:
@@ -263,6 +266,111 @@ def check_context(settings: Settings) -> None:
         raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
 
 
+# ---------------------------------------------------------------- hearing
+
+
+def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, rows held out): a text stands on one side alone, whoever speaks it."""
+    texts = sorted({row["text"] for row in rows})
+    held = round(settings.held_out * len(texts))
+    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:held]
+    aside = {texts[n] for n in chosen}
+    return [r for r in rows if r["text"] not in aside], [r for r in rows if r["text"] in aside]
+
+
+def held_out_metrics(model, rows: list[dict], ids: infer.SpeechIds, dtype=None) -> dict:
+    """Loss and accuracy over held-out rows: in all, and for text, slots 0 to 6 and the end.
+
+    Row by row and 256 positions at a time, since the logits of a long row would fill a small card.
+    """
+    import torch
+
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = [*(f"slot{n}" for n in range(infer.SLOTS)), "end", "text"]
+    sums = np.zeros((3, len(kinds)))  # losses, hits, count
+    autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
+    with torch.inference_mode(), autocast:
+        for row in rows:
+            labels = torch.from_numpy(row["labels"]).to(model.device)[1:]
+            inputs = torch.from_numpy(row["input_ids"]).to(model.device)[None, :-1]
+            hidden = whole.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state[0]
+            for part, wanted in zip(hidden.split(256), labels.split(256), strict=True):
+                logits = whole.get_output_embeddings()(part).float()  # (256, vocabulary)
+                kept = wanted != -100
+                loss = torch.nn.functional.cross_entropy(
+                    logits[kept], wanted[kept], reduction="none"
+                )
+                kind = (wanted[kept] - ids.audio).div(ids.codebook_size, rounding_mode="floor")
+                kind[(kind < 0) | (kind >= infer.SLOTS)] = kinds.index("text")
+                kind[(wanted[kept] == ids.eos) | (wanted[kept] == ids.eoa)] = kinds.index("end")
+                hits = (logits[kept].argmax(-1) == wanted[kept]).float()
+                for line, values in zip(sums, (loss, hits, torch.ones_like(hits)), strict=True):
+                    np.add.at(line, kind.cpu().numpy(), values.cpu().numpy())
+    losses, hits, counts = sums
+    metrics = {"eval_loss": losses.sum() / max(counts.sum(), 1)}
+    for n in np.flatnonzero(counts):
+        metrics[f"eval_loss_{kinds[n]}"] = losses[n] / counts[n]
+        metrics[f"eval_accuracy_{kinds[n]}"] = hits[n] / counts[n]
+    return {name: float(value) for name, value in metrics.items()} if rows else {}
+
+
+def make_listener(tokenizer, codec, settings: Settings, report: prepare.Report, held: list[dict]):
+    """listen(model, step): speaks sample_texts, looks at the held-out rows; (metrics, spoken)."""
+    import torch
+
+    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
+    texts, voice = settings.sample_texts, next(iter(report.voices), None)
+
+    def listen(model, step: int, dtype=None) -> tuple[dict, list]:
+        folder = Path(settings.output_dir) / f"samples/step-{step:06}"
+        paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
+        for_inference, for_training = model.eval, model.train
+        if settings.backend == "unsloth":
+            for_inference, for_training = model.for_inference, model.for_training
+        for_inference()
+        with torch.random.fork_rng():  # training goes on as if nobody had listened
+            spoken = infer.speak(texts, paths, model, tokenizer, codec, settings, voice)
+        metrics = held_out_metrics(model, held, ids, dtype)
+        for_training()
+        return metrics | ear_metrics(texts, spoken, report, metrics.get("eval_loss", 0)), spoken
+
+    return listen
+
+
+def ear_metrics(texts: list[str], spoken: list, report: prepare.Report, loss: float) -> dict:
+    """What can be told of a voice without ears: does it end, and at the corpus's pace?
+
+    The score orders checkpoints: the share that ended, then the pace, the held-out loss last.
+    """
+    if not spoken:
+        return {"eval_score": -loss / 10}
+    ended = sum(end for _, end in spoken) / len(spoken)
+    seconds = sum(len(audio) for audio, _ in spoken) / infer.SAMPLE_RATE
+    pace = seconds / sum(map(len, texts)) / (report.seconds / report.characters)
+    score = 100 * ended - 10 * min(abs(math.log(pace)), 5) - loss / 10
+    return {"eval_ended": ended, "eval_pace": pace, "eval_score": score}
+
+
+EAR = ("eval_ended", "eval_pace", "eval_loss")
+
+
+def save_checks(trainer, out: Path) -> None:
+    """The table of all checks to checks.csv, and which step came out best."""
+    checks = [log for log in trainer.state.log_history if "eval_score" in log]
+    if not checks:
+        return
+    names = ["step", *sorted({name for log in checks for name in log if name[:5] == "eval_"})]
+    lines = [",".join(names)]
+    lines += [",".join(f"{log.get(name, float('nan')):.6g}" for name in names) for log in checks]
+    infer.write_text(out / "checks.csv", "\n".join(lines) + "\n")
+    best = max(checks, key=lambda log: log["eval_score"])
+    told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
+    kept = (out / f"checkpoint-{best['step']}").is_dir()
+    print(
+        f"best    step {best['step']} of {len(checks)} checks: {told}" + (", kept" if kept else "")
+    )
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -282,8 +390,12 @@ def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
     return [row for batch in batches for row in batch] + last
 
 
-def trainer_class(lengths: list[int], stop: dict):
-    """SFTTrainer with batches of like lengths, and the callback that watches over a run."""
+def trainer_class(lengths: list[int], settings: Settings, stop: dict, listen):
+    """SFTTrainer with batches of like lengths, and the callback that watches over a run.
+
+    `listen(model, step)` takes the place of Trainer's own evaluation: (metrics, samples).
+    """
+    import torch
     from torch.utils.data import Sampler
     from transformers import TrainerCallback
     from trl import SFTTrainer
@@ -304,9 +416,11 @@ def trainer_class(lengths: list[int], stop: dict):
             return len(lengths)
 
     class Watch(TrainerCallback):
-        """Ends the run after the step at hand on Ctrl-C or a kill, and on an exploding loss."""
+        """Calls for checks; ends the run on Ctrl-C or a kill, and on an exploding loss."""
 
         def on_step_end(self, args, state, control, **_):
+            last = state.global_step >= state.max_steps
+            control.should_evaluate = last or state.global_step % settings.sample_steps == 0
             if stop:
                 control.should_save = control.should_training_stop = True
             return control
@@ -334,17 +448,31 @@ def trainer_class(lengths: list[int], stop: dict):
                 raise Mistake(f"{step}; last checkpoint: {good}; rows in the batch: {texts}")
             return loss
 
+        def evaluate(self, *_, **__):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            metrics, spoken = listen(self.model, self.state.global_step, dtype)
+            self.model.eval()  # TRL files what is logged now under evaluation
+            self.log(metrics)
+            self.model.train()
+            handler = self.callback_handler
+            self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+            for writer in (getattr(c, "tb_writer", None) for c in handler.callbacks):
+                for n, (audio, _) in enumerate(spoken if writer else [], 1):
+                    step, rate = self.state.global_step, infer.SAMPLE_RATE
+                    writer.add_audio(f"sample/{n:02}", audio[None], step, sample_rate=rate)
+            return metrics
+
     return SpeechTrainer, Watch()
 
 
-def make_trainer(model, tokenizer, rows: list[dict], arguments, stop: dict):
+def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: dict, listen=None):
     """The trainer over ready rows; says how its batches are made."""
     from datasets import Dataset
 
     asked = arguments.packing
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     lengths = [len(row) for row in columns["input_ids"]]
-    trainer_type, callback = trainer_class(lengths, stop)
+    trainer_type, callback = trainer_class(lengths, settings, stop, listen)
     trainer = trainer_type(
         model=model,
         args=arguments,
@@ -444,19 +572,6 @@ def save_model(model, tokenizer, out: Path) -> None:
     part.rmdir()
 
 
-def speak_samples(model, tokenizer, codec, settings: Settings, report: prepare.Report) -> None:
-    """Each of sample_texts to output_dir/samples, in the first voice of the data."""
-    texts, folder = settings.sample_texts, Path(settings.output_dir) / "samples"
-    paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
-    voice = next(iter(report.voices), None)
-    model.eval()
-    if settings.backend == "unsloth":
-        from unsloth import FastLanguageModel
-
-        FastLanguageModel.for_inference(model)
-    infer.speak(texts, paths, model, tokenizer, codec, settings, voice)
-
-
 def end_block(settings: Settings, trainer, tokens: float, started: float) -> None:
     """Minutes, tokens per second, peak memory, and where everything is."""
     import torch
@@ -497,7 +612,9 @@ def main() -> None:
     if checkpoint:
         check_resumed(settings, report)
     model, stop = load_model(settings, arguments), {}
-    trainer = make_trainer(model, tokenizer, rows, arguments, stop)
+    rows, held = split_rows(rows, settings)
+    listen = make_listener(tokenizer, codec, settings, report, held)
+    trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
     out = Path(settings.output_dir)
     if settings.overwrite and not settings.resume:
         clear_run(out)
@@ -505,8 +622,9 @@ def main() -> None:
     report.save(out / infer.SAVED_REPORT)
     epochs = train(trainer, settings, checkpoint, stop)
     save_model(trainer.model, tokenizer, out)
-    speak_samples(trainer.model, tokenizer, codec, settings, report)
-    end_block(settings, trainer, report.tokens * epochs, started)
+    save_checks(trainer, out)
+    tokens = epochs * sum(len(row["input_ids"]) for row in rows)
+    end_block(settings, trainer, tokens, started)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ class Settings:
     overwrite: bool = key("replace the run that output_dir holds")
     resume: bool = key("go on from the last checkpoint in output_dir")
     seed: int = key("seed of training and of speaking", ge=0)
-    sample_texts: list[str] = key("texts spoken to wavs when training is done")
+    held_out: float = key("share of the texts kept from training, to be judged on", ge=0, lt=1)
+    sample_steps: int = key("steps between checks: held-out loss, sample_texts spoken", gt=0)
+    sample_texts: list[str] = key("texts spoken at every check, and when training is done")
     temperature: float = key("sampling temperature; 0 is greedy", ge=0)
     top_p: float = key("nucleus sampling", gt=0, le=1)
     repetition_penalty: float = key("over prompt and audio alike; 1 is off", gt=0)
@@ -611,8 +613,8 @@ def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list
     return plain, folder, []
 
 
-def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: int) -> None:
-    """Decodes to `path` and tells what came of it."""
+def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: int) -> np.ndarray:
+    """Decodes to `path` and tells what came of it; the samples."""
     import torch
 
     torch.manual_seed(seed)
@@ -620,16 +622,19 @@ def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: in
     write_audio(path, audio)
     length, spent = len(audio) / SAMPLE_RATE, time.perf_counter() - started
     print(f"{path}  {length:.2f} s of audio in {spent:.2f} s, {len(codes)} frames, {how}")
+    return audio
 
 
-def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None) -> None:
-    """Each text to its path, told one by one; finetune.py's samples are made here, too."""
+def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None) -> list:
+    """Each text to its path, told one by one: [(samples, whether it ended by itself)]."""
     ids = read_speech_ids(tokenizer, codec.codebook_size)
+    spoken = []
     for text, path in zip(texts, paths, strict=True):
         started = time.perf_counter()
         codes, ended = generate(model, tokenizer, ids, text, settings, voice)
         how = "ended by itself" if ended else "cut off at the limit: no end came (--max_seconds)"
-        say(codec, codes, path, started, how, settings.seed)
+        spoken.append((say(codec, codes, path, started, how, settings.seed), ended))
+    return spoken
 
 
 def main() -> None:

@@ -138,6 +138,7 @@ class Report:
     dataset: str
     clips: int = 0
     seconds: float = 0.0  # of audio in the rows
+    characters: int = 0  # of text in the rows
     rows: int = 0
     tokens: int = 0  # in the rows, prompts included
     longest: int = 0  # tokens in the longest row that was kept
@@ -186,7 +187,7 @@ def make_row(
 def make_rows(
     clips: Iterable[Clip], settings: Settings, tokenizer, codec
 ) -> tuple[list[dict], Report]:
-    """Rows for the trainer and the report. A faulty clip is left out, counted and named."""
+    """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named."""
     from tqdm import tqdm
 
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
@@ -203,7 +204,7 @@ def make_rows(
             report.left_out.append(f"{clip.where}: {mistake}")
             continue
         codes = infer.encode(codec, [audio])[0]
-        row = make_row(prompt, codes, ids, settings)
+        row = make_row(prompt, codes, ids, settings) | {"text": " ".join(clip.text.split())}
         length = len(row["input_ids"])
         kept = (length - len(prompt)) // infer.SLOTS  # frames
         fault = f"{clip.where}: {len(prompt) + codes.size + 2} tokens, "
@@ -217,6 +218,7 @@ def make_rows(
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
         report.rows += 1
         report.seconds += min(len(audio), kept * infer.FRAME_SAMPLES) / infer.SAMPLE_RATE
+        report.characters += len(clip.text)
         report.tokens += length
         report.longest = max(report.longest, length)
         if voice:

@@ -42,7 +42,7 @@ def trainer_of(tmp_path, tokenizer, rows):
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, {})
+        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, {})
 
     return make
 

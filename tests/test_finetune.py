@@ -1,5 +1,6 @@
 """finetune.py: settings, batches, a whole run, stopping and resuming, and a person's mistakes."""
 
+import csv
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import typing
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -16,6 +18,7 @@ from conftest import DEMO, ROOT, one_line, script
 
 import finetune
 import infer
+from data import prepare
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -88,7 +91,7 @@ def run_here(monkeypatch, out, **overrides):
     """finetune.main in this process, on the transformers backend and eight of the clips."""
     overrides = {
         "output_dir": out, "backend": "transformers", "gradient_checkpointing": "false",
-        "limit": "8", "max_steps": "3", "logging_steps": "1", "sample_texts": "[]",
+        "limit": "8", "max_steps": "3", "held_out": "0", "logging_steps": "1", "sample_texts": "[]",
         "per_device_train_batch_size": "2", "lr_scheduler_type": "constant", **overrides,
     }  # fmt: skip
     words = [str(word) for name, value in overrides.items() for word in (f"--{name}", value)]
@@ -154,6 +157,13 @@ def test_resume_past_the_first_epoch_is_bit_identical(batching, tmp_path, monkey
     assert same_file(tmp_path / "whole" / name, torn / name)
 
 
+def test_three_kills_change_nothing(tmp_path):
+    """kill −9 at any moment, data preparation and saving included; stress_resume.py does twenty."""
+    code, printed, errors = script("tests/stress_resume.py", "3", tmp_path)
+    assert code == 0, printed + errors
+    assert "3 kills, the same adapter" in printed
+
+
 def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_here(monkeypatch, out, save_steps="2")
@@ -162,6 +172,79 @@ def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
         run_here(monkeypatch, out, resume="true", lora_r="4", limit="7", max_steps="4")
     assert "limit was 8 and is 7" in str(told.value) and "rows are others" in str(told.value)
     assert "max_steps" not in str(told.value)
+
+
+# ---------------------------------------------------------------- watching and hearing
+
+
+def test_listening_changes_nothing(tmp_path, monkeypatch):
+    """Checks at every step, with dropout drawing from the same generator: the same adapter."""
+    keys = {"lora_dropout": "0.1", "sample_texts": '["two"]', "max_seconds": "0.3"}
+    run_here(monkeypatch, tmp_path / "often", sample_steps="1", **keys)
+    run_here(monkeypatch, tmp_path / "once", sample_steps="3", **keys)
+    name = "adapter_model.safetensors"
+    assert same_file(tmp_path / "often" / name, tmp_path / "once" / name)
+    folders = sorted(p.name for p in (tmp_path / "often/samples").iterdir())
+    assert folders == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keys = {"sample_texts": '["two", "six"]', "max_seconds": "0.3", "held_out": "0.3"}
+    keys |= {"report_to": "tensorboard", "sample_steps": "1", "save_steps": "1"}
+    run_here(monkeypatch, tmp_path, **keys, save_total_limit="2")
+    with open(tmp_path / "checks.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and {"eval_loss_slot3", "eval_pace", "eval_ended"} <= set(rows[0])
+    best = max(rows, key=lambda row: float(row["eval_score"]))["step"]
+    assert f"best    step {best} of 3 checks" in capsys.readouterr().out
+    assert (tmp_path / f"checkpoint-{best}").is_dir()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent), {"audio": 0}).Reload()
+    assert sorted(events.Tags()["audio"]) == ["sample/01", "sample/02"]
+    assert len(events.Audio("sample/01")) == 3
+    assert "eval/loss_slot6" in events.Tags()["scalars"]
+
+
+def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
+    """Against one log-softmax over all positions and a loop in Python."""
+    rows, _ = prepare_rows(limit="3", train_on="all")
+    model, _ = infer.load_model("data/demo/base")
+    metrics = finetune.held_out_metrics(model, rows, ids)
+    seen = {}
+    for row in rows:
+        inputs = torch.from_numpy(row["input_ids"])
+        scores = model(input_ids=inputs[None]).logits[0].log_softmax(-1)
+        for at in range(len(inputs) - 1):
+            wanted = int(inputs[at + 1])
+            slot = (wanted - ids.audio) // ids.codebook_size
+            name = f"slot{slot}" if slot >= 0 else "end" if wanted in (ids.eos, ids.eoa) else "text"
+            hit = float(scores[at].argmax() == wanted)
+            seen.setdefault(name, []).append((-float(scores[at, wanted]), hit))
+    assert set(seen) == {*(f"slot{n}" for n in range(7)), "end", "text"}
+    for name, pairs in seen.items():
+        loss, hits = np.mean(pairs, axis=0)
+        assert np.isclose(metrics[f"eval_loss_{name}"], loss, rtol=1e-4), name
+        assert np.isclose(metrics[f"eval_accuracy_{name}"], hits), name
+    everything = [loss for pairs in seen.values() for loss, _ in pairs]
+    assert np.isclose(metrics["eval_loss"], np.mean(everything), rtol=1e-4)
+
+
+def prepare_rows(**overrides):
+    settings = settings_of(**overrides)
+    codec = infer.load_codec(settings.codec)
+    tokenizer = infer.load_tokenizer(ROOT / settings.model)
+    return prepare.make_rows(prepare.read_clips(settings), settings, tokenizer, codec)
+
+
+def test_no_text_stands_on_both_sides():
+    rows = [{"text": f"text {n % 40}", "n": n} for n in range(100)]
+    settings = settings_of(held_out="0.25")
+    train, held = finetune.split_rows(rows, settings)
+    assert len(train) + len(held) == 100
+    assert len({row["text"] for row in held}) == 10
+    assert not {row["text"] for row in held} & {row["text"] for row in train}
+    assert finetune.split_rows(rows, settings) == (train, held)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -198,7 +281,7 @@ draw = np.random.default_rng(0)
 rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
 rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
 model = finetune.load_model(settings, arguments)
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, {})
+trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {})
 batch = next(iter(trainer.get_train_dataloader()))
 assert set(batch) == {"input_ids", "attention_mask", "labels"}, set(batch)
 assert all(tensor.shape == (2, 1054) for tensor in batch.values())
@@ -232,7 +315,7 @@ def test_a_run_leaves_adapter_config_report_and_samples(finished):
     assert json.loads((out / infer.SAVED_REPORT).read_text())["voices"] == {"slt": 16}
     assert (out / "adapter_model.safetensors").is_file()
     assert not list(out.glob(".*"))
-    wavs = sorted((out / "samples").glob("*.wav"))
+    wavs = sorted((out / "samples/step-000004").glob("*.wav"))
     assert len(wavs) == len(config["sample_texts"])
     assert all(soundfile.info(wav).frames % 2048 == 0 for wav in wavs)
     for word in ("padded to its longest row", "minutes", "tokens/s", "at its peak", str(out)):
