@@ -38,6 +38,8 @@ def check_output(settings: Settings) -> Path | None:
     except OSError as error:
         raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
     finished, checkpoint = infer.is_model(out), last_checkpoint(out)
+    if finished and not (out / infer.SAVED_CONFIG).is_file():
+        raise Mistake(f"{out} holds something that finetune.py did not make; try --output_dir")
     if settings.resume:
         if finished:
             print(f"{out} holds a finished run: nothing to resume (--overwrite starts anew)")
@@ -65,7 +67,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
-FREE_KEYS += ("sample_steps", "sample_texts", "max_seconds")
+FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "max_seconds")
 FREE_KEYS += ("temperature", "top_p", "repetition_penalty")
 FREE_PARTS = ("logging_", "save_", "eval_")
 
@@ -87,23 +89,11 @@ def check_resumed(settings: Settings, report: prepare.Report) -> None:
         raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
 
 
-def check_machine(settings: Settings) -> None:
-    """Orpheus-3B is not started on a CPU; a local model, which may be small, is."""
-    import torch
-
-    if not torch.cuda.is_available() and not os.path.isdir(settings.model):
-        raise Mistake(
-            f"no GPU here: {settings.model} would take days on a CPU; "
-            "`make demo` runs the same path on a tiny model, and --model takes a local folder"
-        )
-
-
 # ---------------------------------------------------------------- settings for the trainer
 
 
 def trainer_arguments(settings: Settings):
-    """SFTConfig from every key it knows. A key unknown to all is a `Mistake`; what a backend
-    replaced is printed, since a remedy that is not in force must not look as if it were."""
+    """(SFTConfig, what it was asked for) from every key it knows; `Mistake` for an unknown one."""
     from typing import get_type_hints
 
     import torch
@@ -112,29 +102,34 @@ def trainer_arguments(settings: Settings):
     hints = get_type_hints(SFTConfig)
     ours = {
         "packing": settings.batching == "pack",
+        "padding_free": False,  # else Unsloth flattens batches that were to be padded
         "pad_to_multiple_of": settings.max_length if settings.batching == "pad_to_max" else None,
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "no",  # sample_steps says when
         "metric_for_best_model": "eval_score",  # the best checkpoint is never rotated away
         "greater_is_better": True,
     }
     for name, (value, source) in settings.trainer.items():
         if name in ours:
-            raise Mistake(f"{source}: {name} follows from batching and the machine; leave it out")
+            raise Mistake(f"{source}: {name} is set by finetune.py itself; leave it out")
         if name not in hints:
             raise infer.unknown_key(name, [*infer.OWN_KEYS, *hints], source)
         settings.trainer[name] = infer.checked(name, value, hints[name], source), source
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
-        arguments = SFTConfig(**asked)
+        return SFTConfig(**asked), asked
     except (ValueError, ImportError) as error:
         raise Mistake(f"settings: {' '.join(str(error).split())}") from None
+
+
+def tell_changes(asked: dict, arguments) -> None:
+    """What the backend replaced: a remedy not in force must not look as if it were."""
     for name, value in asked.items():
         used = getattr(arguments, name)
         used = getattr(used, "value", used)
-        if value not in (None, "none", used):
+        if value not in (None, "none", used, *(used if isinstance(used, list) else [])):
             print(f"changed {name}: {value} is not for this machine, {used} is used")
-    return arguments
 
 
 W8 = 'weights "8bit" need a GPU; on a CPU, backend "transformers" has them'
@@ -188,11 +183,13 @@ def load_model(settings: Settings, arguments):
 
 
 def load_with_unsloth(settings: Settings, arguments):
+    import torch
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         settings.model,
         max_seq_length=settings.max_length,
+        dtype=torch.float16 if arguments.fp16 else None,  # None: bf16 where the card has it
         load_in_4bit=settings.weights == "4bit",
         load_in_8bit=settings.weights == "8bit",
         load_in_16bit=settings.weights == "16bit",
@@ -272,10 +269,13 @@ def check_context(settings: Settings) -> None:
 def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
     """(rows to train on, rows held out): a text stands on one side alone, whoever speaks it."""
     texts = sorted({row["text"] for row in rows})
-    held = round(settings.held_out * len(texts))
-    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:held]
+    count = min(round(settings.held_out * len(texts)), len(texts) - 1)
+    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:count]
     aside = {texts[n] for n in chosen}
-    return [r for r in rows if r["text"] not in aside], [r for r in rows if r["text"] in aside]
+    held = [row for row in rows if row["text"] in aside]
+    if held:
+        print(f"        {len(held)} rows of {len(aside)} texts held out, to judge on")
+    return [row for row in rows if row["text"] not in aside], held
 
 
 def held_out_metrics(model, rows: list[dict], ids: infer.SpeechIds, dtype=None) -> dict:
@@ -289,7 +289,7 @@ def held_out_metrics(model, rows: list[dict], ids: infer.SpeechIds, dtype=None) 
     kinds = [*(f"slot{n}" for n in range(infer.SLOTS)), "end", "text"]
     sums = np.zeros((3, len(kinds)))  # losses, hits, count
     autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
-    with torch.inference_mode(), autocast:
+    with torch.no_grad(), autocast:
         for row in rows:
             labels = torch.from_numpy(row["labels"]).to(model.device)[1:]
             inputs = torch.from_numpy(row["input_ids"]).to(model.device)[None, :-1]
@@ -320,6 +320,8 @@ def make_listener(tokenizer, codec, settings: Settings, report: prepare.Report, 
 
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
     texts, voice = settings.sample_texts, next(iter(report.voices), None)
+    for text in texts:
+        infer.prompt_ids(tokenizer, ids, text, voice)  # an empty one is told now, not at the end
 
     def listen(model, step: int, dtype=None) -> tuple[dict, list]:
         folder = Path(settings.output_dir) / f"samples/step-{step:06}"
@@ -365,10 +367,8 @@ def save_checks(trainer, out: Path) -> None:
     infer.write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
     told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
-    kept = (out / f"checkpoint-{best['step']}").is_dir()
-    print(
-        f"best    step {best['step']} of {len(checks)} checks: {told}" + (", kept" if kept else "")
-    )
+    kept = ", kept" if (out / f"checkpoint-{best['step']}").is_dir() else ""
+    print(f"best    step {best['step']} of {len(checks)} checks: {told}{kept}")
 
 
 # ---------------------------------------------------------------- training
@@ -390,34 +390,39 @@ def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
     return [row for batch in batches for row in batch] + last
 
 
-def trainer_class(lengths: list[int], settings: Settings, stop: dict, listen):
-    """SFTTrainer with batches of like lengths, and the callback that watches over a run.
+def clips_in(rows, tokenizer) -> str:
+    """What a batch says, be its rows a clip each or packed: the start of every prompt in it."""
+    flat = rows.flatten().tolist()
+    bos, eot = map(tokenizer.convert_tokens_to_ids, ("<|begin_of_text|>", "<|eot_id|>"))
+    heads = [flat[n + 1 : n + 60] for n, token in enumerate(flat) if token == bos]
+    heads = [head[: head.index(eot)] if eot in head else head for head in heads]
+    return "; ".join(tokenizer.batch_decode(heads))[:500]
 
-    `listen(model, step)` takes the place of Trainer's own evaluation: (metrics, samples).
-    """
-    import torch
+
+def length_sampler(lengths: list[int], size: int, seed: int):
+    """length_batches as a torch sampler: another order every epoch, the same in every run."""
     from torch.utils.data import Sampler
-    from transformers import TrainerCallback
-    from trl import SFTTrainer
 
     class LengthSampler(Sampler):
-        """Another order every epoch, the same in every run and rank."""
-
-        def __init__(self, size: int, seed: int):
-            self.size, self.seed, self.epoch = size, seed, 0
+        epoch = 0
 
         def set_epoch(self, epoch: int):
             self.epoch = epoch
 
         def __iter__(self):
-            return iter(length_batches(lengths, self.size, self.seed + self.epoch))
+            return iter(length_batches(lengths, size, seed + self.epoch))
 
         def __len__(self):
             return len(lengths)
 
-    class Watch(TrainerCallback):
-        """Calls for checks; ends the run on Ctrl-C or a kill, and on an exploding loss."""
+    return LengthSampler()
 
+
+def watcher(settings: Settings, stop: dict):
+    """Calls for checks; ends the run on Ctrl-C or a kill, and on an exploding loss."""
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             last = state.global_step >= state.max_steps
             control.should_evaluate = last or state.global_step % settings.sample_steps == 0
@@ -425,27 +430,34 @@ def trainer_class(lengths: list[int], settings: Settings, stop: dict, listen):
                 control.should_save = control.should_training_stop = True
             return control
 
-        def on_log(self, args, state, control, logs, model, **_):
-            guessing = math.log(model.config.vocab_size)  # the loss of one who knows nothing
-            if logs.get("loss", 0) > 2 * guessing:
-                told = f"loss {logs['loss']:.1f} at step {state.global_step}"
-                raise Mistake(f"{told} explodes (guessing is {guessing:.1f}): lower learning_rate")
+        def on_log(self, args, state, control, logs, **_):
+            least = min((log["loss"] for log in state.log_history if "loss" in log), default=0)
+            if logs.get("loss", 0) > least + 2:  # nats: e² times less likely, token for token
+                told = f"loss {logs['loss']:.2f} at step {state.global_step}"
+                raise Mistake(f"{told} explodes, it was {least:.2f}: lower learning_rate")
+
+    return Watcher()
+
+
+def trainer_class(lengths: list[int], listen):
+    """SFTTrainer with batches of like lengths; `listen` takes the place of its evaluation."""
+    import torch
+    from trl import SFTTrainer
 
     class SpeechTrainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
                 return super()._get_train_sampler(train_dataset)
-            return LengthSampler(self._train_batch_size, self.args.seed)
+            return length_sampler(lengths, self._train_batch_size, self.args.seed)
 
         def training_step(self, model, inputs, *args, **kwargs):
             rows = inputs["input_ids"]
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not loss.isfinite():
-                texts = self.processing_class.batch_decode([row[:80].tolist() for row in rows])
-                texts = "; ".join(text.split("<|begin_of_text|>")[-1][:60] for text in texts)
                 good = last_checkpoint(Path(self.args.output_dir)) or "none yet"
-                step = f"loss is {loss.item()} at step {self.state.global_step + 1}"
-                raise Mistake(f"{step}; last checkpoint: {good}; rows in the batch: {texts}")
+                told = f"loss is {loss.item()} at step {self.state.global_step + 1}"
+                said = clips_in(rows, self.processing_class)
+                raise Mistake(f"{told}; last checkpoint: {good}; in the batch: {said}")
             return loss
 
         def evaluate(self, *_, **__):
@@ -454,34 +466,35 @@ def trainer_class(lengths: list[int], settings: Settings, stop: dict, listen):
             self.model.eval()  # TRL files what is logged now under evaluation
             self.log(metrics)
             self.model.train()
-            handler = self.callback_handler
-            self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-            for writer in (getattr(c, "tb_writer", None) for c in handler.callbacks):
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            for writer in (getattr(c, "tb_writer", None) for c in self.callback_handler.callbacks):
                 for n, (audio, _) in enumerate(spoken if writer else [], 1):
                     step, rate = self.state.global_step, infer.SAMPLE_RATE
                     writer.add_audio(f"sample/{n:02}", audio[None], step, sample_rate=rate)
             return metrics
 
-    return SpeechTrainer, Watch()
+    return SpeechTrainer
 
 
-def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: dict, listen=None):
+def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: dict, listen):
     """The trainer over ready rows; says how its batches are made."""
     from datasets import Dataset
 
-    asked = arguments.packing
+    tokenizer.pad_token = infer.TOKEN_NAMES["pad"]
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     lengths = [len(row) for row in columns["input_ids"]]
-    trainer_type, callback = trainer_class(lengths, settings, stop, listen)
-    trainer = trainer_type(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    if asked and not trainer.args.packing:
-        print("changed packing: Unsloth turned it off when the trainer was made")
+    try:
+        trainer = trainer_class(lengths, listen)(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer,
+            callbacks=[watcher(settings, stop)],
+        )
+    except ValueError as error:
+        raise Mistake(f"settings: {' '.join(str(error).split())}") from None
     tell_batches(trainer, lengths)
     return trainer
 
@@ -530,18 +543,19 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> f
             signal.signal(number, handler)
     state = trainer.state
     if stop and state.global_step < state.max_steps:
-        again = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
-        print(f"go on with: {shlex.join(['python', *again, '--resume'])}")
+        print(f"go on with: {shlex.join(['python', *sys.argv, '--resume'])}")
         sys.exit(130)
     return state.epoch - begin
 
 
 def clear_run(out: Path) -> None:
-    """Takes away what an earlier run left in output_dir, and nothing else."""
-    for path in [*out.glob("checkpoint-*"), out / "samples"]:
+    """Takes away what an earlier run of finetune.py left in `out`, and nothing else."""
+    if not (out / infer.SAVED_CONFIG).is_file():
+        return
+    for path in [*out.glob("checkpoint-*"), out / "samples", out / "runs"]:
         shutil.rmtree(path, ignore_errors=True)
-    for pattern in ("adapter_*", "config.json", "model*.safetensors*", infer.SAVED_CONFIG):
+    for pattern in ("adapter_*", "config.json", "model*.safetensors*", "finetune_config.json"):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -567,7 +581,8 @@ def save_model(model, tokenizer, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(str(part))
     tokenizer.save_pretrained(str(part))
-    for path in sorted(part.iterdir(), key=lambda p: p.name.endswith("config.json")):
+    last = ("adapter_config.json", "config.json")  # where these are, the rest is
+    for path in sorted(part.iterdir(), key=lambda p: p.name in last):
         os.replace(path, out / path.name)
     part.rmdir()
 
@@ -599,27 +614,28 @@ def main() -> None:
     settings = infer.read_command_line(__doc__)
     checkpoint = check_output(settings)
     clips = prepare.read_clips(settings)
-    check_machine(settings)
+    infer.check_machine(settings.model)
     if settings.backend == "unsloth":
         import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
-    arguments = trainer_arguments(settings)
+    arguments, asked = trainer_arguments(settings)
     check_remedies(settings, arguments)
     check_context(settings)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     codec = infer.load_codec(settings.codec, infer.device())
     rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
-    report.tell(settings.max_length)
+    report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
-    model, stop = load_model(settings, arguments), {}
     rows, held = split_rows(rows, settings)
     listen = make_listener(tokenizer, codec, settings, report, held)
+    model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
+    tell_changes(asked, trainer.args)
     out = Path(settings.output_dir)
     if settings.overwrite and not settings.resume:
         clear_run(out)
     save_config(settings)
-    report.save(out / infer.SAVED_REPORT)
+    report.save(out)
     epochs = train(trainer, settings, checkpoint, stop)
     save_model(trainer.model, tokenizer, out)
     save_checks(trainer, out)

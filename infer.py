@@ -19,6 +19,7 @@ import time
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 SAMPLE_RATE = 24_000  # Hz
 FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
 SLOTS = 7
+MOST_SECONDS = 600  # of one recording
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
@@ -38,12 +40,22 @@ class Mistake(ValueError):
     """Something a person can mend: what, where and the remedy, in one line."""
 
 
+def out_of_memory() -> tuple:
+    """What a full GPU raises; nothing, as long as torch is not imported."""
+    torch = sys.modules.get("torch")
+    return (torch.cuda.OutOfMemoryError,) if torch else ()
+
+
 def run(main):
     """Calls `main`; a Mistake becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except out_of_memory():
+        remedy = "README, Out of memory, says what to change in which order"
+        print(f"error: the GPU's memory is full: {remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
@@ -70,8 +82,17 @@ class Settings:
     dataset: str = key("folder of clips (data/README.md), or the hub id of a dataset")
     dataset_config: str | None = key("configuration of a hub dataset")
     dataset_split: str = key("split of a hub dataset")
+    dataset_revision: str | None = key("branch, tag or commit of a hub dataset")
+    text_column: str | None = key("column of the texts; null: by convention")
+    audio_column: str | None = key("column of the sounds; null: by convention")
+    voice_column: str | None = key("column of the voices; null: by convention")
+    absolute_paths: bool = key("let rows name sounds outside the dataset's folder")
     voice: str | None = key("voice name for clips that name no speaker")
     limit: int | None = key("take the first N clips only", gt=0)
+    keep_silence: float | None = key("seconds of silence kept at a clip's ends; null: all", ge=0)
+    silence_db: float = key("softer than the loudest moment by this much is silence", gt=0)
+    leave_out: list[str] = key("the doctor's findings whose clips are not trained on")
+    cache_dir: str | None = key("where encoded clips are kept; null: nowhere")
     train_on: Literal["audio", "all"] = key("loss on the audio alone, or on the prompt too")
     max_length: int = key("longest row, and length of a packed row, in tokens", gt=0)
     too_long: Literal["drop", "truncate"] = key("what becomes of a row over max_length")
@@ -197,11 +218,25 @@ def local(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
+def on_hub(path: str) -> bool:
+    """Whether `path` can only mean a hub id: owner/name, and nothing of that name here."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None
+    return named and not os.path.exists(path)
+
+
+def check_machine(model: str) -> None:
+    """`Mistake` for a hub's model where there is no GPU; a local one may be small enough."""
+    if on_hub(model) and device() == "cpu":
+        told = f"{model}: no such folder here, and no GPU for the hub's: Orpheus-3B would take days"
+        remedy = "`make demo` runs the same path on a tiny model, --model takes a local folder"
+        raise Mistake(f"{told} on a CPU; {remedy}")
+
+
 def fetch(path: str, patterns: list[str]) -> Path:
     """The local folder of `path`: itself, or a hub repository's files that match `patterns`."""
     if os.path.isdir(path):
         return Path(path)
-    if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not on_hub(path):
         raise Mistake(f"{path}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import errors, snapshot_download
 
@@ -303,7 +338,10 @@ def load_codec(path: str, device: str = "cpu"):
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
 
-    codec = SNAC.from_pretrained(str(folder)).to(device)
+    try:
+        codec = SNAC.from_pretrained(str(folder)).to(device)
+    except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
+        raise Mistake(f"{folder}: no codec that loads: {str(error).splitlines()[0]}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
@@ -354,27 +392,33 @@ def read_text(path: str | Path) -> str:
         raise Mistake(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def read_audio(source: Path | bytes) -> np.ndarray:
-    """A recording that libsndfile reads → (samples,) at 24 kHz, mono, float32."""
+def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
+    """A recording that libsndfile reads → (samples,) at 24 kHz, mono; its own rate and channels."""
     import soundfile
     import soxr
 
-    where, file = "its audio", source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif not (where := source).is_file():
+    where = "its audio" if isinstance(source, bytes) else source
+    if where is source and not os.path.isfile(source):
         raise Mistake(f"{where} does not exist")
+    if where is source and source.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".wma"):
+        made = source.with_suffix(".wav").name
+        raise Mistake(f"{where}: not read here; ffmpeg -i {source.name} {made} makes it a wav")
     try:
-        audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise Mistake(f"{where}: not audio that libsndfile reads: {error.error_string}") from None
-    audio = audio.mean(axis=1)  # (samples,)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+        with file, soundfile.SoundFile(file) as sound:
+            rate, channels = sound.samplerate, sound.channels
+            if sound.frames > MOST_SECONDS * rate:
+                raise Mistake(f"{where}: {sound.frames / rate:.0f} s long; cut it into sentences")
+            audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
+    except (soundfile.LibsndfileError, OSError) as error:
+        reason = getattr(error, "error_string", None) or error.strerror
+        raise Mistake(f"{where}: not audio that libsndfile reads: {reason}") from None
     if not np.isfinite(audio).all():
         raise Mistake(f"{where}: samples that are not numbers (NaN or infinite)")
     audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if not len(audio):
         raise Mistake(f"{where}: no samples in it")
-    return audio
+    return audio, rate, channels
 
 
 def write_text(path: Path, text: str) -> None:
@@ -604,7 +648,11 @@ def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list
         if not made and patterns is TOKENIZER_FILES:
             return plain, None, []
         model = plain.output_dir if made else plain.model
-        print(f"model {model}" if made else f"model {model}, the base itself: no run of yours yet")
+        print(
+            f"model   {model}" if made else f"model   {model}, the base: no run in output_dir yet"
+        )
+    if not (arguments.wav or arguments.tokens):
+        check_machine(model)
     folder = fetch(model, patterns)
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
@@ -647,7 +695,7 @@ def main() -> None:
     started = time.perf_counter()
     codec = load_codec(settings.codec, device())
     if arguments.wav:
-        codes = encode(codec, [read_audio(Path(arguments.wav))])[0]
+        codes = encode(codec, [read_audio(Path(arguments.wav))[0]])[0]
         say(codec, codes, out, started, "encoded and decoded", settings.seed)
     elif arguments.tokens:
         tokenizer = load_tokenizer(folder) if folder else None

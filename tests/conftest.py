@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import infer  # noqa: E402
 
@@ -74,6 +74,17 @@ def finished(tmp_path_factory):
     """(folder, what was printed) of a short run of finetune.py on the committed clips."""
     out = tmp_path_factory.mktemp("run") / "out"
     words = [*DEMO, "--output_dir", out, "--max_steps", "4", "--limit", "16", "--max_seconds", "1"]
+    words += ["--cache_dir", "null"]
     code, printed, errors = script("-c", RUN, *words, "--save_steps", "2")
+    assert code == 0, errors
+    return out, printed
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """(folder, what was printed) of make demo's whole training, about two minutes."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    words = [*DEMO, "--output_dir", out, "--cache_dir", "null"]
+    code, printed, errors = script("finetune.py", *words, timeout=1200)
     assert code == 0, errors
     return out, printed

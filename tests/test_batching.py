@@ -35,14 +35,14 @@ def trainer_of(tmp_path, tokenizer, rows):
         assert "unsloth" not in sys.modules
         overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
         settings = infer.read_settings("data/demo/config.json", overrides)
-        arguments = finetune.trainer_arguments(settings)
+        arguments, _ = finetune.trainer_arguments(settings)
         finetune.check_remedies(settings, arguments)
         model = finetune.load_model(settings, arguments)
         torch.manual_seed(1)
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, {})
+        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, None)
 
     return make
 

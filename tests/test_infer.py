@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -59,9 +60,6 @@ class LevelsCodec:
 
     def parameters(self):
         yield torch.zeros(1)
-
-    def encode(self, audio):
-        return [torch.nn.functional.pad(level, (0, 8)) for level in self.levels]
 
     def decode(self, levels):
         self.decoded = levels
@@ -149,16 +147,16 @@ def test_ten_thousand_frames_and_none_illegal(ids):
     torch.manual_seed(0)
     processor = infer.SlotProcessor(ids, prompt_length=3)
     vocabulary = ids.audio + 7 * ids.codebook_size
-    speech = torch.zeros(500, 3, dtype=torch.long)  # 500 at once, 20 frames each
-    ended = torch.zeros(500, dtype=torch.bool)
+    speech = torch.zeros(600, 3, dtype=torch.long)  # 600 at once, 20 frames each
+    ended = torch.zeros(600, dtype=torch.bool)
     for _ in range(20 * 7):
-        scores = processor(speech, torch.randn(500, vocabulary) * 3)
+        scores = processor(speech, torch.randn(600, vocabulary) * 3)
         drawn = torch.multinomial(scores.softmax(-1), 1)
         ended |= (drawn == ids.eos)[:, 0]
         speech = torch.cat([speech, drawn], dim=1)
     frames = speech[:, 3:].reshape(-1, 7)
     whole = frames[frames[:, 0] != ids.eos].numpy()
-    assert len(whole) > 9_500
+    assert len(whole) > 10_000
     infer.ids_to_codes(whole.reshape(-1), ids)  # raises for any id out of its slot
     assert (frames[:, 1:] != ids.eos).all()
     assert not (speech[:, 3] == ids.eos).any(), "an end before the first frame"
@@ -174,6 +172,27 @@ def test_generate_is_repeatable_and_says_when_cut(tokenizer, ids, codec):
     settings.seed = 1
     other, _ = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
     assert (codes != other).any()
+
+
+def test_a_hot_generation_has_no_illegal_id(tokenizer, ids):
+    model, _ = infer.load_model("data/demo/base")
+    hot = {"temperature": "5", "top_p": "1", "max_seconds": "3"}
+    settings = infer.read_settings("data/demo/config.json", hot)
+    codes, _ = infer.generate(model, tokenizer, ids, "nine", settings, "rms")
+    assert len(codes) > 0 and 0 <= codes.min() <= codes.max() < ids.codebook_size
+
+
+def test_a_gated_model_is_told_in_one_line(monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    def gated(*_, **__):
+        answer = httpx.Response(403, request=httpx.Request("GET", "https://example.org"))
+        raise huggingface_hub.errors.GatedRepoError("403", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(infer.Mistake, match="some/model: gated: accept its terms"):
+        infer.fetch("some/model", ["*"])
 
 
 def test_text_longer_than_the_context_is_refused(tokenizer, ids):
@@ -204,7 +223,7 @@ def test_settings_layers(tmp_path):
         ({"train_on": "txt"}, "train_on"),
         ({"sample_texts": "one"}, "sample_texts"),
         ({"top_p": 1.5}, "top_p"),
-        ({"packing": 1}, "packing"),
+        ({"overwrite": 1}, "overwrite"),
     ],
 )
 def test_wrong_values_are_named(tmp_path, values, line):
@@ -244,7 +263,7 @@ def test_wav_and_tokens(tmp_path, ids, codec):
     assert "12 frames" in printed
     heard, rate = soundfile.read(tmp_path / "heard.wav", dtype="float32")
     assert (len(heard), rate) == (12 * 2048, 24_000)
-    codes = infer.encode(codec, [infer.read_audio(recording)])[0]
+    codes = infer.encode(codec, [infer.read_audio(recording)[0]])[0]
     assert abs(infer.decode(codec, codes) - heard).max() < 1e-3  # 16-bit wav
 
     speech = [ids.sos, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
@@ -292,6 +311,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "text.wav").write_text("no audio")
     (tmp_path / "llama").mkdir()
+    shutil.copytree("data/demo/codec", tmp_path / "snac")
+    (tmp_path / "snac/pytorch_model.bin").write_bytes(b"no weights")
     demo = ["--codec", "data/demo/codec", "--model", "data/demo/base"]
     cases = [
         ([""], "the text is empty"),
@@ -301,6 +322,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "not a SNAC codec"),
         (["hi", "--model", tmp_path / "llama", "--codec", "data/demo/codec"], "does not load"),
+        (["hi", "--model", "outputs/my voice"], "not a hub id"),
+        (["hi", "--model", "data/demo/bas"], "no such folder"),
+        (["hi", "--model", "some/model"], "no GPU for the hub's"),
+        (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
+        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "snac"], "no codec that loads"),
         (["hi", *demo, "--max_seconds", "0.01"], "no room"),
         (["hi", *demo, "--temperature", "warm"], "temperature"),
         (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),

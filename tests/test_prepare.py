@@ -1,8 +1,13 @@
 """data/prepare.py: the accepted forms, rows, what is left out, and a person's mistakes."""
 
+import copy
 import csv
+import itertools
 import json
+import os
 import re
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -16,13 +21,13 @@ from data import prepare
 def settings(folder, **overrides):
     return infer.read_settings(
         "data/demo/config.json",
-        {"dataset": str(folder), **{k: str(v) for k, v in overrides.items()}},
+        {"dataset": str(folder), "cache_dir": "null", **{k: str(v) for k, v in overrides.items()}},
     )
 
 
-def noise(path, seconds=0.5, rate=24_000, channels=1, **how):
-    """A file of soft noise; its samples as mono float32."""
-    audio = np.random.default_rng(0).normal(0, 0.1, (int(seconds * rate), channels))
+def noise(path, seconds=0.5, rate=24_000, channels=1, seed=0, **how):
+    """A file of noise, another for every seed."""
+    audio = np.random.default_rng(seed).normal(0, 0.1, (int(seconds * rate), channels))
     soundfile.write(path, audio, rate, **how)
     return path
 
@@ -42,10 +47,10 @@ def rows_of(folder, tokenizer, codec, **overrides):
 def test_every_row_starts_with_the_prompt_that_infer_builds(tokenizer, codec, ids):
     rows, report = rows_of("data/numbers", tokenizer, codec, limit=20)
     clips = prepare.read_clips(settings("data/numbers", limit=20))
-    assert len(rows) == report.rows == 20 and report.voices == {"slt": 20}
+    assert len(rows) == len(report.measures) == 20 and report.voices == {"slt": 20}
     for row, clip in zip(rows, clips, strict=True):
         prompt = infer.prompt_ids(tokenizer, ids, clip.text, clip.voice)
-        audio = infer.read_audio(clip.audio)
+        audio = prepare.read_clip(clip, settings("data/numbers"))[0]
         n, frames = len(prompt), -(-len(audio) // infer.FRAME_SAMPLES)
         assert row["input_ids"][:n].tolist() == prompt
         assert row["input_ids"][n + 7 * frames :].tolist() == [ids.eos, ids.eoa]
@@ -75,67 +80,434 @@ def test_kinds_of_sound_files(tmp_path, tokenizer, codec):
     assert max(lengths) - min(lengths) <= 7  # an encoder may pad by some milliseconds
 
 
-def test_jsonl_and_rows_without_voice(tmp_path, tokenizer, codec, ids):
-    noise(tmp_path / "a.wav")
-    row = {"file_name": "a.wav", "text": "sieben"}
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row))
-    rows, report = rows_of(tmp_path, tokenizer, codec)
-    assert len(rows) == 2 and report.voices == {}
-    prompt = infer.prompt_ids(tokenizer, ids, "sieben", None)
-    assert rows[0]["input_ids"][: len(prompt)].tolist() == prompt
+# ---------------------------------------------------------------- forms
+
+
+def two_clips(folder, names=("a.wav", "b.wav")):
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        noise(folder / name, seed=seed)
+
+
+def audio_folder_csv(folder):
+    two_clips(folder)
+    folder_of(folder, [("a.wav", "one", "x"), ("b.wav", 'two, "three"\nfour', "y")])
+
+
+def audio_folder_jsonl(folder):
+    two_clips(folder / "clips")
+    rows = [
+        {"file_name": f"clips/{n}.wav", "sentence": t, "source": v}
+        for n, t, v in (("a", "one", "x"), ("b", 'two, "three" four', "y"))
+    ]
+    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+
+
+def audio_folder_parquet(folder):
+    import datasets
+
+    two_clips(folder)
+    rows = {
+        "file_name": ["a.wav", "b.wav"],
+        "text": ["one", 'two, "three" four'],
+        "voice": ["x", "y"],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "metadata.parquet")
+
+
+def parquet_with_bytes(folder):
+    import datasets
+
+    two_clips(folder)
+    sounds = [{"bytes": (folder / n).read_bytes(), "path": n} for n in ("a.wav", "b.wav")]
+    rows = {"audio": sounds, "transcription": ["one", 'two, "three" four'], "speaker": ["x", "y"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=False))
+    (folder / "data").mkdir()
+    table.to_parquet(folder / "data/train-00000-of-00001.parquet")
+
+
+def bom_crlf_and_windows_paths(folder):
+    two_clips(folder / "clips")
+    rows = 'path;text;speaker\r\nclips\\a.wav;one;x\r\nclips\\b.wav;"two, ""three"" four";y\r\n'
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + rows.replace(";", ",").encode())
+
+
+WITH_VOICES = [
+    audio_folder_csv,
+    audio_folder_jsonl,
+    audio_folder_parquet,
+    parquet_with_bytes,
+    bom_crlf_and_windows_paths,
+]
+
+
+@pytest.mark.parametrize("form", WITH_VOICES)
+def test_forms_with_voices(form, tmp_path, tokenizer, codec, ids):
+    form(tmp_path / "set")
+    rows, report = rows_of(tmp_path / "set", tokenizer, codec)
+    assert report.left_out == [] and report.voices == {"x": 1, "y": 1}
+    for row, (text, voice) in zip(rows, (("one", "x"), ('two, "three" four', "y")), strict=True):
+        prompt = infer.prompt_ids(tokenizer, ids, text, voice)
+        assert row["input_ids"][: len(prompt)].tolist() == prompt
+    assert len(rows_of(tmp_path / "set", tokenizer, codec, limit=1)[0]) == 1
+
+
+def ljspeech(folder):
+    two_clips(folder / "wavs", ("LJ1-1.flac", "LJ1-2.flac"))
+    lines = ['LJ1-1|No. 1|number "one', "LJ1-2|two|two"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+def bare(folder):
+    two_clips(folder, ("10.wav", "9.wav"))
+    (folder / "10.txt").write_text("two\n")
+    (folder / "9.txt").write_text('number "one\n')
+
+
+def csv_manifest(folder):
+    two_clips(folder / "sounds")
+    rows = [("sounds/a.wav", 'number "one'), ("sounds/b.wav", "two")]
+    folder_of(folder, rows, header=("audio_path", "normalized_text"))
+    (folder / "metadata.csv").rename(folder / "list.csv")
+    return folder / "list.csv"
+
+
+def jsonl_manifest(folder):
+    two_clips(folder)
+    rows = [{"audio": "a.wav", "text": 'number "one'}, {"audio": "b.wav", "text": "two"}]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "list.jsonl"
+
+
+@pytest.mark.parametrize("form", [ljspeech, bare, csv_manifest, jsonl_manifest])
+def test_forms_of_one_voice(form, tmp_path, tokenizer, codec, ids):
+    dataset = form(tmp_path / "set") or tmp_path / "set"
+    rows, report = rows_of(dataset, tokenizer, codec)
+    assert report.left_out == [] and report.voices == {}
+    for row, text in zip(rows, ('number "one', "two"), strict=True):
+        prompt = infer.prompt_ids(tokenizer, ids, text)
+        assert row["input_ids"][: len(prompt)].tolist() == prompt
 
 
 def test_a_hub_dataset(tmp_path, monkeypatch, tokenizer, codec):
-    """load_dataset reads a local parquet as the hub gives it: bytes in an audio column."""
+    """load_dataset reads a local parquet as the hub gives it; with a limit it is streamed."""
     import datasets
 
-    sound = noise(tmp_path / "a.wav").read_bytes()
-    table = datasets.Dataset.from_dict(
-        {
-            "audio": [{"bytes": sound, "path": "a.wav"}] * 3,
-            "sentence": list("abc"),
-            "source": ["x"] * 3,
-        }
-    ).cast_column("audio", datasets.Audio(decode=False))
-    table.to_parquet(tmp_path / "train.parquet")
-    load = datasets.load_dataset
+    parquet_with_bytes(tmp_path)
+    load, asked = datasets.load_dataset, []
 
-    def local(name, config, split):
-        assert (name, config, split) == ("someone/speech", None, "train")
-        return load("parquet", data_files=str(tmp_path / "train.parquet"), split=split)
+    def local(name, config, **how):
+        asked.append((name, config, how["split"], how["revision"], how["streaming"]))
+        files = str(next(tmp_path.rglob("*.parquet")))
+        return load("parquet", data_files=files, split="train", streaming=how["streaming"])
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    rows, report = rows_of("someone/speech", tokenizer, codec, limit=2)
-    assert len(rows) == 2 and report.voices == {"x": 2} and report.clips == 2
-
-
-def test_faulty_clips_are_left_out_by_name(tmp_path, tokenizer, codec):
-    noise(tmp_path / "good.wav")
-    (tmp_path / "text.wav").write_text("no audio")
-    soundfile.write(tmp_path / "none.wav", np.zeros(0), 24_000)
-    soundfile.write(tmp_path / "nan.wav", np.full(99, np.nan), 24_000, subtype="FLOAT")
-    files = ["good.wav", "gone.wav", "text.wav", "none.wav", "nan.wav", "", "good.wav", "good.wav"]
-    folder_of(tmp_path, [(f, " " if n == 6 else "one", "me") for n, f in enumerate(files)])
-    rows, report = rows_of(tmp_path, tokenizer, codec)
-    assert len(rows) == 2 and report.clips == 8
-    faults = [fault.replace(str(tmp_path), "") for fault in report.left_out]
-    assert faults == [
-        "/metadata.csv row 3: /gone.wav does not exist",
-        "/metadata.csv row 4: /text.wav: not audio that libsndfile reads: Format not recognised.",
-        "/metadata.csv row 5: /none.wav: no samples in it",
-        "/metadata.csv row 6: /nan.wav: samples that are not numbers (NaN or infinite)",
-        "/metadata.csv row 7: no file_name, or no audio",
-        "/metadata.csv row 8: the text is empty",
+    rows, report = rows_of("someone/speech", tokenizer, codec, dataset_config="en")
+    assert len(rows) == 2 and report.voices == {"x": 1, "y": 1}
+    rows, report = rows_of("someone/speech", tokenizer, codec, limit=1, dataset_revision="v1")
+    assert len(rows) == report.clips == 1
+    assert asked == [
+        ("someone/speech", "en", "train", None, False),
+        ("someone/speech", None, "train", "v1", True),
     ]
+
+
+def test_columns_can_be_named(tmp_path, tokenizer, codec):
+    two_clips(tmp_path)
+    rows = [("a.wav", "one", "wrong", "x"), ("b.wav", "two", "wrong", "y")]
+    folder_of(tmp_path, rows, header=("sound", "spoken", "text", "who"))
+    names = {"audio_column": "sound", "text_column": "spoken", "voice_column": "who"}
+    rows, report = rows_of(tmp_path, tokenizer, codec, **names)
+    assert [row["text"] for row in rows] == ["one", "two"] and report.voices == {"x": 1, "y": 1}
+    with pytest.raises(infer.Mistake, match="no column spoke; there are: sound, spoken, text, who"):
+        rows_of(tmp_path, tokenizer, codec, **names | {"text_column": "spoke"})
+
+
+def test_rows_tokenised_elsewhere(tmp_path, tokenizer, codec, ids):
+    """input_ids with and without labels, codes as frames and as SNAC's levels; faults by place."""
+    codes = np.random.default_rng(0).integers(0, ids.codebook_size, (3, 7))
+    prompt = infer.prompt_ids(tokenizer, ids, "one", "x")
+    whole = [*prompt, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    labels = [-100] * len(prompt) + whole[len(prompt) :]
+    levels = [codes[:, [0]].ravel(), codes[:, [1, 4]].ravel(), codes[:, [2, 3, 5, 6]].ravel()]
+    swapped = [*whole]
+    swapped[len(prompt) + 1], swapped[len(prompt) + 2] = (
+        whole[len(prompt) + 2],
+        whole[len(prompt) + 1],
+    )
+    tables = {
+        "input_ids": [
+            {"input_ids": whole, "labels": labels},
+            {"input_ids": swapped, "labels": labels},
+            {"input_ids": whole[:-2], "labels": labels[:-2]},
+            {"input_ids": whole, "labels": labels[1:]},
+        ],
+        "codes": [
+            {"codes": codes.tolist(), "text": "one", "voice": "x"},
+            {"codes": [level.tolist() for level in levels], "text": "one", "voice": "x"},
+            {"codes": (codes + 4096).tolist(), "text": "one", "voice": "x"},
+            {"codes": [1, 2, 3, 4], "text": "one", "voice": "x"},
+        ],
+    }
+    for name, table in tables.items():
+        (tmp_path / name).write_text("\n".join(map(json.dumps, table)))
+        (tmp_path / name).rename(tmp_path / f"{name}.jsonl")
+        rows, report = rows_of(tmp_path / f"{name}.jsonl", tokenizer, codec, leave_out="[]")
+        for row in rows:
+            assert row["input_ids"].tolist() == whole and row["labels"].tolist() == labels
+        told = " ".join(report.left_out)
+        if name == "input_ids":
+            assert len(rows) == 1 and len(report.left_out) == 3
+            assert "position 1 (frame 0, slot 1) belongs in slot 2" in told
+            assert "no EOS" in told and "labels for" in told
+        else:
+            assert len(rows) == 2 and len(report.left_out) == 2
+            assert "in frame 0: codes go from 0 to" in told and "neither frames of 7" in told
+
+
+# ---------------------------------------------------------------- faults
+
+BAD = {  # file_name, text: what the report says
+    ("gone.wav", "one"): "gone.wav does not exist",
+    ("words.wav", "one"): "not audio that libsndfile reads",
+    ("bytes.wav", "one"): "not audio that libsndfile reads",
+    ("nothing.wav", "one"): "not audio that libsndfile reads",
+    ("cut.flac", "one"): "not audio that libsndfile reads",
+    ("folder.wav", "one"): "folder.wav does not exist",
+    ("loop.wav", "one"): "loop.wav does not exist",
+    ("none.wav", "one"): "no samples in it",
+    ("nan.wav", "one"): "samples that are not numbers",
+    ("inf.wav", "one"): "samples that are not numbers",
+    ("silent.wav", "one"): "silent throughout",
+    ("three_hours.wav", "one"): "11000 s long; cut it into sentences",
+    ("phone.m4a", "one"): "ffmpeg -i phone.m4a phone.wav",
+    ("phone.webm", "one"): "ffmpeg -i phone.webm phone.wav",
+    ("../good.wav", "one"): "is outside the dataset's folder",
+    ("sub/../../good.wav", "one"): "is outside the dataset's folder",
+    ("..\\good.wav", "one"): "is outside the dataset's folder",
+    ("/etc/hostname", "one"): "is outside the dataset's folder",
+    ("https://example.org/a.wav", "one"): "does not exist",
+    ("a\0b.wav", "one"): "does not exist",
+    ("a" * 5000 + ".wav", "one"): "does not exist",
+    ("no_suffix", "one"): "no_suffix does not exist",
+    (".", "one"): "is outside the dataset's folder",
+    ("", "one"): "no sound is named",
+    (None, "one"): "no sound is named",
+    (7, "one"): "no sound is named",
+    ("good.wav", ""): "the text is empty",
+    ("good.wav", None): "the text is empty",
+    ("good.wav", " \t\n\u3000"): "the text is empty",
+    ("good.wav", "\ud800"): "lone surrogate",
+    ("good.wav", 'L["one"]'): "holds list, not text",
+    ("good.wav", 'L{"one": 1}'): "holds dict, not text",
+}
+GOOD = {  # file_name: text
+    "8bit.wav": "one",
+    "float.wav": "two",
+    "24bit.wav": "three",
+    "mp3_inside.wav": "four",
+    "stereo.flac": "five",
+    "8000.wav": "six",
+    "one_sample.wav": "seven",
+    "na\u0131\u0308ve caf\u00e9.wav": "cafe\u0301",
+    "cafe\u0301.wav": "caf\u00e9",
+    "rtl.wav": "\u05e9\u05dc\u05d5\u05dd",
+    "number.wav": 7,
+    "emoji.wav": "\U0001f600 <laugh>",
+}
+
+
+def plant(folder):
+    """The files that BAD and GOOD name."""
+    (folder / "words.wav").write_text("no audio")
+    (folder / "bytes.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt " + bytes(range(200)))
+    (folder / "nothing.wav").touch()
+    noise(folder / "cut.flac")
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:40])
+    (folder / "folder.wav").mkdir()
+    (folder / "loop.wav").symlink_to(folder / "loop.wav")
+    soundfile.write(folder / "none.wav", np.zeros(0), 24_000)
+    soundfile.write(folder / "nan.wav", np.full(99, np.nan), 24_000, subtype="FLOAT")
+    soundfile.write(folder / "inf.wav", np.full(99, np.inf), 24_000, subtype="FLOAT")
+    soundfile.write(folder / "silent.wav", np.zeros(9999), 24_000)
+    soundfile.write(folder / "three_hours.wav", np.ones(1_100_000) / 9, 100, subtype="PCM_U8")
+    for name in ("phone.m4a", "phone.webm"):
+        (folder / name).write_bytes(b"\0\0\0 ftypM4A ")
+    noise(folder / "good.wav", seed=99)
+    for seed, name in enumerate(GOOD):
+        kind = {"8bit.wav": "PCM_U8", "float.wav": "FLOAT", "24bit.wav": "PCM_24"}.get(name)
+        how = {"format": "MP3"} if name == "mp3_inside.wav" else {"subtype": kind}
+        rate = 8000 if name == "8000.wav" else 24_000
+        seconds = 1 / 24_000 if name == "one_sample.wav" else 0.5
+        on_disk = unicodedata.normalize("NFC", name) if seed % 2 else name
+        noise(folder / on_disk, seconds, rate, 2 if "stereo" in name else 1, seed, **how)
+
+
+def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
+    """Each is left out by name and reason, and every good clip gives the row it gives alone."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    noise(tmp_path / "good.wav")
+    plant(folder)
+    rows = [(name, json.loads(t[1:]) if str(t)[:1] == "L" else t) for name, t in BAD]
+    rows = [pair for both in itertools.zip_longest(rows, GOOD.items()) for pair in both if pair]
+    table = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(table))
+    made, report = rows_of(folder, tokenizer, codec)
+    assert len(made) == len(GOOD) and len(report.left_out) == len(BAD)
+    told = dict(fault.split(": ", 1) for fault in report.left_out)
+    wanted = iter(BAD.values())
+    for n, (name, text) in enumerate(rows, 1):
+        if f"{folder}/metadata.jsonl row {n}" in told:
+            fault = told[f"{folder}/metadata.jsonl row {n}"]
+            assert next(wanted) in fault and "\n" not in fault, (name, text, fault)
+    assert [row["text"] for row in made] == [str(text) for text in GOOD.values()]
+    chosen = settings(folder)
+    for row, name in zip(made, GOOD, strict=True):
+        path = (
+            next(
+                p
+                for form in ("NFC", "NFD")
+                if (p := folder / unicodedata.normalize(form, name)).is_file()
+            )
+            if not (folder / name).is_file()
+            else folder / name
+        )
+        audio, _ = prepare.read_clip(prepare.Clip("", path, "x"), chosen)
+        codes = infer.codes_to_ids(infer.encode(codec, [audio])[0], ids)
+        assert (row["input_ids"][-2 - len(codes) : -2] == codes).all(), name
+
+
+def test_tables_that_are_no_tables(tmp_path, tokenizer, codec):
+    """Faults of a table as a whole: one line, whatever stands in it."""
+    cases = [
+        ("metadata.csv", b"", "no rows"),
+        ("metadata.csv", b"file_name,text", "no rows"),
+        ("metadata.csv", b"\xff\xfe\0", "cannot be read as UTF-8"),
+        ("metadata.csv", b"file_name,text\na.wav," + b"x" * 200_000, "not a csv table"),
+        ("metadata.csv", b"file_name\na.wav", "no column text"),
+        ("metadata.csv", b"text\none", "no column audio or file_name"),
+        ("metadata.jsonl", b"[1]", "row 1: must be one JSON object"),
+        ("metadata.jsonl", b"\n\n{", "row 3: not JSON"),
+        ("metadata.jsonl", b"[" * 100_000, "row 1: not JSON"),
+        ("metadata.parquet", b"PAR1", "parquet that does not load"),
+        ("metadata.csv", b"file_name,text\na.wav\nb.wav,x,y,z", "no rows left of 2 clips"),
+    ]
+    for n, (name, data, line) in enumerate(cases):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / name).write_bytes(data)
+        with pytest.raises(infer.Mistake, match=line) as told:
+            rows_of(folder, tokenizer, codec)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path, tokenizer, codec):
+    two_clips(tmp_path)
+    folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", "two", "x")])
+    (tmp_path / "a.wav").chmod(0)
+    rows, report = rows_of(tmp_path, tokenizer, codec)
+    assert len(rows) == 1 and "a.wav" in report.left_out[0]
+
+
+def test_absolute_paths_on_request(tmp_path, tokenizer, codec):
+    two_clips(tmp_path / "sounds")
+    folder_of(tmp_path / "set", [(str(tmp_path / "sounds/a.wav"), "one", "x")])
+    with pytest.raises(infer.Mistake, match="outside the dataset's folder"):
+        rows_of(tmp_path / "set", tokenizer, codec)
+    assert len(rows_of(tmp_path / "set", tokenizer, codec, absolute_paths="true")[0]) == 1
+
+
+# ---------------------------------------------------------------- doctor and cache
+
+
+def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer, codec):
+    """One clip of every finding among forty sound ones; nothing is found in those."""
+    draw = np.random.default_rng(0)
+
+    def clip(name, seconds=1.5, level=0.1, text="one two three four five", **how):
+        rate, channels = how.pop("rate", 24_000), how.pop("channels", 1)
+        audio = draw.normal(0, level, (int(seconds * rate), channels)) + how.pop("offset", 0)
+        audio = np.pad(audio, ((0, int(how.pop("tail", 0) * rate)), (0, 0)))
+        soundfile.write(tmp_path / name, np.clip(audio, -1, 1), rate)
+        rows.append((name, text, "me"))
+
+    rows = []
+    for n in range(40):
+        text = " ".join(draw.permutation(["one", "two", "three", "four", "five"])) + " a" * n
+        clip(f"{n:02}.wav", seconds=len(text) / 15 * draw.uniform(0.9, 1.1), text=text)
+    clip("short.wav", 0.3, text="hi there")
+    clip("long.wav", 21, text="a long one " * 28)
+    clip("silence.wav", tail=2, text="now wait for it to end")
+    clip("clipped.wav", level=0.9, text="this one is too loud by far")
+    clip("quiet.wav", level=0.005, text="this one can hardly be heard")
+    clip("offset.wav", offset=0.1, text="this one is not in the middle")
+    clip("narrow.wav", rate=16_000, text="this one is a telephone line")
+    clip("stereo.wav", channels=2, text="this one has two channels")
+    clip("digits.wav", text="this one costs 99 cents at most")
+    clip("link.wav", text="see https://example.org for more")
+    clip("pace.wav", 0.6, text="a text that is much longer than what is spoken " * 3)
+    clip("same_text.wav", text=rows[0][1], seconds=len(rows[0][1]) / 15)
+    (tmp_path / "same_sound.wav").write_bytes((tmp_path / "07.wav").read_bytes())
+    rows.append(("same_sound.wav", rows[7][1] + "!", "me"))
+    folder_of(tmp_path, rows)
+    _, report = rows_of(tmp_path, tokenizer, codec, max_length=4000)
+    named = {
+        name: [rows[int(where.split()[-1]) - 2][0][:-4] for where in clips]
+        for name, clips in report.findings.items()
+    }
+    assert set(named) == set(prepare.FINDINGS)
+    for name, clips in named.items():
+        assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
+        sound = [clip for clip in clips if clip.isdigit()]
+        assert not sound, (name, sound)
+    _, report = rows_of(tmp_path, tokenizer, codec, max_length=4000, leave_out='["pace", "long"]')
+    assert len(report.measures) == len(rows) - len(set(named["pace"]) | set(named["long"]))
+    with pytest.raises(infer.Mistake, match="no key is named 'pase'; the nearest is 'pace'"):
+        rows_of(tmp_path, tokenizer, codec, leave_out='["pase"]')
+
+
+def test_trimming_keeps_a_short_tail():
+    chosen = settings("x", keep_silence=0.1)
+    speech = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
+    hiss = np.random.default_rng(1).normal(0, 0.0003, 24_000).astype(np.float32)
+    audio = np.concatenate([hiss, speech, hiss])
+    assert abs(len(prepare.trim(audio, chosen)) - 1.2 * 24_000) <= 480
+    chosen.keep_silence = None
+    assert len(prepare.trim(audio, chosen)) == 72_000
+
+
+def test_the_cache_encodes_a_clip_once(tmp_path, tokenizer, codec, monkeypatch):
+    """Not again in a second run, nor in another set under another name; another codec does."""
+    two_clips(tmp_path / "one")
+    folder_of(tmp_path / "one", [("a.wav", "one", "x"), ("b.wav", "two", "x")])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two/b.wav").rename(tmp_path / "two/c.wav")
+    folder_of(tmp_path / "two", [("a.wav", "five", "y"), ("c.wav", "six", "y")])
+    encode, encoded = infer.encode, []
+    monkeypatch.setattr(infer, "encode", lambda c, clips: encoded.extend(clips) or encode(c, clips))
+    cache = {"cache_dir": tmp_path / "cache"}
+    first, report = rows_of(tmp_path / "one", tokenizer, codec, **cache)
+    assert len(encoded) == 2 and report.cached == 0
+    again, report = rows_of(tmp_path / "one", tokenizer, codec, **cache)
+    assert len(encoded) == 2 and report.cached == 2
+    assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(first, again, strict=True))
+    _, report = rows_of(tmp_path / "two", tokenizer, codec, **cache)
+    assert len(encoded) == 2 and report.cached == 2
+    other = copy.deepcopy(codec)
+    next(other.parameters()).data += 1
+    _, report = rows_of(tmp_path / "one", tokenizer, other, **cache)
+    assert len(encoded) == 4 and report.cached == 0
 
 
 def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer, codec):
     noise(tmp_path / "short.wav", 0.5)
-    noise(tmp_path / "long.wav", 2.0)
+    noise(tmp_path / "long.wav", 2.0, seed=1)
     folder_of(tmp_path, [("short.wav", "one", "me"), ("long.wav", "two", "me")])
     rows, report = rows_of(tmp_path, tokenizer, codec, max_length=100)
-    assert len(rows) == 1 and report.rows == 1 and report.voices == {"me": 1}
-    assert report.too_long == [f"{tmp_path}/metadata.csv row 3: 183 tokens, 2.0 s"]
+    assert len(rows) == 1 and report.voices == {"me": 1}
+    assert report.dropped == [f"{tmp_path}/metadata.csv row 3: 2.0 s, 168 audio tokens"]
     with pytest.raises(infer.Mistake, match="no rows left of 2 clips"):
         rows_of(tmp_path, tokenizer, codec, max_length=40)
 
@@ -152,7 +524,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     cases = [
         (tmp_path / "none", "no such folder of clips"),
         ("no_such_folder", "no such folder here"),
-        (tmp_path, "no metadata.csv or metadata.jsonl"),
+        (tmp_path, "no metadata.csv, .* no sound file with a .txt beside it"),
         (column, "no column text or .*; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
         (broken, "metadata.jsonl row 2: not JSON"),
@@ -166,9 +538,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         assert re.search(line, told), told
 
 
-def test_prepare_by_itself_reports():
-    code, printed, errors = script(
-        "data/prepare.py", "--config", "data/demo/config.json", "--limit", "5"
-    )
+def test_prepare_by_itself_reports(tmp_path):
+    words = ["data/numbers", "--config", "data/demo/config.json", "--limit", "5"]
+    code, printed, errors = script("data/prepare.py", *words, "--output_dir", tmp_path)
     assert code == 0, errors
     assert "5 of 5 clips" in printed and "slt 5" in printed
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    assert report["rows"] == 5 and report["voices"] == {"slt": 5}
+    assert (tmp_path / "data_report.png").read_bytes()[:4] == b"\x89PNG"

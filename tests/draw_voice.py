@@ -1,0 +1,48 @@
+"""Draws a recording, its codec round trip and the fine-tuned voice side by side, for the README.
+
+python tests/draw_voice.py                  # docs/voice.png, from the run that `make demo` left
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import infer  # noqa: E402
+
+MODEL, CLIP = ROOT / "outputs/demo", 0
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(ROOT / "data/numbers/metadata.csv") as file:
+        row = list(csv.DictReader(file))[CLIP]
+    settings = infer.read_settings(MODEL / infer.SAVED_CONFIG)
+    codec = infer.load_codec(settings.codec)
+    recording = infer.read_audio(ROOT / "data/numbers" / row["file_name"])[0]
+    model, tokenizer = infer.load_model(str(MODEL))
+    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
+    codes, _ = infer.generate(model, tokenizer, ids, row["text"], settings, row["speaker"])
+    sounds = {
+        "recording": recording,
+        "through the codec": infer.decode(codec, infer.encode(codec, [recording])[0]),
+        "spoken by the fine-tuned model": infer.decode(codec, codes),
+    }
+    figure, plots = pyplot.subplots(1, 3, figsize=(12, 2.6), sharey=True, layout="constrained")
+    for plot, (name, audio) in zip(plots, sounds.items(), strict=True):
+        plot.specgram(audio + 1e-7, NFFT=512, noverlap=384, Fs=24_000, vmin=-120, vmax=-30)
+        plot.set(title=f"{name}", xlabel="seconds", ylim=(0, 8000), xlim=(0, len(audio) / 24_000))
+    plots[0].set_ylabel("Hz")
+    (ROOT / "docs").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "docs/voice.png", dpi=70)
+    print(f"docs/voice.png: {row['text']!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The demo's voices, judged without ears: losses, ends, lengths. bench_voice.py listens."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from conftest import ROOT
+
+import finetune
+import infer
+from data import prepare
+
+sys.path.insert(0, str(ROOT / "data/demo"))
+import make_demo
+
+BASE_LOSS, TUNED_LOSS = 5.0, 3.0  # on held-out slt rows; guessing is 7.6
+TEXTS = make_demo.test_texts(20, 20)
+
+
+def seconds_a_word():
+    """(least, most) of the recordings in data/numbers."""
+    with open(ROOT / "data/numbers/metadata.csv") as file:
+        paces = [
+            soundfile.info(ROOT / "data/numbers" / row["file_name"]).duration
+            / len(row["text"].split())
+            for row in csv.DictReader(file)
+        ]
+    return min(paces), max(paces)
+
+
+def says_all(folder, voice, settings):
+    """Every held-out string ends by itself, at a pace within the corpus's."""
+    model, tokenizer = infer.load_model(str(folder))
+    ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
+    least, most = seconds_a_word()
+    for text in TEXTS:
+        codes, ended = infer.generate(model, tokenizer, ids, text, settings, voice)
+        pace = len(codes) * infer.FRAME_SAMPLES / infer.SAMPLE_RATE / len(text.split())
+        assert ended and least * 0.7 < pace < most * 1.4, (voice, text, ended, pace)
+
+
+@pytest.mark.parametrize("voice", ["rms", "awb", "kal16"])
+def test_the_base_speaks_its_voices(voice):
+    says_all(ROOT / "data/demo/base", voice, infer.read_settings("data/demo/config.json"))
+
+
+def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
+    out, _ = demo_run
+    settings = infer.read_settings(out / infer.SAVED_CONFIG)
+    says_all(out, "slt", settings)
+    tokenizer = infer.load_tokenizer(Path(settings.model))
+    codec = infer.load_codec(settings.codec)
+    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
+    rows, _ = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer, codec)
+    _, held = finetune.split_rows(rows, settings)
+    assert len(held) >= 4
+    losses = [
+        finetune.held_out_metrics(infer.load_model(str(folder))[0], held, ids)["eval_loss"]
+        for folder in (settings.model, out)
+    ]
+    assert losses[0] < BASE_LOSS and losses[1] < TUNED_LOSS, losses
+
+
+def test_the_strings_were_in_no_training():
+    with open(ROOT / "data/numbers/metadata.csv") as file:
+        spoken = {row["text"] for row in csv.DictReader(file)}
+    assert len(spoken) > 80 and not spoken & set(TEXTS)
+    assert all(make_demo.held_out(text) for text in TEXTS)
+    assert not any(make_demo.held_out(text) for text in make_demo.training_texts(0, 500))
+    assert json.loads((ROOT / "data/demo/codec/config.json").read_text()) == make_demo.CODEC
