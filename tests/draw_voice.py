@@ -1,6 +1,6 @@
 """Draws a recording, its codec round trip and the fine-tuned voice side by side, for the README.
 
-python tests/draw_voice.py                  # docs/voice.png, from the run that `make demo` left
+python tests/draw_voice.py                  # data/demo/voice.png, from the run that `make demo` left
 """
 
 import csv
@@ -39,9 +39,8 @@ def main() -> None:
         plot.specgram(audio + 1e-7, NFFT=512, noverlap=384, Fs=24_000, vmin=-120, vmax=-30)
         plot.set(title=f"{name}", xlabel="seconds", ylim=(0, 8000), xlim=(0, len(audio) / 24_000))
     plots[0].set_ylabel("Hz")
-    (ROOT / "docs").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs/voice.png", dpi=70)
-    print(f"docs/voice.png: {row['text']!r}")
+    figure.savefig(ROOT / "data/demo/voice.png", dpi=70)
+    print(f"data/demo/voice.png: {row['text']!r}")
 
 
 if __name__ == "__main__":
