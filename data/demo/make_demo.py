@@ -1,12 +1,13 @@
 """Build the demo from nothing but Debian's flite: sample clips, tiny SNAC codec, tiny Llama base.
 
-python data/demo/make_demo.py                                 # everything: 50 minutes on two cores
+python data/demo/make_demo.py                                 # everything: an hour or so, a guess
 python data/demo/make_demo.py --stage train                   # one stage; a killed one goes on
 DEMO_WORK=/tmp/work python data/demo/make_demo.py             # clips and checkpoints elsewhere
 
 To make a demo of your own, change VOICES, WORDS and `speak`. Seeds are fixed, so the clips come out
 the same; floating point differs from machine to machine, so codebooks and weights come out alike,
-not bit by bit. Stages: clips 8 minutes, codec 1, encode 4, train 35 (decoder and base in parallel).
+not bit by bit. Stages: clips, codec, encode, train (decoder and base in parallel). The weights beside
+this file were trained with it in several sittings while its settings changed; see data/README.md.
 """
 
 import argparse
