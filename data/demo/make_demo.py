@@ -6,8 +6,8 @@ DEMO_WORK=/tmp/work python data/demo/make_demo.py             # clips and checkp
 
 To make a demo of your own, change VOICES, WORDS and `speak`. Seeds are fixed, so the clips come out
 the same; floating point differs from machine to machine, so codebooks and weights come out alike,
-not bit by bit. Stages: clips, codec, encode, train (decoder and base in parallel). The weights beside
-this file were trained with it in several sittings while its settings changed; see data/README.md.
+not bit by bit. Stages: clips, codec, encode, train (decoder and base in parallel). The weights
+beside this file were made in several sittings, while its settings changed: see data/README.md.
 """
 
 import argparse
