@@ -1,6 +1,6 @@
 """Draws a recording, its codec round trip and the fine-tuned voice side by side, for the README.
 
-    python tests/draw_voice.py                # data/demo/voice.png, from what `make demo` left
+python tests/draw_voice.py                # data/demo/voice.png, from what `make demo` left
 """
 
 import csv

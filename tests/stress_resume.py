@@ -35,12 +35,13 @@ def main() -> None:
     words = sys.argv[3:] or ["--backend", "transformers"]
     begun = time.time()
     finish(start(folder / "whole", words))
-    length = time.time() - begun
-    draw, done, torn = random.Random(0), 0, folder / "torn"
+    length = time.time() - begun  # seconds
+    draw, done, whole = random.Random(0), 0, 0
     while done < kills:
+        torn = folder / f"torn{whole}"
         process = start(torn, [*words, "--resume"])
         try:
-            process.wait(draw.uniform(0.3, 1.0) * length)
+            process.wait(draw.uniform(0.3, 0.9) * length)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -50,7 +51,8 @@ def main() -> None:
             continue
         finish(process)  # it got to its end: begin again, kills still owed
         assert digest(torn) == digest(folder / "whole"), "a resumed run made another adapter"
-        torn = folder / f"torn{done}"
+        whole += 1
+    torn = folder / f"torn{whole}"
     finish(start(torn, [*words, "--resume"]))
     assert digest(torn) == digest(folder / "whole"), "a resumed run made another adapter"
     print(f"{kills} kills, the same adapter: {digest(torn)[:16]}")

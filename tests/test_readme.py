@@ -1,5 +1,6 @@
 """README.md: its commands run as typed, and what it names is there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -19,9 +20,9 @@ def commands(heading):
 
 def made_by(target):
     """The python commands that `make TARGET` runs once .venv is there."""
-    done = subprocess.run(
-        ["make", "-n", "-o", ".venv/ready", target], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["make", "-n", "--no-print-directory", "-o", ".venv/ready", target]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
