@@ -39,6 +39,9 @@ SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, am
 class Mistake(ValueError):
     """Something a person can mend: what, where and the remedy, in one line."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
+
 
 def out_of_memory() -> tuple:
     """What a full GPU raises; nothing, as long as torch is not imported."""
