@@ -193,6 +193,8 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Ca
         elif words is not None and str(words).encode(errors="replace").decode() != str(words):
             fault = f"{text} holds half of a character (a lone surrogate)"
         told = {key: row[key] for key in ("input_ids", "labels", "codes") if key in row}
+        if made and row.get(made) is None:
+            told, fault = None, fault or f"no {made} in this row"
         return Clip(
             where=f"{where} row {n}",
             audio=sound if isinstance(sound, Path | bytes) else None,

@@ -247,6 +247,7 @@ def test_rows_tokenised_elsewhere(tmp_path, tokenizer, codec, ids):
             {"codes": [level.tolist() for level in levels], "text": "one", "voice": "x"},
             {"codes": (codes + 4096).tolist(), "text": "one", "voice": "x"},
             {"codes": [1, 2, 3, 4], "text": "one", "voice": "x"},
+            {"labels": [1], "text": "one", "voice": "x"},
         ],
     }
     for name, table in tables.items():
@@ -261,7 +262,8 @@ def test_rows_tokenised_elsewhere(tmp_path, tokenizer, codec, ids):
             assert "position 1 (frame 0, slot 1) belongs in slot 2" in told
             assert "no EOS" in told and "labels for" in told
         else:
-            assert len(rows) == 2 and len(report.left_out) == 2
+            assert len(rows) == 2 and len(report.left_out) == 3
+            assert "no codes in this row" in told
             assert "in frame 0: codes go from 0 to" in told and "neither frames of 7" in told
 
 
