@@ -160,7 +160,7 @@ def test_resume_past_the_first_epoch_is_bit_identical(batching, tmp_path, monkey
 
 def test_three_kills_change_nothing(tmp_path):
     """kill −9 at any moment, data preparation and saving included; stress_resume.py does twenty."""
-    code, printed, errors = script("tests/stress_resume.py", "3", tmp_path)
+    code, printed, errors = script("tests/stress_resume.py", "3", tmp_path, timeout=900)
     assert code == 0, printed + errors
     assert "3 kills, the same adapter" in printed
 
