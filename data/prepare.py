@@ -451,8 +451,7 @@ def make_rows(clips: Iterable[Clip], settings: Settings, tokenizer, codec) -> tu
                 known = codes.pop(0) if isinstance(one, tuple) else None
                 add_row(rows, report, clip, one, known, tokenizer, ids, settings)
             bar.update(len(window))
-            hours = sum(m.seconds for m in report.measures) / 3600
-            bar.set_postfix_str(f"{hours:.2f} hours")
+            bar.set_postfix_str(f"{report.seconds / 3600:.2f} hours")
     torch.set_num_threads(before)
     return finish_rows(rows, report, settings), report
 
