@@ -2,11 +2,15 @@
 
     python finetune.py --dataset my_voice --output_dir outputs/my_voice
     python finetune.py --config data/demo/config.json     # the demo, on any machine
+    python finetune.py --plan                             # will it fit? where the memory goes
     python finetune.py --resume                           # go on after a stop
+    torchrun --nproc-per-node 2 finetune.py               # two GPUs; accelerate launch does as well
 
 Every key of config.json can be given as --key value, and so can every key of TRL's SFTConfig.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,12 +28,16 @@ import infer
 from data import prepare
 from infer import Mistake, Settings
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+
 # ---------------------------------------------------------------- before anything is loaded
 
 
 def check_output(settings: Settings) -> Path | None:
     """The checkpoint to go on from. `Mistake` where a run would be lost, or nothing be written."""
     out = Path(settings.output_dir)
+    if RANK:  # the first rank looks for all
+        return last_checkpoint(out) if settings.resume else None
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -67,7 +75,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
-FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "max_seconds")
+FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "max_seconds", "plan", "fit")
 FREE_KEYS += ("temperature", "top_p", "repetition_penalty")
 FREE_PARTS = ("logging_", "save_", "eval_")
 
@@ -115,7 +123,7 @@ def trainer_arguments(settings: Settings):
             raise Mistake(f"{source}: {name} is set by finetune.py itself; leave it out")
         if name not in hints:
             raise infer.unknown_key(name, [*infer.OWN_KEYS, *hints], source)
-        settings.trainer[name] = infer.checked(name, value, hints[name], source), source
+        settings.trainer[name] = infer.checked(name, value, hints[name], source), "settings"
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         return SFTConfig(**asked), asked
@@ -136,6 +144,8 @@ W8 = 'weights "8bit" need a GPU; on a CPU, backend "transformers" has them'
 FP8 = 'weights "fp8" need a GPU and backend "unsloth"'
 FULL = 'full_finetuning needs weights "16bit"'
 OFFLOAD = 'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true'
+FSDP = 'fsdp needs backend "transformers"'
+RANKED = "fit looks at one GPU: leave it out with several ranks"
 
 
 def check_remedies(settings: Settings, arguments) -> None:
@@ -152,6 +162,8 @@ def check_remedies(settings: Settings, arguments) -> None:
         (settings.gradient_checkpointing == "unsloth" and not unsloth, OFFLOAD),
         (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
         (lean and not gpu, f"optim {optimiser} needs a GPU; adamw_torch_fused does not"),
+        (bool(arguments.fsdp) and unsloth, FSDP),
+        (settings.fit is not False and RANKS > 1, RANKED),
     ):
         if refused:
             raise Mistake(f"settings: {line}")
@@ -186,6 +198,8 @@ def load_with_unsloth(settings: Settings, arguments):
     import torch
     from unsloth import FastLanguageModel
 
+    optional = {"load_in_fp8": True} if settings.weights == "fp8" else {}  # unknown on its CPU side
+    optional |= {"device_map": settings.device_map} if settings.device_map else {}
     model, _ = FastLanguageModel.from_pretrained(
         settings.model,
         max_seq_length=settings.max_length,
@@ -195,9 +209,7 @@ def load_with_unsloth(settings: Settings, arguments):
         load_in_16bit=settings.weights == "16bit",
         full_finetuning=settings.full_finetuning,
         use_gradient_checkpointing=settings.gradient_checkpointing,
-        **(
-            {"load_in_fp8": True} if settings.weights == "fp8" else {}
-        ),  # its CPU side knows no such
+        **optional,
     )
     if settings.full_finetuning:
         return model
@@ -231,7 +243,7 @@ def load_with_transformers(settings: Settings, arguments):
     }.get(settings.weights, lambda: None)()
     folder = infer.fetch(settings.model, infer.MODEL_FILES)
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, quantization_config=config
+        str(folder), dtype=dtype, quantization_config=config, device_map=settings.device_map
     )
     if settings.full_finetuning:
         return model
@@ -249,18 +261,215 @@ def load_with_transformers(settings: Settings, arguments):
     return get_peft_model(model, lora)
 
 
-def check_context(settings: Settings) -> None:
-    """`Mistake` where max_length is more than the base can see."""
+def read_base(settings: Settings):
+    """The base's configuration; `Mistake` where max_length is more than the base can see."""
     from transformers import AutoConfig
 
     folder = infer.fetch(settings.model, ["config.json"])
     try:
-        context = AutoConfig.from_pretrained(str(folder)).max_position_embeddings
-    except (OSError, ValueError) as error:
+        base = AutoConfig.from_pretrained(str(folder))
+        context = base.max_position_embeddings
+    except (OSError, ValueError, AttributeError) as error:
         raise Mistake(f"{folder}: no model that loads: {str(error).splitlines()[0]}") from None
     if settings.max_length > context:
         over = f"max_length {settings.max_length} is over"
         raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
+    return base
+
+
+# ---------------------------------------------------------------- memory
+
+GIB = 2**30
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB
+# bytes a weight; NF4 with its scales, one per 64 weights and themselves quantised
+HELD = {"4bit": 0.516, "8bit": 1, "fp8": 1}
+
+
+def count_weights(base, rank: int) -> tuple[int, int, int]:
+    """(weights of the linear layers, all others, those of a LoRA of this rank), nothing loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base)
+    linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR_LAYERS]
+    held = sum(layer.weight.numel() for layer in linear)
+    lora = sum(rank * sum(layer.weight.shape) for layer in linear)
+    return held, sum(weight.numel() for weight in model.parameters()) - held, lora
+
+
+def state_bytes(optimiser: str) -> float:
+    """Bytes of optimiser state on the GPU for each weight that is trained."""
+    if any(word in optimiser for word in ("paged", "adafactor", "sgd")):
+        return 0  # in RAM when the GPU is full; a row and a column; none
+    moments = 1 if any(word in optimiser for word in ("lion", "rmsprop", "adagrad")) else 2
+    return moments * (1 if "8bit" in optimiser else 4)
+
+
+def layer_bytes(keys: dict, base, wide: int) -> int:
+    """What one layer keeps of a token for its backward pass.
+
+    Counted with autograd's saved-tensor hooks on PEFT's LoRA in transformers' Llama (a test counts
+    again); Unsloth's own kernels keep less.
+    """
+    heads = base.num_attention_heads
+    head = getattr(base, "head_dim", None) or base.hidden_size // heads
+    queries, cached = heads * head, 2 * base.num_key_value_heads * head  # elements
+    inner, rank = 4 * base.intermediate_size, 0 if keys["full_finetuning"] else 7 * keys["lora_r"]
+    casts = 2 * (base.hidden_size + queries) if wide == 2 else 0  # to 16 bit, by autocast
+    return wide * (inner + 2 * queries + cached + rank) + 16 * base.hidden_size + casts
+
+
+def memory_plan(keys: dict, base) -> dict[str, float]:
+    """Bytes on the GPU at the worst moment of a step, by what they hold. `keys`: a flat config."""
+    linear, others, lora = count_weights(base, keys["lora_r"])
+    full, quantised = keys["full_finetuning"], keys["weights"] in HELD
+    wide = 2 if keys["bf16"] or keys["fp16"] else 4
+    plain = 4 if quantised and keys["backend"] == "transformers" else wide  # PEFT casts to fp32
+    trained, each = (linear + others, wide) if full else (lora, 4)
+    tokens = keys["per_device_train_batch_size"] * keys["max_length"]
+    layer, layers = layer_bytes(keys, base, wide), base.num_hidden_layers
+    checkpointing, inputs = keys["gradient_checkpointing"], wide * base.hidden_size
+    kept = layers * layer if not checkpointing else layer + inputs * layers
+    if checkpointing == "unsloth":  # the layers' inputs wait in RAM, but for two
+        kept = layer + 2 * inputs
+    largest = base.hidden_size * base.intermediate_size
+    return {
+        "weights": linear * HELD.get(keys["weights"], wide) + others * plain,
+        "LoRA": 0 if full else lora * 4,
+        "gradients": trained * each,
+        "optimiser": trained * state_bytes(keys["optim"]),
+        "activations": tokens * (kept + 3 * wide * base.intermediate_size)  # and their gradients
+        + (wide * largest if quantised else 0),  # one matrix at a time in full
+        "logits and loss": 256 * base.vocab_size * 16,  # TRL, Unsloth and our checks take 256 rows
+        "codec, CUDA": 0.7 * GIB,  # a guess: the context, cuBLAS's workspace, fragments
+    }
+
+
+def needed(keys: dict, base) -> float:
+    return sum(memory_plan(keys, base).values())
+
+
+def smallest_change(keys: dict, base, free: float) -> dict | None:
+    """The fewest keys to change for a run within `free` bytes, those that cost least first."""
+    rows, steps = keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"]
+    offload = "unsloth" if keys["backend"] == "unsloth" else True
+    changes = [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * steps},
+        {"gradient_checkpointing": offload},
+        {"optim": "paged_adamw_8bit"},
+        {"full_finetuning": False, "weights": "4bit"},
+        {"max_length": min(1024, keys["max_length"])},
+        {"lora_r": min(16, keys["lora_r"])},
+    ]
+    changes = [change for change in changes if not change.items() <= keys.items()]
+    for count in range(len(changes) + 1):
+        for chosen in itertools.combinations(changes, count):
+            change = {name: value for part in chosen for name, value in part.items()}
+            if needed(keys | change, base) <= free:
+                return change
+    return None
+
+
+def best_fit(keys: dict, base, free: float) -> dict | None:
+    """The quickest of the ways that `free` bytes allow, at the same rows for an optimiser step.
+
+    No checkpointing before any, since that does a third of the work twice; then as many rows at
+    once as will go.
+    """
+    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
+    for checkpointing in (False, True, "unsloth")[: 3 if keys["backend"] == "unsloth" else 2]:
+        for once in (n for n in range(rows, 0, -1) if rows % n == 0):
+            change = {
+                "gradient_checkpointing": checkpointing,
+                "per_device_train_batch_size": once,
+                "gradient_accumulation_steps": rows // once,
+            }
+            if needed(keys | change, base) <= free:
+                return change
+    return None
+
+
+FIT_KEYS = (
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
+def fit_of(keys: dict) -> dict:
+    return {name: keys[name] for name in FIT_KEYS}
+
+
+def plan_keys(settings: Settings, arguments) -> dict:
+    """The flat config with what the trainer made of its nulls."""
+    optimiser = getattr(arguments.optim, "value", arguments.optim)
+    resolved = {"bf16": arguments.bf16, "fp16": arguments.fp16, "optim": optimiser}
+    return settings.flat() | resolved
+
+
+def in_words(change: dict | None) -> str:
+    if change is None:
+        return "no change of settings makes it fit: a smaller base, or a larger card"
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in change.items())
+
+
+def tell_plan(settings: Settings, arguments, base) -> None:
+    """--plan: where the memory goes, and what this and other cards hold."""
+    import torch
+
+    keys = plan_keys(settings, arguments)
+    print(f"{settings.model}: {settings.max_length} tokens a row, {in_words(fit_of(keys))}")
+    for name, size in memory_plan(keys, base).items():
+        print(f"  {name:16}{size / GIB:8.2f} GiB")
+    print(f"  {'in all':16}{needed(keys, base) / GIB:8.2f} GiB, an estimate")
+    here = torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
+    for card in [here] if here else CARDS if settings.fit in (True, False) else [settings.fit]:
+        change = smallest_change(keys, base, card * GIB)
+        told = "fits" if change == {} else f"too small: {in_words(change)}"
+        fit = best_fit(keys, base, card * GIB)
+        print(f"{card:4.4g} GiB: {told}" + (f"; --fit takes {in_words(fit)}" if fit else ""))
+
+
+def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -> None:
+    """Tells what the run will need, and with `fit` sets rows at once and checkpointing to suit.
+
+    `Mistake` with the smallest change where even what no setting of those spares is too much. (Of
+    activations the plan is the least sure: where they alone are too much, it only says so.)
+    """
+    import torch
+
+    keys, gpu = plan_keys(settings, arguments), torch.cuda.is_available()
+    if not gpu and settings.fit is True:
+        raise Mistake("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
+    if not gpu and settings.fit is False:
+        return
+    free = torch.cuda.mem_get_info()[0] if isinstance(settings.fit, bool) else settings.fit * GIB
+    change, plan = fit_of(keys), memory_plan(keys, base)
+    if settings.fit is not False:
+        change = best_fit(keys, base, free)
+        if checkpoint:  # a resumed run goes on with what it had
+            change = fit_of(infer.read_json(Path(settings.output_dir) / infer.SAVED_CONFIG))
+    if change is None or sum(plan.values()) - plan["activations"] > free:
+        told = f"{needed(keys, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
+        raise Mistake(f"out of memory: {told}; {in_words(smallest_change(keys, base, free))}")
+    total = needed(keys | change, base)
+    print(f"memory  {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {in_words(change)}")
+    if total > free:
+        print(f"        it may not fit; {in_words(smallest_change(keys, base, free))} would")
+    settings.gradient_checkpointing = change[FIT_KEYS[0]]
+    for name in FIT_KEYS[1:]:
+        settings.trainer[name] = change[name], "fit"
+
+
+def step_down(settings: Settings, trainer) -> None:
+    """After running out of memory in the first step: starts anew, planning for a tenth less.
+
+    In a new process, which has all of the GPU's memory again. The clips are in the cache.
+    """
+    less = 0.9 * needed(plan_keys(settings, trainer.args), trainer.model.config) / GIB
+    print(f"out of memory in the first step: starting anew with --fit {less:.2f}", flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", f"{less:.2f}"])
 
 
 # ---------------------------------------------------------------- hearing
@@ -387,6 +596,9 @@ def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
     batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
     last = batches.pop() if len(batches[-1]) < size else []  # a short batch stays at the end
     draw.shuffle(batches)
+    if batches:  # the longest first: what does not fit in memory shows in the first step
+        longest = max(range(len(batches)), key=lambda n: lengths[batches[n][-1]])
+        batches.insert(0, batches.pop(longest))
     return [row for batch in batches for row in batch] + last
 
 
@@ -420,31 +632,57 @@ def length_sampler(lengths: list[int], size: int, seed: int):
 
 def watcher(settings: Settings, stop: dict):
     """Calls for checks; ends the run on Ctrl-C or a kill, and on an exploding loss."""
+    from accelerate.utils import gather_object
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             last = state.global_step >= state.max_steps
-            control.should_evaluate = last or state.global_step % settings.sample_steps == 0
-            if stop:
+            due = last or state.global_step % settings.sample_steps == 0
+            control.should_evaluate = due and not args.fsdp  # its weights lie in parts
+            if any(gather_object([bool(stop)])):  # a signal may reach one rank a step earlier
+                stop.setdefault("signal", None)
                 control.should_save = control.should_training_stop = True
             return control
 
-        def on_log(self, args, state, control, logs, **_):
+        def on_log(self, args, state, control, logs, model=None, **_):
             least = min((log["loss"] for log in state.log_history if "loss" in log), default=0)
             if logs.get("loss", 0) > least + 2:  # nats: e² times less likely, token for token
                 told = f"loss {logs['loss']:.2f} at step {state.global_step}"
                 raise Mistake(f"{told} explodes, it was {least:.2f}: lower learning_rate")
+            for told in suspicions(logs, state.global_step, model.config.vocab_size):
+                print(f"note    step {state.global_step}: {told}")
 
     return Watcher()
 
 
-def trainer_class(lengths: list[int], listen):
-    """SFTTrainer with batches of like lengths; `listen` takes the place of its evaluation."""
+def suspicions(logs: dict, step: int, vocabulary: int) -> list[str]:
+    """What a log tells of rows that were tokenised wrongly, as a person would look for it."""
+    told, guess = [], math.log(vocabulary)
+    if step >= 20 and logs.get("loss", 0) > 0.9 * guess:
+        remedy = "is the codec the one that the base was trained with, and the base an Orpheus?"
+        told.append(f"loss {logs['loss']:.1f} is no better than guessing ({guess:.1f}): {remedy}")
+    slots = {n: logs.get(f"eval_loss_slot{n}") for n in range(infer.SLOTS)}
+    if None not in slots.values():
+        usual = float(np.median(list(slots.values())))
+        for slot in (n for n, loss in slots.items() if loss > usual + 2.5):
+            far = f"slot {slot}'s loss {slots[slot]:.1f} is far above the others' {usual:.1f}"
+            told.append(f"{far}: its codes are likely in the wrong place, or another codec's")
+    return told
+
+
+def trainer_class(lengths: list[int], seconds: float, listen):
+    """SFTTrainer with batches of like lengths; `listen` takes the place of its evaluation.
+
+    `seconds` of audio are in all rows together.
+    """
     import torch
+    from accelerate.utils import broadcast_object_list
     from trl import SFTTrainer
 
     class SpeechTrainer(SFTTrainer):
+        slots = 0  # of all batches so far, padding included
+
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
                 return super()._get_train_sampler(train_dataset)
@@ -452,6 +690,8 @@ def trainer_class(lengths: list[int], listen):
 
         def training_step(self, model, inputs, *args, **kwargs):
             rows = inputs["input_ids"]
+            size = torch.tensor([rows.numel()], device=rows.device)
+            self.slots += self.accelerator.gather(size).sum().item()
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not loss.isfinite():
                 good = last_checkpoint(Path(self.args.output_dir)) or "none yet"
@@ -460,9 +700,18 @@ def trainer_class(lengths: list[int], listen):
                 raise Mistake(f"{told}; last checkpoint: {good}; in the batch: {said}")
             return loss
 
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                seen = self.state.num_input_tokens_seen
+                logs["audio_hours"] = seen * seconds / sum(lengths) / 3600
+                logs["useful_share"] = (seen - self._initial_num_input_tokens_seen) / self.slots
+                logs["peak_gib"] = peak_memory() / GIB
+            super().log(logs, start_time)
+
         def evaluate(self, *_, **__):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-            metrics, spoken = listen(self.model, self.state.global_step, dtype)
+            heard = ({}, []) if RANK else listen(self.model, self.state.global_step, dtype)
+            metrics, spoken = broadcast_object_list([heard[0]])[0], heard[1]
             self.model.eval()  # TRL files what is logged now under evaluation
             self.log(metrics)
             self.model.train()
@@ -485,8 +734,10 @@ def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: di
     tokenizer.pad_token = infer.TOKEN_NAMES["pad"]
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     lengths = [len(row) for row in columns["input_ids"]]
+    frames = sum(int((np.asarray(row) != -100).sum()) // infer.SLOTS for row in columns["labels"])
+    seconds = frames * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
     try:
-        trainer = trainer_class(lengths, listen)(
+        trainer = trainer_class(lengths, seconds, listen)(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_dict(columns),
@@ -514,8 +765,29 @@ def tell_batches(trainer, lengths: list[int]) -> None:
     print(f"batches {how}, {size} rows × {steps} for a step; {used}")
 
 
-def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> float:
-    """Trains to the end and returns the epochs done; on a signal saves, says how to go on."""
+DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
+
+
+@contextlib.contextmanager
+def disk_watched(out: Path, where):
+    """A full disk while something is saved becomes one line that says what is left, and what to do.
+
+    torch, safetensors and the system each have an exception of their own for it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(word in str(error) for word in DISK_FULL):
+            raise
+        left = f"last checkpoint: {last_checkpoint(out) or 'none yet'}"
+        told = f"{where()}: {out} cannot be written, its disk is full: free some, then --resume"
+        raise Mistake(f"{told}; {left}") from None
+
+
+def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> int:
+    """Trains to the end and returns the tokens seen; on a signal saves, says how to go on."""
 
     def handle(number, frame):
         if stop:
@@ -525,18 +797,16 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> f
 
     import torch
 
-    out = Path(settings.output_dir)
-    begin = infer.read_json(checkpoint / "trainer_state.json")["epoch"] if checkpoint else 0
+    out, state = Path(settings.output_dir), checkpoint and checkpoint / "trainer_state.json"
+    begin = infer.read_json(state).get("num_input_tokens_seen", 0) if checkpoint else 0
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError) as error:
-        remedy = "the disk is full: free some"
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            remedy = "out of GPU memory: README, Out of memory, says what to change"
-        elif "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        told = f"step {trainer.state.global_step + 1}: {remedy}, and --resume"
+        with disk_watched(out, lambda: f"step {trainer.state.global_step}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.cuda.OutOfMemoryError:
+        if settings.fit is not False and trainer.state.global_step == 0:
+            step_down(settings, trainer)
+        told = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
         raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
     finally:
         for number, handler in before.items():
@@ -546,7 +816,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> f
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
         print(f"go on with: {shlex.join(['python', *sys.argv, '--resume'])}")
         sys.exit(130)
-    return state.epoch - begin
+    return state.num_input_tokens_seen - begin
 
 
 def clear_run(out: Path) -> None:
@@ -575,16 +845,29 @@ def save_config(settings: Settings) -> None:
     infer.write_text(path, json.dumps(resolved(settings), indent=2, ensure_ascii=False) + "\n")
 
 
-def save_model(model, tokenizer, out: Path) -> None:
+def save_model(trainer, tokenizer, out: Path) -> None:
     """Adapter (or whole model) and tokenizer, written aside and renamed, its config last."""
-    part = out / ".adapter.part"
+    part, weights = out / ".adapter.part", None
+    if trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
+    if RANK:
+        return
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(str(part))
+    trainer.model.save_pretrained(str(part), state_dict=weights)
     tokenizer.save_pretrained(str(part))
     last = ("adapter_config.json", "config.json")  # where these are, the rest is
     for path in sorted(part.iterdir(), key=lambda p: p.name in last):
         os.replace(path, out / path.name)
     part.rmdir()
+
+
+def peak_memory() -> int:
+    """Bytes held at most so far: of the GPU where there is one, else of RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def end_block(settings: Settings, trainer, tokens: float, started: float) -> None:
@@ -594,14 +877,12 @@ def end_block(settings: Settings, trainer, tokens: float, started: float) -> Non
     logs = trainer.state.log_history
     losses = [log["loss"] for log in logs if "loss" in log] or [logs[-1]["train_loss"]]
     trained, whole = logs[-1]["train_runtime"], time.perf_counter() - started  # seconds
-    peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "RAM"
-    if torch.cuda.is_available():
-        peak, where = torch.cuda.max_memory_reserved(), "GPU memory"
+    where = "GPU memory" if torch.cuda.is_available() else "RAM"
     print("---")
     print(f"steps    {trainer.state.global_step}, loss {losses[0]:.3f} → {losses[-1]:.3f}")
     print(f"minutes  {whole / 60:.1f}, of which training {trained / 60:.1f}")
     print(f"speed    {tokens / trained:,.0f} tokens/s")
-    print(f"memory   {peak / 2**30:.2f} GiB of {where} at its peak")
+    print(f"memory   {peak_memory() / GIB:.2f} GiB of {where} at its peak")
     print(f"adapter  {settings.output_dir}")
     print(f'say more: python infer.py "…" --model {shlex.quote(settings.output_dir)}')
 
@@ -609,20 +890,38 @@ def end_block(settings: Settings, trainer, tokens: float, started: float) -> Non
 # ---------------------------------------------------------------- command line
 
 
-def main() -> None:
-    started = time.perf_counter()
-    settings = infer.read_command_line(__doc__)
-    checkpoint = check_output(settings)
-    clips = prepare.read_clips(settings)
+def first_rank_first():
+    """What the first rank encodes and writes, the others find."""
+    from accelerate import PartialState
+
+    return PartialState().main_process_first() if RANKS > 1 else contextlib.nullcontext()
+
+
+def settle(settings: Settings, checkpoint: Path | None):
+    """(SFTConfig, what it was asked for), once machine, backend and memory allow the settings."""
     infer.check_machine(settings.model)
     if settings.backend == "unsloth":
         import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
-    arguments, asked = trainer_arguments(settings)
+    arguments, _ = trainer_arguments(settings)
     check_remedies(settings, arguments)
-    check_context(settings)
+    check_memory(settings, arguments, read_base(settings), checkpoint)
+    return trainer_arguments(settings)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    settings = infer.read_command_line(__doc__)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
+    if settings.plan:
+        return tell_plan(settings, trainer_arguments(settings)[0], read_base(settings))
+    checkpoint, out = check_output(settings), Path(settings.output_dir)
+    clips = prepare.read_clips(settings)
+    arguments, asked = settle(settings, checkpoint)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     codec = infer.load_codec(settings.codec, infer.device())
-    rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
+    with first_rank_first():
+        rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
     report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
@@ -631,15 +930,16 @@ def main() -> None:
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
     tell_changes(asked, trainer.args)
-    out = Path(settings.output_dir)
-    if settings.overwrite and not settings.resume:
-        clear_run(out)
-    save_config(settings)
-    report.save(out)
-    epochs = train(trainer, settings, checkpoint, stop)
-    save_model(trainer.model, tokenizer, out)
-    save_checks(trainer, out)
-    tokens = epochs * sum(len(row["input_ids"]) for row in rows)
+    if not RANK:
+        if settings.overwrite and not settings.resume:
+            clear_run(out)
+        save_config(settings)
+        report.save(out)
+    tokens = train(trainer, settings, checkpoint, stop)
+    with disk_watched(out, lambda: "the adapter"):
+        save_model(trainer, tokenizer, out)
+    if not RANK:
+        save_checks(trainer, out)
     end_block(settings, trainer, tokens, started)
 
 

@@ -20,7 +20,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -107,6 +107,9 @@ class Settings:
     lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0)
     lora_dropout: float = key("LoRA dropout", ge=0, lt=1)
     gradient_checkpointing: bool | Literal["unsloth"] = key("off, on, or Unsloth's, which offloads")
+    device_map: str | None = key("auto: one model over several GPUs, a part on each")
+    plan: bool = key("tell where the memory would go, and stop")
+    fit: bool | float = key("let rows at once and checkpointing follow the free memory, or GiB")
     output_dir: str = key("folder for the adapter, checkpoints and samples")
     overwrite: bool = key("replace the run that output_dir holds")
     resume: bool = key("go on from the last checkpoint in output_dir")
@@ -204,7 +207,8 @@ def read_command_line(description: str) -> Settings:
         name = words.pop(0)
         bare = not words or words[0].startswith("--")  # a switch, as --overwrite
         own = OWN_KEYS.get(name[2:])
-        if not name.startswith("--") or (bare and own and own.type is not bool):
+        switch = own is None or bool in (own.type, *get_args(own.type))
+        if not name.startswith("--") or (bare and not switch):
             raise Mistake(f"command line: {name}: write keys as --key value")
         overrides[name[2:]] = "true" if bare else words.pop(0)
     return read_settings(known.config, overrides)

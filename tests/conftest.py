@@ -60,10 +60,11 @@ RUN = """
 import sys, torch
 import finetune, infer
 save = finetune.save_model
-def save_and_look(model, tokenizer, out):
-    save(model, tokenizer, out)
+def save_and_look(trainer, tokenizer, out):
+    save(trainer, tokenizer, out)
     with torch.no_grad():
-        torch.save(model.eval()(input_ids=torch.arange(300)[None]).logits, out / "logits.pt")
+        logits = trainer.model.eval()(input_ids=torch.arange(300)[None]).logits
+        torch.save(logits, out / "logits.pt")
 finetune.save_model = save_and_look
 infer.run(finetune.main)
 """

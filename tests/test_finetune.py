@@ -204,7 +204,11 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent), {"audio": 0}).Reload()
     assert sorted(events.Tags()["audio"]) == ["sample/01", "sample/02"]
     assert len(events.Audio("sample/01")) == 3
-    assert "eval/loss_slot6" in events.Tags()["scalars"]
+    told = {"loss", "audio_hours", "useful_share", "peak_gib", "num_input_tokens_seen"}
+    told = {f"train/{name}" for name in told | {"train_tokens_per_second"}}
+    assert told | {"eval/loss_slot6"} <= set(events.Tags()["scalars"])
+    share = [event.value for event in events.Scalars("train/useful_share")]
+    assert all(0.5 < value <= 1 for value in share), share
 
 
 def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
@@ -264,6 +268,43 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 def test_an_exploding_loss_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(infer.Mistake, match=r"at step \d explodes, it was .* lower learning_rate"):
         run_here(monkeypatch, tmp_path, learning_rate="100", max_grad_norm="0")
+
+
+def test_a_log_that_smells_of_wrong_tokens_is_named():
+    assert finetune.suspicions({"loss": 11.5}, 30, 156_940)[0].startswith("loss 11.5 is no better")
+    assert finetune.suspicions({"loss": 11.5}, 3, 156_940) == []  # a first step may be so
+    assert finetune.suspicions({"loss": 4.5}, 30, 156_940) == []
+    slots = {f"eval_loss_slot{n}": 4.0 + 0.1 * n for n in range(7)}
+    assert finetune.suspicions(slots, 100, 156_940) == []
+    (told,) = finetune.suspicions(slots | {"eval_loss_slot3": 8.2}, 100, 156_940)
+    assert told.startswith("slot 3's loss 8.2 is far above the others' 4.4")
+
+
+@pytest.mark.parametrize("largest", [100_000, 8_000_000])  # bytes: fails in adapter, in optimiser
+def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
+    """The system itself refuses to write on, in the second checkpoint; then --resume goes on."""
+    import resource
+
+    from trl import SFTTrainer
+
+    save, (soft, hard) = SFTTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_and_fill(self, *words):
+        try:
+            save(self, *words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+
+    keys = {"save_steps": "1", "save_total_limit": "1", "report_to": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
+        with pytest.raises(infer.Mistake) as caught:
+            run_here(patch, tmp_path, **keys)
+    told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
+    assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"
+    run_here(monkeypatch, tmp_path, **keys, resume="true")
+    assert infer.is_adapter(tmp_path)
 
 
 # ---------------------------------------------------------------- batches
