@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -261,22 +262,6 @@ def load_with_transformers(settings: Settings, arguments):
     return get_peft_model(model, lora)
 
 
-def read_base(settings: Settings):
-    """The base's configuration; `Mistake` where max_length is more than the base can see."""
-    from transformers import AutoConfig
-
-    folder = infer.fetch(settings.model, ["config.json"])
-    try:
-        base = AutoConfig.from_pretrained(str(folder))
-        context = base.max_position_embeddings
-    except (OSError, ValueError, AttributeError) as error:
-        raise Mistake(f"{folder}: no model that loads: {str(error).splitlines()[0]}") from None
-    if settings.max_length > context:
-        over = f"max_length {settings.max_length} is over"
-        raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
-    return base
-
-
 # ---------------------------------------------------------------- memory
 
 GIB = 2**30
@@ -285,17 +270,37 @@ CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 HELD = {"4bit": 0.516, "8bit": 1, "fp8": 1}
 
 
-def count_weights(base, rank: int) -> tuple[int, int, int]:
-    """(weights of the linear layers, all others, those of a LoRA of this rank), nothing loaded."""
+# A model's config; weights of its linear layers, of all else, of a LoRA of rank 1
+Base = namedtuple("Base", "config linear others lora")
+
+
+def count_weights(config) -> Base:
+    """Counted on the meta device: nothing is loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base)
+        model = AutoModelForCausalLM.from_config(config)
     linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR_LAYERS]
     held = sum(layer.weight.numel() for layer in linear)
-    lora = sum(rank * sum(layer.weight.shape) for layer in linear)
-    return held, sum(weight.numel() for weight in model.parameters()) - held, lora
+    lora = sum(sum(layer.weight.shape) for layer in linear)
+    return Base(config, held, sum(w.numel() for w in model.parameters()) - held, lora)
+
+
+def read_base(settings: Settings) -> Base:
+    """The base's shape, from its config.json; `Mistake` where max_length is more than it sees."""
+    from transformers import AutoConfig
+
+    folder = infer.fetch(settings.model, ["config.json"])
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        context = config.max_position_embeddings
+    except (OSError, ValueError, AttributeError) as error:
+        raise Mistake(f"{folder}: no model that loads: {str(error).splitlines()[0]}") from None
+    if settings.max_length > context:
+        over = f"max_length {settings.max_length} is over"
+        raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
+    return count_weights(config)
 
 
 def state_bytes(optimiser: str) -> float:
@@ -306,42 +311,44 @@ def state_bytes(optimiser: str) -> float:
     return moments * (1 if "8bit" in optimiser else 4)
 
 
-def layer_bytes(keys: dict, base, wide: int) -> int:
+def layer_bytes(keys: dict, config, wide: int) -> int:
     """What one layer keeps of a token for its backward pass.
 
     Counted with autograd's saved-tensor hooks on PEFT's LoRA in transformers' Llama (a test counts
     again); Unsloth's own kernels keep less.
     """
-    heads = base.num_attention_heads
-    head = getattr(base, "head_dim", None) or base.hidden_size // heads
-    queries, cached = heads * head, 2 * base.num_key_value_heads * head  # elements
-    inner, rank = 4 * base.intermediate_size, 0 if keys["full_finetuning"] else 7 * keys["lora_r"]
-    casts = 2 * (base.hidden_size + queries) if wide == 2 else 0  # to 16 bit, by autocast
-    return wide * (inner + 2 * queries + cached + rank) + 16 * base.hidden_size + casts
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, cached = heads * head, 2 * config.num_key_value_heads * head  # elements
+    inner, rank = 4 * config.intermediate_size, 0 if keys["full_finetuning"] else 7 * keys["lora_r"]
+    casts = 2 * (config.hidden_size + queries) if wide == 2 else 0  # to 16 bit, by autocast
+    return wide * (inner + 2 * queries + cached + rank) + 16 * config.hidden_size + casts
 
 
 def memory_plan(keys: dict, base) -> dict[str, float]:
     """Bytes on the GPU at the worst moment of a step, by what they hold. `keys`: a flat config."""
-    linear, others, lora = count_weights(base, keys["lora_r"])
+    config, linear, others, lora = *base[:3], base.lora * keys["lora_r"]
     full, quantised = keys["full_finetuning"], keys["weights"] in HELD
     wide = 2 if keys["bf16"] or keys["fp16"] else 4
     plain = 4 if quantised and keys["backend"] == "transformers" else wide  # PEFT casts to fp32
     trained, each = (linear + others, wide) if full else (lora, 4)
     tokens = keys["per_device_train_batch_size"] * keys["max_length"]
-    layer, layers = layer_bytes(keys, base, wide), base.num_hidden_layers
-    checkpointing, inputs = keys["gradient_checkpointing"], wide * base.hidden_size
+    layer, layers = layer_bytes(keys, config, wide), config.num_hidden_layers
+    checkpointing, inputs = keys["gradient_checkpointing"], wide * config.hidden_size
     kept = layers * layer if not checkpointing else layer + inputs * layers
     if checkpointing == "unsloth":  # the layers' inputs wait in RAM, but for two
         kept = layer + 2 * inputs
-    largest = base.hidden_size * base.intermediate_size
+    largest = config.hidden_size * config.intermediate_size
     return {
         "weights": linear * HELD.get(keys["weights"], wide) + others * plain,
         "LoRA": 0 if full else lora * 4,
         "gradients": trained * each,
         "optimiser": trained * state_bytes(keys["optim"]),
-        "activations": tokens * (kept + 3 * wide * base.intermediate_size)  # and their gradients
+        "activations": tokens * (kept + 3 * wide * config.intermediate_size)  # and their gradients
         + (wide * largest if quantised else 0),  # one matrix at a time in full
-        "logits and loss": 256 * base.vocab_size * 16,  # TRL, Unsloth and our checks take 256 rows
+        "logits and loss": 256
+        * config.vocab_size
+        * 16,  # TRL, Unsloth and our checks take 256 rows
         "codec, CUDA": 0.7 * GIB,  # a guess: the context, cuBLAS's workspace, fragments
     }
 
@@ -462,12 +469,12 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
         settings.trainer[name] = change[name], "fit"
 
 
-def step_down(settings: Settings, trainer) -> None:
+def step_down(settings: Settings, arguments) -> None:
     """After running out of memory in the first step: starts anew, planning for a tenth less.
 
     In a new process, which has all of the GPU's memory again. The clips are in the cache.
     """
-    less = 0.9 * needed(plan_keys(settings, trainer.args), trainer.model.config) / GIB
+    less = 0.9 * needed(plan_keys(settings, arguments), read_base(settings)) / GIB
     print(f"out of memory in the first step: starting anew with --fit {less:.2f}", flush=True)
     os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", f"{less:.2f}"])
 
@@ -805,7 +812,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
         if settings.fit is not False and trainer.state.global_step == 0:
-            step_down(settings, trainer)
+            step_down(settings, trainer.args)
         told = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
         raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
     finally:

@@ -48,12 +48,11 @@ def test_the_plan_needs_only_a_config(orpheus, tmp_path):
 
 def test_weights_are_counted_from_the_shape(orpheus):
     _, base = keys_and_base(orpheus)
-    linear, others, lora = finetune.count_weights(base, 64)
     layer = 3072 * (3072 + 1024 + 1024 + 3072) + 3 * 3072 * 8192
     sides = 2 * (3072 + 3072) + 2 * (3072 + 1024) + 3 * (3072 + 8192)
-    assert linear == 28 * layer
-    assert others == 156940 * 3072 + (2 * 28 + 1) * 3072  # tied embeddings; norms
-    assert lora == 28 * 64 * sides
+    assert base.linear == 28 * layer
+    assert base.others == 156940 * 3072 + (2 * 28 + 1) * 3072  # tied embeddings; norms
+    assert base.lora == 28 * sides
 
 
 def saved_bytes(layers, wide, checkpointing):
