@@ -425,8 +425,8 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    part = path.with_name(f".{path.name}.part")
+    """A file that is whole or not there, also where two processes write it at once."""
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

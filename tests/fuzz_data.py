@@ -75,7 +75,6 @@ def make_seeds(home: Path) -> dict[str, bytes]:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     tokenizer = infer.load_tokenizer(ROOT / "data/demo/base")
-    codec = infer.load_codec(str(ROOT / "data/demo/codec"))
     home, told = Path(tempfile.mkdtemp()), {"rows": 0, "mistakes": 0}
     seeds = make_seeds(home)
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("a hang: over 20 s"))
@@ -88,7 +87,7 @@ def main() -> None:
             config = home / "config.json" if name == "config.json" else None
             chosen = infer.read_settings(config, {"cache_dir": "null", "train_on": "audio"})
             chosen.dataset = str(home / "list.jsonl" if name == "list.jsonl" else home)
-            rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer, codec)
+            rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
             assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
             told["rows"] += len(rows)
         except infer.Mistake as mistake:

@@ -110,10 +110,10 @@ def test_padded_equals_row_by_row(trainer_of, rows, ids, batching):
 
 def test_length_batches_are_alike_whole_and_repeatable():
     lengths = np.random.default_rng(0).integers(50, 2000, 1003).tolist()
-    order = finetune.length_batches(lengths, 8, seed=1)
+    order = prepare.length_batches(lengths, 8, seed=1)
     assert sorted(order) == list(range(1003))
-    assert order == finetune.length_batches(lengths, 8, seed=1)
-    assert order != finetune.length_batches(lengths, 8, seed=2)
+    assert order == prepare.length_batches(lengths, 8, seed=1)
+    assert order != prepare.length_batches(lengths, 8, seed=2)
     batches = [[lengths[row] for row in order[n : n + 8]] for n in range(0, 1003, 8)]
     slots = sum(len(batch) * max(batch) for batch in batches)
     assert sum(lengths) / slots > 0.95
