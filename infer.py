@@ -340,6 +340,7 @@ def load_codec(path: str, device: str = "cpu"):
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
+    from torch.nn.utils import parametrize
 
     try:
         codec = SNAC.from_pretrained(str(folder)).to(device)
@@ -348,6 +349,9 @@ def load_codec(path: str, device: str = "cpu"):
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
+    for module in codec.modules():  # weight norm is settled once, not at every call
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
     return codec
 
 

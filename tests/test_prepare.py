@@ -567,22 +567,42 @@ def test_a_torn_file_in_the_cache_is_made_anew(tmp_path, tokenizer):
     assert rows_of(tmp_path, tokenizer, **cache)[1].cached == 2
 
 
+def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch):
+    two_clips(tmp_path, [f"{n}.wav" for n in range(10)])
+    folder_of(tmp_path, [(f"{n}.wav", f"text {n}", "x") for n in range(10)])
+    encode, eighth = infer.encode, soundfile.read(tmp_path / "8.wav", dtype="float32")[0]
+
+    def killed(codec, clips):
+        if np.array_equal(clips[0], eighth):
+            raise KeyboardInterrupt
+        return encode(codec, clips)
+
+    monkeypatch.setattr(infer, "encode", killed)
+    cache = {"cache_dir": tmp_path / "cache", "keep_silence": "null"}
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(tmp_path, tokenizer, **cache)
+    monkeypatch.setattr(infer, "encode", encode)
+    rows, report = rows_of(tmp_path, tokenizer, **cache)
+    assert report.cached == 8 and len(rows) == 10
+    assert same(rows, rows_of(tmp_path, tokenizer, keep_silence="null")[0])
+
+
 def start(*words):
     command = [sys.executable, "data/prepare.py", *DEMO, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
-    """As the ranks of one run: both tell the same of the same rows, no file is torn or left over."""
-    words = ["--limit", 24, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    """As the ranks of one run do: both get the same rows, no file is torn or left over."""
+    words = ["--limit", 9, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"]
     both = [start(*words), start(*words)]
     told = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
-    rows, report = rows_of("data/numbers", tokenizer, limit=24)
+    _, report = rows_of("data/numbers", tokenizer, limit=9)
     saved = json.loads((tmp_path / "out/data_report.json").read_text())
-    assert saved["digest"] == report.digest and saved["rows"] == 24
+    assert saved["digest"] == report.digest and saved["rows"] == 9
     files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    assert len(files) == 24 and all(json.loads(p.read_text())["codes"] for p in files)
+    assert len(files) == 9 and all(json.loads(p.read_text())["codes"] for p in files)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["data_report.json", "data_report.png"]
 
