@@ -102,10 +102,20 @@ def measure(*words: str) -> list[str]:
 def main() -> None:
     modes = {"--plain": plain_loop, "--prepare": prepare_all}
     if sys.argv[1:2] and sys.argv[1] in modes:
-        print(
-            "| clips | | start-up s | seconds | clips/s | × real time | CPU ms a clip | MiB at most |"
-        )
-    print("|---" * 8 + "|")
+        print(*modes[sys.argv[1]](*sys.argv[2:]))
+        return
+    counts = [int(word) for word in sys.argv[1:]] or [100, 1_000, 10_000]
+    heads = [
+        "clips",
+        "",
+        "start-up s",
+        "s",
+        "clips/s",
+        "× real time",
+        "CPU ms a clip",
+        "MiB at most",
+    ]
+    print("|", " | ".join(heads), "|\n" + "|---" * len(heads) + "|")
     for count in counts:
         with tempfile.TemporaryDirectory() as home:
             speak_clips(Path(home, "set"), count)
