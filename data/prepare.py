@@ -91,7 +91,7 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
         raise Mistake(f"{folder}: no {forms} (data/README.md has the forms)")
     sounds.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.stem)])
     texts = ((p, p.with_suffix(".txt")) for p in sounds)
-    clips = (Clip(str(p), p, infer.read_text(t) if t.is_file() else None) for p, t in texts)
+    clips = (Clip(p.name, p, infer.read_text(t) if t.is_file() else None) for p, t in texts)
     return Clips(clips, len(sounds))
 
 
@@ -110,7 +110,7 @@ def read_manifest(path: Path, settings: Settings) -> Clips:
     if not rows:
         raise Mistake(f"{path}: no rows in it")
     columns = {name for _, row in rows for name in row if name is not None}
-    to_clip = clip_maker(columns, path.parent, settings, str(path))
+    to_clip = clip_maker(columns, path.parent, settings, path)
     return Clips(itertools.starmap(to_clip, rows), len(rows))
 
 
@@ -145,17 +145,17 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
         table = Dataset.from_parquet(files)
     except (OSError, ValueError) as error:
         raise Mistake(f"{home}: parquet that does not load: {str(error).splitlines()[0]}") from None
-    return read_dataset(table, home, settings, files[0] if len(files) == 1 else str(home))
+    return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 
 def read_hub(settings: Settings) -> Clips:
     """A hub dataset; with `limit` it is streamed, so that no more is downloaded than is used."""
     from datasets import load_dataset
 
-    where = settings.dataset
+    name = settings.dataset
     try:
         table = load_dataset(
-            where,
+            name,
             settings.dataset_config,
             split=settings.dataset_split,
             revision=settings.dataset_revision,
@@ -163,11 +163,11 @@ def read_hub(settings: Settings) -> Clips:
         )
     except (ValueError, OSError) as error:  # DatasetNotFoundError is an OSError
         reason = str(error).splitlines()[0]
-        raise Mistake(f"{where}: no such folder here, and the hub's gives: {reason}") from None
-    return read_dataset(table, None, settings, where)
+        raise Mistake(f"{name}: no such folder here, and the hub's gives: {reason}") from None
+    return read_dataset(table, None, settings, Path(name))
 
 
-def read_dataset(table, home: Path | None, settings: Settings, where: str) -> Clips:
+def read_dataset(table, home: Path | None, settings: Settings, where: Path) -> Clips:
     """Clips of a datasets.Dataset or IterableDataset, its audio left undecoded."""
     from datasets import Audio
 
@@ -178,7 +178,7 @@ def read_dataset(table, home: Path | None, settings: Settings, where: str) -> Cl
     return Clips(itertools.starmap(to_clip, enumerate(table)), getattr(table, "num_rows", None))
 
 
-def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Callable:
+def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> Callable:
     """A function of (row number, row) → Clip, once it is settled which column holds what."""
     made = next((name for name in ("input_ids", "codes") if name in columns), None)
     audio = text = None
@@ -207,7 +207,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Ca
         if made and row.get(made) is None:
             told, fault = None, fault or f"no {made} in this row"
         return Clip(
-            where=f"{where} row {n}",
+            where=f"{where.name} row {n}",
             audio=sound if isinstance(sound, Path | bytes) else None,
             text=None if words is None else str(words),
             voice=None if name is None else str(name),
@@ -218,7 +218,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Ca
     return to_clip
 
 
-def find_column(columns, wanted: str | None, names: tuple[str, ...], where: str) -> str:
+def find_column(columns, wanted: str | None, names: tuple[str, ...], where: Path) -> str:
     """The column that a key names, or the first of the conventional names that is there."""
     for name in (wanted,) if wanted else names:
         if name in columns:
@@ -262,6 +262,9 @@ class Measures(NamedTuple):
     clipped: float = 0.0  # share of samples at full scale
     offset: float = 0.0  # mean of the samples
     tokens: int = 0  # in its row
+
+    def told(self) -> str:
+        return f"{self.where}: {self.seconds:.1f} s, {self.level:.0f} dB, {self.text[:50]!r}"
 
 
 def edges(audio: np.ndarray, threshold: float) -> tuple[int, int]:
@@ -529,6 +532,8 @@ def frames_of(seconds: float) -> int:
 
 def make_rows(clips: Clips, settings: Settings, tokenizer) -> tuple[list, "Report"]:
     """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named."""
+    if unknown := set(settings.leave_out) - FINDINGS.keys():
+        raise infer.unknown_key(min(unknown), FINDINGS, "leave_out")
     config = infer.fetch(settings.codec, CODEC_FILES) / "config.json"
     size = infer.read_json(config).get("codebook_size")
     if not isinstance(size, int):
@@ -558,12 +563,14 @@ def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, set
         return
     report.cached += heard.cached
     measures = Measures(clip.where, voice, text, **heard.sound, tokens=len(row["input_ids"]))
-    speech = SLOTS * frames_of(measures.seconds)
-    cut = ids.eos not in row["input_ids"] or measures.tokens > settings.max_length
-    report.lengths.append(max(measures.tokens, speech + 8) if cut else measures.tokens)
-    if cut:
-        kept = measures.tokens <= settings.max_length and (row["labels"] != -100).any()
-        fault = f"{clip.where}: {measures.seconds:.1f} s, {speech} audio tokens"
+    length, cut = measures.tokens, ids.eos not in row["input_ids"]
+    if cut or length > settings.max_length:  # what it would take: prompt, codes and two ends
+        prompt = int(np.argmax(row["input_ids"] == ids.sos)) + 1
+        length = max(length, prompt + SLOTS * frames_of(measures.seconds) + 2)
+    report.lengths.append(length)
+    if length > settings.max_length:
+        kept = cut and (row["labels"] != -100).any()
+        fault = f"{clip.where}: {length:,} tokens, {measures.seconds:.1f} s"
         (report.truncated if kept else report.dropped).append(fault)
         if not kept:
             return
@@ -574,19 +581,15 @@ def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, set
 def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[dict]:
     """The rows without those that `leave_out` names; the doctor's findings into the report."""
     if rows:
-        found = examine(report.measures)
-        out = np.zeros(len(rows), bool)
-        for name in settings.leave_out:
-            if name not in FINDINGS:
-                raise infer.unknown_key(name, FINDINGS, "leave_out")
-            out |= found[name]
-        report.findings = {
-            name: [report.measures[n].where for n in np.flatnonzero(which)]
-            for name, which in found.items()
-            if which.any()
-        }
+        found, out = examine(report.measures), np.zeros(len(rows), bool)
+        for name, over in found.items():
+            worst = np.argsort(-over, kind="stable")[: (over > 0).sum()]
+            report.findings |= (
+                {name: [report.measures[n].told() for n in worst]} if len(worst) else {}
+            )
+            out |= (over > 0) & (name in settings.leave_out)
         for n in np.flatnonzero(out):
-            names = ", ".join(name for name in settings.leave_out if found[name][n])
+            names = ", ".join(name for name in settings.leave_out if found[name][n] > 0)
             report.left_out.append(f"{report.measures[n].where}: {names}")
         rows = [row for row, gone in zip(rows, out, strict=True) if not gone]
         report.measures = [m for m, gone in zip(report.measures, out, strict=True) if not gone]
@@ -667,14 +670,14 @@ def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
 FINDINGS = {
     "short": ("under 0.5 s", "join it with a neighbour"),
     "long": ("over 20 s: such clips teach a model not to stop", "cut it at a sentence"),
-    "silence": ("over 0.5 s of silence at its ends", "none: cut to keep_silence"),
+    "silence": ("over 0.5 s of silence at its ends", "cut to keep_silence already"),
     "clipped": ("clipped: over 0.1 % of samples at full scale", "record it at a lower level"),
     "quiet": ("under -40 dB", "normalise it, or record it louder"),
     "offset": ("a DC offset over 0.01", "high-pass it at 20 Hz"),
     "narrow": ("sampled under 24 kHz: the voice will sound as dull", "find a better source"),
-    "stereo": ("more than one channel", "none: mixed to mono"),
+    "stereo": ("more than one channel", "mixed to mono already"),
     "same_sound": ("the same sound as an earlier clip", "leave one of them out"),
-    "same_text": ("the same text as an earlier clip of the voice", "none, if it is another take"),
+    "same_text": ("the same text as an earlier clip of the voice", "fine, if it is another take"),
     "digits": ("digits in the text", "write them as they are spoken"),
     "unspeakable": ("a link, a mail address or symbols in the text", "write what is spoken"),
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
@@ -683,50 +686,50 @@ FINDINGS = {
 
 
 def outliers(values: np.ndarray, groups: np.ndarray, far: float = 5) -> np.ndarray:
-    """Whose robust z-score within its group is over `far`: |x − median| / (1.4826 × MAD).
+    """By how much each robust z-score within its group, |x − median| / (1.4826 × MAD), is over far.
 
     Iglewicz and Hoaglin (1993) take 3.5; texts of few characters spread wider.
     """
-    out = np.zeros(len(values), bool)
+    over = np.zeros(len(values))
     for group in set(groups):
         mine = groups == group
         away = np.abs(values[mine] - np.median(values[mine]))
         if mine.sum() >= 8:
-            out[mine] = away > far * max(1.4826 * np.median(away), 1e-3)
-    return out
+            over[mine] = away / max(1.4826 * np.median(away), 1e-3) - far
+    return over
 
 
-def repeats(keys: Iterable) -> np.ndarray:
+def repeats(keys: Iterable) -> list[bool]:
     """Which keys were there before."""
     seen = set()
-    return np.array([key in seen or bool(seen.add(key)) for key in keys])
+    return [key in seen or bool(seen.add(key)) for key in keys]
 
 
 def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
-    """Which clips each finding is about: (clips,) booleans by name of the finding."""
+    """How far each clip is over a finding's limit, (clips,) by name; found where above 0."""
     m = {name: np.array([getattr(one, name) for one in measures]) for name in Measures._fields}
     voices, texts = m["voice"], m["text"]
     usual = {v: np.median(m["level"][voices == v]) for v in set(voices)}
     lengths = np.array([len(text) for text in texts])
     strange = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
     found = {
-        "short": m["seconds"] < 0.5,
-        "long": m["seconds"] > 20,
-        "silence": m["silence"] > 0.5,
-        "clipped": m["clipped"] > 0.001,
-        "quiet": m["level"] < -40,
-        "offset": np.abs(m["offset"]) > 0.01,
-        "narrow": m["rate"] < SAMPLE_RATE,
-        "stereo": m["channels"] > 1,
+        "short": 0.5 - m["seconds"],
+        "long": m["seconds"] - 20,
+        "silence": m["silence"] - 0.5,
+        "clipped": m["clipped"] - 0.001,
+        "quiet": -40 - m["level"],
+        "offset": np.abs(m["offset"]) - 0.01,
+        "narrow": SAMPLE_RATE - m["rate"],
+        "stereo": m["channels"] - 1,
         "same_sound": repeats(m["digest"]),
         "same_text": repeats(zip(voices, texts, strict=True)),
-        "digits": np.array([bool(re.search(r"\d", text)) for text in texts]),
-        "unspeakable": np.array([bool(strange.search(text)) for text in texts]),
+        "digits": [len(re.findall(r"\d", text)) for text in texts],
+        "unspeakable": [len(strange.findall(text)) for text in texts],
         "pace": outliers(np.log(m["seconds"] / lengths), voices),
-        "loudness": np.abs(m["level"] - np.array([usual[v] for v in voices])) > 10,
+        "loudness": np.abs(m["level"] - np.array([usual[v] for v in voices])) - 10,
     }
     assert found.keys() == FINDINGS.keys()
-    return found
+    return {name: np.asarray(over, dtype=float) for name, over in found.items()}
 
 
 # ---------------------------------------------------------------- the report
@@ -766,24 +769,26 @@ class Report:
         voices = ", ".join(f"{name} {n}" for name, n in self.voices.items()) or "none named"
         rows, tokens = len(self.measures), sum(m.tokens for m in self.measures)
         made = f"{rows} of {self.clips} clips, {self.seconds / 3600:.3f} hours"
-        print(f"data    {self.dataset}: {made}; voices: {voices}; {self.cached} from the cache")
+        encoded = f"{self.cached} from the cache"
+        print(f"data    {self.dataset}: {made}; voices: {voices}; {encoded}")
         longest, keep = max(self.lengths), int(np.quantile(self.lengths, 0.99, method="higher"))
         told = f"the longest {longest:,} of max_length {settings.max_length:,}"
         print(f"rows    {tokens:,} tokens, {told}; max_length {keep:,} keeps 99 %")
         used = ", ".join(f"{name} {100 * part:.1f} %" for name, part in self.slots_used.items())
-        print(f"batches {used} of their slots used; chosen: {settings.batching}")
-        print(f"        {self.held_out} rows held out, to judge on")
+        chosen = f"{settings.batching} is chosen; {self.held_out} rows held out, to judge on"
+        print(f"batches {used} of their slots used; {chosen}")
         for title in ("dropped", "truncated", "left_out"):
-            self.tell_some(title, getattr(self, title), "", 5)
+            self.tell_some(title, getattr(self, title), 5)
         for name, (what, remedy) in FINDINGS.items():
-            clips = self.findings.get(name, [])
             done = "left out" if name in settings.leave_out else "trained on"
-            self.tell_some(f"{name}: {what}", clips, f"{done}; {remedy}", 3 if full else 0)
+            clips = self.findings.get(name, [])
+            most = 3 if full and len(clips) < self.clips / 2 else 0  # it is all of them: no list
+            self.tell_some(f"{name}, {what}; {done}, remedy: {remedy}", clips, most)
 
-    def tell_some(self, title: str, clips: list[str], remedy: str, most: int) -> None:
+    def tell_some(self, title: str, clips: list[str], most: int) -> None:
         if not clips:
             return
-        print(f"        {title}: {len(clips)}" + (f" ({remedy})" if remedy else ""))
+        print(f"  {len(clips):4}  {title}")
         for clip in clips[:most]:
             print(f"          {clip}")
         if most and len(clips) > most:
@@ -815,7 +820,7 @@ def draw_report(report: Report, path: Path) -> None:
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if report.voices:
         right.legend()
-    part = path.with_suffix(".part.png")
+    part = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
     figure.savefig(part, dpi=100)
     os.replace(part, path)
     pyplot.close(figure)

@@ -84,7 +84,7 @@ def main() -> None:
         (home / name).write_bytes(mutate(seeds[name], draw))
         signal.alarm(20)
         try:
-            config = home / "config.json" if name == "config.json" else None
+            config = (home if name == "config.json" else ROOT / "data/demo") / "config.json"
             chosen = infer.read_settings(config, {"cache_dir": "null", "train_on": "audio"})
             chosen.dataset = str(home / "list.jsonl" if name == "list.jsonl" else home)
             rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
@@ -99,6 +99,7 @@ def main() -> None:
         (home / name).write_bytes(seeds[name])
     signal.alarm(0)
     shutil.rmtree(home)
+    assert told["rows"] > count, told  # else it is not the mutations that fail
     print(f"{count} mutations: {told['rows']} rows made, {told['mistakes']} mistakes told")
 
 

@@ -362,8 +362,8 @@ def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
     told = dict(fault.split(": ", 1) for fault in report.left_out)
     wanted = iter(BAD.values())
     for n, (name, text) in enumerate(rows, 1):
-        if f"{folder}/metadata.jsonl row {n}" in told:
-            fault = told[f"{folder}/metadata.jsonl row {n}"]
+        if f"metadata.jsonl row {n}" in told:
+            fault = told[f"metadata.jsonl row {n}"]
             assert next(wanted) in fault and "\n" not in fault, (name, text, fault)
     assert [row["text"] for row in made] == [str(text) for text in GOOD.values()]
     chosen = settings(folder)
@@ -448,6 +448,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     clip("quiet.wav", level=0.005, text="this one can hardly be heard")
     clip("offset.wav", offset=0.1, text="this one is not in the middle")
     clip("narrow.wav", rate=16_000, text="this one is a telephone line")
+    clip("narrower.wav", rate=8_000, text="this one is an older telephone")
     clip("stereo.wav", channels=2, text="this one has two channels")
     clip("digits.wav", text="this one costs 99 cents at most")
     clip("link.wav", text="see https://example.org for more")
@@ -458,10 +459,11 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     folder_of(tmp_path, rows)
     _, report = rows_of(tmp_path, tokenizer, max_length=4000)
     named = {
-        name: [rows[int(where.split()[-1]) - 2][0][:-4] for where in clips]
+        name: [rows[int(re.search(r"row (\d+):", clip)[1]) - 2][0][:-4] for clip in clips]
         for name, clips in report.findings.items()
     }
     assert set(named) == set(prepare.FINDINGS)
+    assert named["narrow"] == ["narrower", "narrow"]  # the worst comes first
     for name, clips in named.items():
         assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
         sound = [clip for clip in clips if clip.isdigit()]
@@ -607,13 +609,23 @@ def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
     assert names == ["data_report.json", "data_report.png"]
 
 
+def test_packed_rows_are_counted_as_trl_packs_them():
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(20, 1024, 300).tolist()
+        table = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+        assert prepare.count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
+
+
 def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
     noise(tmp_path / "short.wav", 0.5)
     noise(tmp_path / "long.wav", 2.0, seed=1)
     folder_of(tmp_path, [("short.wav", "one", "me"), ("long.wav", "two", "me")])
     rows, report = rows_of(tmp_path, tokenizer, max_length=100)
     assert len(rows) == 1 and report.voices == {"me": 1}
-    assert report.dropped == [f"{tmp_path}/metadata.csv row 3: 2.0 s, 168 audio tokens"]
+    assert report.dropped == ["metadata.csv row 3: 183 tokens, 2.0 s"]
     with pytest.raises(infer.Mistake, match="no rows left of 2 clips"):
         rows_of(tmp_path, tokenizer, max_length=40)
 
