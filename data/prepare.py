@@ -237,7 +237,7 @@ def find_sound(name: str, home: Path | None, anywhere: bool) -> tuple[Path, str 
         return path, f"{path} is outside the dataset's folder; --absolute_paths allows it"
     if not path.suffix:
         found = (Path(sub, f"{path}{suffix}") for sub in ("wavs", "") for suffix in SOUNDS)
-        path = next((p for p in found if (home / p).is_file()), path)
+        path = next((p for p in found if os.path.isfile(home / p)), path)
     if not os.path.isfile(home / path):  # macOS writes é as two characters, others as one
         forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
         path = next((p for p in forms if os.path.isfile(home / p)), path)
@@ -290,7 +290,7 @@ def measure(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, dict]
     whole, rate, channels = infer.read_audio(source)
     audio = trim(whole, settings)
     rms = float(np.sqrt((audio.astype(np.float64) ** 2).mean()))
-    if rms < 1e-5:
+    if rms < 1e-4:  # -80 dB
         raise Mistake(f"{'its audio' if isinstance(source, bytes) else source}: silent throughout")
     return audio, {
         "digest": hashlib.sha256(audio.tobytes()).hexdigest(),
@@ -359,7 +359,7 @@ def read_entry(entry: Path, room: int) -> Heard | None:
     """What the cache has of a sound; None where it has fewer frames than a row could take."""
     try:
         sound = json.loads(entry.read_bytes())
-    except (FileNotFoundError, ValueError):  # no JSON: torn when the power went; made anew
+    except (OSError, ValueError):  # not there; or no JSON, torn when the power went: made anew
         return None
     codes = np.array(sound.pop("codes"), dtype=np.int64).reshape(-1, SLOTS)
     enough = len(codes) >= min(frames_of(sound["seconds"]), room)
@@ -670,12 +670,12 @@ def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
 FINDINGS = {
     "short": ("under 0.5 s", "join it with a neighbour"),
     "long": ("over 20 s: such clips teach a model not to stop", "cut it at a sentence"),
-    "silence": ("over 0.5 s of silence at its ends", "cut to keep_silence already"),
+    "silence": ("over 0.5 s of silence at its ends", "nothing to do: cut to keep_silence"),
     "clipped": ("clipped: over 0.1 % of samples at full scale", "record it at a lower level"),
     "quiet": ("under -40 dB", "normalise it, or record it louder"),
     "offset": ("a DC offset over 0.01", "high-pass it at 20 Hz"),
     "narrow": ("sampled under 24 kHz: the voice will sound as dull", "find a better source"),
-    "stereo": ("more than one channel", "mixed to mono already"),
+    "stereo": ("more than one channel", "nothing to do: mixed to mono"),
     "same_sound": ("the same sound as an earlier clip", "leave one of them out"),
     "same_text": ("the same text as an earlier clip of the voice", "fine, if it is another take"),
     "digits": ("digits in the text", "write them as they are spoken"),
@@ -783,7 +783,7 @@ class Report:
             done = "left out" if name in settings.leave_out else "trained on"
             clips = self.findings.get(name, [])
             most = 3 if full and len(clips) < self.clips / 2 else 0  # it is all of them: no list
-            self.tell_some(f"{name}, {what}; {done}, remedy: {remedy}", clips, most)
+            self.tell_some(f"{name}, {what}; {done}; {remedy}", clips, most)
 
     def tell_some(self, title: str, clips: list[str], most: int) -> None:
         if not clips:

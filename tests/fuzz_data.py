@@ -85,7 +85,9 @@ def main() -> None:
         signal.alarm(20)
         try:
             config = (home if name == "config.json" else ROOT / "data/demo") / "config.json"
-            chosen = infer.read_settings(config, {"cache_dir": "null", "train_on": "audio"})
+            chosen = infer.read_settings(
+                config, {"cache_dir": str(home / "cache"), "train_on": "audio"}
+            )
             chosen.dataset = str(home / "list.jsonl" if name == "list.jsonl" else home)
             rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
             assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)

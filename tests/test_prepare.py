@@ -293,6 +293,7 @@ BAD = {  # file_name, text: what the report says
     ("https://example.org/a.wav", "one"): "does not exist",
     ("a\0b.wav", "one"): "does not exist",
     ("a" * 5000 + ".wav", "one"): "does not exist",
+    ("b" * 5000, "one"): "does not exist",
     ("no_suffix", "one"): "no_suffix does not exist",
     (".", "one"): "is outside the dataset's folder",
     ("", "one"): "no sound is named",
