@@ -482,18 +482,6 @@ def step_down(settings: Settings, arguments) -> None:
 # ---------------------------------------------------------------- hearing
 
 
-def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """(rows to train on, rows held out): a text stands on one side alone, whoever speaks it."""
-    texts = sorted({row["text"] for row in rows})
-    count = min(round(settings.held_out * len(texts)), len(texts) - 1)
-    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:count]
-    aside = {texts[n] for n in chosen}
-    held = [row for row in rows if row["text"] in aside]
-    if held:
-        print(f"        {len(held)} rows of {len(aside)} texts held out, to judge on")
-    return [row for row in rows if row["text"] not in aside], held
-
-
 def held_out_metrics(model, rows: list[dict], ids: infer.SpeechIds, dtype=None) -> dict:
     """Loss and accuracy over held-out rows: in all, and for text, slots 0 to 6 and the end.
 
@@ -590,25 +578,6 @@ def save_checks(trainer, out: Path) -> None:
 # ---------------------------------------------------------------- training
 
 
-def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
-    """Row numbers in an order in which every `size` neighbours are of like length.
-
-    Rows are shuffled, sorted by length within pools of 32 batches, and the batches shuffled again;
-    all of it from `seed` alone, so that a resumed run meets the same batches.
-    """
-    draw = np.random.default_rng(seed)
-    order = draw.permutation(len(lengths)).tolist()
-    pools = [order[n : n + 32 * size] for n in range(0, len(order), 32 * size)]
-    ordered = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
-    batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
-    last = batches.pop() if len(batches[-1]) < size else []  # a short batch stays at the end
-    draw.shuffle(batches)
-    if batches:  # the longest first: what does not fit in memory shows in the first step
-        longest = max(range(len(batches)), key=lambda n: lengths[batches[n][-1]])
-        batches.insert(0, batches.pop(longest))
-    return [row for batch in batches for row in batch] + last
-
-
 def clips_in(rows, tokenizer) -> str:
     """What a batch says, be its rows a clip each or packed: the start of every prompt in it."""
     flat = rows.flatten().tolist()
@@ -629,7 +598,7 @@ def length_sampler(lengths: list[int], size: int, seed: int):
             self.epoch = epoch
 
         def __iter__(self):
-            return iter(length_batches(lengths, size, seed + self.epoch))
+            return iter(prepare.length_batches(lengths, size, seed + self.epoch))
 
         def __len__(self):
             return len(lengths)
@@ -765,7 +734,8 @@ def tell_batches(trainer, lengths: list[int]) -> None:
     elif trainer.args.pad_to_multiple_of:
         how, slots = "padded to max_length", len(lengths) * trainer.args.max_length
     else:
-        how, order = "padded to the longest row", length_batches(lengths, size, trainer.args.seed)
+        how = "padded to the longest row"
+        order = prepare.length_batches(lengths, size, trainer.args.seed)
         batches = [order[n : n + size] for n in range(0, len(order), size)]
         slots = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
     used = f"{100 * sum(lengths) / slots:.1f} % of their slots used"
@@ -928,11 +898,11 @@ def main() -> None:
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     codec = infer.load_codec(settings.codec, infer.device())
     with first_rank_first():
-        rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
+        rows, report = prepare.make_rows(clips, settings, tokenizer)
     report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
-    rows, held = split_rows(rows, settings)
+    rows, held = prepare.split_rows(rows, settings)
     listen = make_listener(tokenizer, codec, settings, report, held)
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)

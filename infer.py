@@ -344,6 +344,7 @@ def load_codec(path: str, device: str = "cpu"):
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
+    from torch.nn.utils import parametrize
 
     try:
         codec = SNAC.from_pretrained(str(folder)).to(device)
@@ -352,6 +353,9 @@ def load_codec(path: str, device: str = "cpu"):
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
+    for module in codec.modules():  # weight norm is settled once, not at every call
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
     return codec
 
 
@@ -429,8 +433,8 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    part = path.with_name(f".{path.name}.part")
+    """A file that is whole or not there, also where two processes write it at once."""
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

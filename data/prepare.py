@@ -9,6 +9,7 @@ that data can be made ready before a GPU is rented. The accepted forms are in da
 """
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -16,7 +17,9 @@ import json
 import os
 import re
 import sys
+import time
 import unicodedata
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,21 +54,31 @@ class Clip(NamedTuple):
     fault: str | None = None  # what is wrong with the row itself
 
 
-def read_clips(settings: Settings) -> Iterable[Clip]:
+class Clips(NamedTuple):
+    """The clips of a dataset, to be gone through once."""
+
+    each: Iterable[Clip]
+    count: int | None  # None for a stream, whose end nobody knows
+
+
+def read_clips(settings: Settings) -> Clips:
     """The first `limit` clips of any accepted form. Faults of the whole are told here."""
     path = Path(settings.dataset)
     if path.is_dir():
-        clips = read_folder(path, settings)
+        clips, count = read_folder(path, settings)
     elif path.is_file():
-        clips = read_manifest(path, settings)
+        clips, count = read_manifest(path, settings)
     elif settings.dataset.startswith((".", "/", "~")) or settings.dataset.count("/") > 1:
         raise Mistake(f"{path}: no such folder of clips; set --dataset to one (data/README.md)")
     else:
-        clips = read_hub(settings)
-    return itertools.islice(clips, settings.limit)
+        clips, count = read_hub(settings)
+    if settings.limit is not None:
+        clips = itertools.islice(clips, settings.limit)
+        count = min(count or settings.limit, settings.limit)
+    return Clips(clips, count)
 
 
-def read_folder(folder: Path, settings: Settings) -> Iterable[Clip]:
+def read_folder(folder: Path, settings: Settings) -> Clips:
     """AudioFolder, LJSpeech, parquet files, or sound files with a .txt beside each."""
     for name in TABLES:
         if (folder / name).is_file():
@@ -77,14 +90,12 @@ def read_folder(folder: Path, settings: Settings) -> Iterable[Clip]:
         forms = f"{', '.join(TABLES)}, no .parquet, and no sound file with a .txt beside it"
         raise Mistake(f"{folder}: no {forms} (data/README.md has the forms)")
     sounds.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.stem)])
-    return (Clip(str(p), p, read_beside(p.with_suffix(".txt"))) for p in sounds)
+    texts = ((p, p.with_suffix(".txt")) for p in sounds)
+    clips = (Clip(p.name, p, infer.read_text(t) if t.is_file() else None) for p, t in texts)
+    return Clips(clips, len(sounds))
 
 
-def read_beside(path: Path) -> str | None:
-    return infer.read_text(path) if path.is_file() else None
-
-
-def read_manifest(path: Path, settings: Settings) -> Iterable[Clip]:
+def read_manifest(path: Path, settings: Settings) -> Clips:
     """Clips of a csv, jsonl or parquet table, paths relative to it; also LJSpeech's `id|text|…`."""
     if path.suffix == ".parquet":
         return read_parquet([str(path)], path.parent, settings)
@@ -99,8 +110,8 @@ def read_manifest(path: Path, settings: Settings) -> Iterable[Clip]:
     if not rows:
         raise Mistake(f"{path}: no rows in it")
     columns = {name for _, row in rows for name in row if name is not None}
-    to_clip = clip_maker(columns, path.parent, settings, str(path))
-    return (to_clip(n, row) for n, row in rows)
+    to_clip = clip_maker(columns, path.parent, settings, path)
+    return Clips(itertools.starmap(to_clip, rows), len(rows))
 
 
 def csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -127,24 +138,24 @@ def json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         yield n, row
 
 
-def read_parquet(files: list[str], home: Path, settings: Settings) -> Iterator[Clip]:
+def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
     from datasets import Dataset
 
     try:
         table = Dataset.from_parquet(files)
     except (OSError, ValueError) as error:
         raise Mistake(f"{home}: parquet that does not load: {str(error).splitlines()[0]}") from None
-    return read_dataset(table, home, settings, files[0] if len(files) == 1 else str(home))
+    return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 
-def read_hub(settings: Settings) -> Iterator[Clip]:
+def read_hub(settings: Settings) -> Clips:
     """A hub dataset; with `limit` it is streamed, so that no more is downloaded than is used."""
     from datasets import load_dataset
 
-    where = settings.dataset
+    name = settings.dataset
     try:
         table = load_dataset(
-            where,
+            name,
             settings.dataset_config,
             split=settings.dataset_split,
             revision=settings.dataset_revision,
@@ -152,11 +163,11 @@ def read_hub(settings: Settings) -> Iterator[Clip]:
         )
     except (ValueError, OSError) as error:  # DatasetNotFoundError is an OSError
         reason = str(error).splitlines()[0]
-        raise Mistake(f"{where}: no such folder here, and the hub's gives: {reason}") from None
-    return read_dataset(table, None, settings, where)
+        raise Mistake(f"{name}: no such folder here, and the hub's gives: {reason}") from None
+    return read_dataset(table, None, settings, Path(name))
 
 
-def read_dataset(table, home: Path | None, settings: Settings, where: str) -> Iterator[Clip]:
+def read_dataset(table, home: Path | None, settings: Settings, where: Path) -> Clips:
     """Clips of a datasets.Dataset or IterableDataset, its audio left undecoded."""
     from datasets import Audio
 
@@ -164,10 +175,10 @@ def read_dataset(table, home: Path | None, settings: Settings, where: str) -> It
     for name, feature in table.features.items():
         if isinstance(feature, Audio):
             table = table.cast_column(name, Audio(decode=False))
-    return (to_clip(n, row) for n, row in enumerate(table))
+    return Clips(itertools.starmap(to_clip, enumerate(table)), getattr(table, "num_rows", None))
 
 
-def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Callable:
+def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> Callable:
     """A function of (row number, row) → Clip, once it is settled which column holds what."""
     made = next((name for name in ("input_ids", "codes") if name in columns), None)
     audio = text = None
@@ -196,7 +207,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Ca
         if made and row.get(made) is None:
             told, fault = None, fault or f"no {made} in this row"
         return Clip(
-            where=f"{where} row {n}",
+            where=f"{where.name} row {n}",
             audio=sound if isinstance(sound, Path | bytes) else None,
             text=None if words is None else str(words),
             voice=None if name is None else str(name),
@@ -207,7 +218,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: str) -> Ca
     return to_clip
 
 
-def find_column(columns, wanted: str | None, names: tuple[str, ...], where: str) -> str:
+def find_column(columns, wanted: str | None, names: tuple[str, ...], where: Path) -> str:
     """The column that a key names, or the first of the conventional names that is there."""
     for name in (wanted,) if wanted else names:
         if name in columns:
@@ -217,7 +228,7 @@ def find_column(columns, wanted: str | None, names: tuple[str, ...], where: str)
 
 
 def find_sound(name: str, home: Path | None, anywhere: bool) -> tuple[Path, str | None]:
-    """(the file that a row names, its fault). LJSpeech's ids are looked for in wavs/."""
+    """(the file that a row names, its fault). An id stands for a sound here or in wavs/."""
     path = Path(name.replace("\\", "/"))
     if home is None or (path.is_absolute() and anywhere):
         return path, None
@@ -225,8 +236,8 @@ def find_sound(name: str, home: Path | None, anywhere: bool) -> tuple[Path, str 
     if not inside and not anywhere:
         return path, f"{path} is outside the dataset's folder; --absolute_paths allows it"
     if not path.suffix:
-        found = (Path("wavs", name + suffix) for suffix in SOUNDS)
-        path = next((p for p in found if (home / p).is_file()), path)
+        found = (Path(sub, f"{path}{suffix}") for sub in ("wavs", "") for suffix in SOUNDS)
+        path = next((p for p in found if os.path.isfile(home / p)), path)
     if not os.path.isfile(home / path):  # macOS writes é as two characters, others as one
         forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
         path = next((p for p in forms if os.path.isfile(home / p)), path)
@@ -242,7 +253,7 @@ class Measures(NamedTuple):
     where: str
     voice: str
     text: str
-    digest: str = ""  # SHA-256 of the sound
+    digest: str = ""  # SHA-256 of the sound as it is encoded
     rate: int = SAMPLE_RATE  # Hz, before resampling
     channels: int = 1
     seconds: float = 0.0  # after trimming
@@ -251,6 +262,9 @@ class Measures(NamedTuple):
     clipped: float = 0.0  # share of samples at full scale
     offset: float = 0.0  # mean of the samples
     tokens: int = 0  # in its row
+
+    def told(self) -> str:
+        return f"{self.where}: {self.seconds:.1f} s, {self.level:.0f} dB, {self.text[:50]!r}"
 
 
 def edges(audio: np.ndarray, threshold: float) -> tuple[int, int]:
@@ -271,81 +285,175 @@ def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
     return audio[max(first - keep, 0) : last + keep]
 
 
-def read_clip(clip: Clip, settings: Settings) -> tuple[np.ndarray, Measures]:
-    """(trimmed samples, measures); `Mistake` for a clip that cannot be used."""
-    text = " ".join((clip.text or "").split())
-    if clip.fault or not text or not clip.audio:
-        raise Mistake(clip.fault or ("the text is empty" if not text else "no sound is named"))
-    whole, rate, channels = infer.read_audio(clip.audio)
+def measure(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, dict]:
+    """(trimmed samples, what Measures says of them); `Mistake` for a sound of no use."""
+    whole, rate, channels = infer.read_audio(source)
     audio = trim(whole, settings)
     rms = float(np.sqrt((audio.astype(np.float64) ** 2).mean()))
-    if rms < 1e-5:
-        raise Mistake(f"{clip.audio}: silent throughout")
-    return audio, Measures(
-        where=clip.where,
-        voice=clip.voice or settings.voice or "",
-        text=text,
-        rate=rate,
-        channels=channels,
-        seconds=len(audio) / SAMPLE_RATE,
-        silence=(len(whole) - len(audio)) / SAMPLE_RATE,
-        level=20 * np.log10(rms),
-        clipped=float((np.abs(whole) >= 0.999).mean()),
-        offset=float(whole.mean()),
-    )
+    if rms < 1e-4:  # -80 dB
+        raise Mistake(f"{'its audio' if isinstance(source, bytes) else source}: silent throughout")
+    return audio, {
+        "digest": hashlib.sha256(audio.tobytes()).hexdigest(),
+        "rate": rate,
+        "channels": channels,
+        "seconds": len(audio) / SAMPLE_RATE,
+        "silence": (len(whole) - len(audio)) / SAMPLE_RATE,
+        "level": 20 * np.log10(rms),
+        "clipped": float((np.abs(whole) >= 0.999).mean()),
+        "offset": float(whole.mean()),
+    }
 
 
 # ---------------------------------------------------------------- codes, and their cache
 
 
-def codec_digest(codec) -> str:
-    """Tells one codec from another by its weights."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        whole.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]
+CODEC_FILES = ["config.json", "pytorch_model.bin"]
 
 
-def encode_clips(heard: list, codec, home: Path | None, threads) -> tuple[list, int]:
-    """(codes of each (samples, measures), how many of them came from the cache).
+@dataclass
+class Heard:
+    """What is known of a clip's sound once it is read, and its codes as soon as they are made."""
 
-    The cache is a small file a clip, named by its sound and renamed into place: runs side by side
-    do not hurt each other, and one that was killed goes on where it was.
+    sound: dict  # fields of Measures
+    codes: np.ndarray | None = None  # (frames, 7)
+    audio: np.ndarray | None = None  # (samples,), as long as there are no codes
+    row: dict | None = None  # input_ids and labels that were made elsewhere
+    entry: Path | None = None  # its file in the cache
+    cached: bool = False
+
+
+def open_cache(settings: Settings) -> Path | None:
+    """The folder for what this codec makes of sounds trimmed in this way.
+
+    A file a clip, named by the bytes of its sound and renamed into place once it is whole: runs
+    side by side do not hurt each other, and one that was killed goes on where it was.
     """
-    paths = [home / m.digest[:2] / f"{m.digest}.npy" if home else None for _, m in heard]
-    codes = [np.load(path) if path and path.is_file() else None for path in paths]
-    todo = [n for n, known in enumerate(codes) if known is None]
-    sounds = [heard[n][0] for n in todo]
-    if next(codec.parameters()).device.type == "cuda":
-        made = encode_in_batches(codec, sounds)
-    else:  # a batch gains nothing on a CPU, threads do
-        made = threads.map(lambda sound: infer.encode(codec, [sound])[0], sounds)
-    for n, new in zip(todo, made, strict=True):
-        codes[n] = new
-        if paths[n]:
-            save_codes(paths[n], new)
-    return codes, len(heard) - len(todo)
-
-
-def encode_in_batches(codec, sounds: list[np.ndarray], size: int = 16) -> list[np.ndarray]:
-    """Codes of each, encoded in batches of like length."""
-    order = sorted(range(len(sounds)), key=lambda n: len(sounds[n]))
-    codes = {}
-    for batch in (order[n : n + size] for n in range(0, len(order), size)):
-        codes |= zip(batch, infer.encode(codec, [sounds[n] for n in batch]), strict=True)
-    return [codes[n] for n in range(len(sounds))]
-
-
-def save_codes(path: Path, codes: np.ndarray) -> None:
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    if settings.cache_dir is None:
+        return None
+    trimming = settings.keep_silence, settings.silence_db
+    digest = hashlib.sha256(repr((trimming, Measures._fields)).encode())
+    folder = infer.fetch(settings.codec, CODEC_FILES)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.save(file, codes.astype(np.int16))
-        os.replace(part, path)
+        for name in CODEC_FILES:
+            digest.update((folder / name).read_bytes())
+        home = Path(settings.cache_dir, digest.hexdigest()[:16])
+        home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise Mistake(f"{path}: cannot be written: {error.strerror}; set --cache_dir") from None
+        remedy = "set --cache_dir, or --codec to a SNAC codec's folder"
+        raise Mistake(f"{error.filename}: {error.strerror}; {remedy}") from None
+    return home
+
+
+def find_entry(audio: Path | bytes, home: Path | None) -> Path | None:
+    """Where the cache keeps a sound; None without a cache, or for a file that cannot be read."""
+    if home is None or not (isinstance(audio, bytes) or os.path.isfile(audio)):
+        return None
+    try:
+        with io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as file:
+            return home / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.json"
+    except OSError:  # infer.read_audio tells it
+        return None
+
+
+def read_entry(entry: Path, room: int) -> Heard | None:
+    """What the cache has of a sound; None where it has fewer frames than a row could take."""
+    try:
+        sound = json.loads(entry.read_bytes())
+    except (OSError, ValueError):  # not there; or no JSON, torn when the power went: made anew
+        return None
+    codes = np.array(sound.pop("codes"), dtype=np.int64).reshape(-1, SLOTS)
+    enough = len(codes) >= min(frames_of(sound["seconds"]), room)
+    return Heard(sound, codes, cached=True) if enough else None
+
+
+def hear(clip: Clip, settings: Settings, home: Path | None, ids) -> Heard | Mistake:
+    """A clip with its codes from the cache or its own row; else with its samples.
+
+    No more is encoded than a row can hold, and the four frames behind that the codec looks at.
+    """
+    room = settings.max_length // SLOTS  # frames
+    try:
+        if clip.fault:
+            raise Mistake(clip.fault)
+        if clip.made:
+            return hear_made(clip.made, ids)
+        if not clip.audio or not (clip.text or "").strip():
+            raise Mistake("no sound is named" if (clip.text or "").strip() else "the text is empty")
+        entry = find_entry(clip.audio, home)
+        if entry and (known := read_entry(entry, room)):
+            return known
+        audio, sound = measure(clip.audio, settings)
+    except Mistake as mistake:
+        return mistake
+    return Heard(sound, audio=audio[: (room + 4) * FRAME_SAMPLES], entry=entry)
+
+
+def windows(clips: Iterable[Clip], work: Callable, threads, size: int = 64) -> Iterator:
+    """(clips, what `work` made of each), `size` at a time; threads are at the next ones already."""
+    clips = iter(clips)
+    parts = iter(lambda: list(itertools.islice(clips, size)), [])
+    begun = ((part, threads.map(work, part)) for part in parts)
+    for (part, made), _ in itertools.pairwise(itertools.chain(begun, [None])):
+        yield part, list(made)
+
+
+def hear_all(clips: Clips, settings: Settings, ids) -> Iterator[tuple[Clip, Heard | Mistake]]:
+    """Every clip with its codes, in order. Memory holds the sound of two windows.
+
+    The codec is loaded, and a progress bar begun, for the first clip that has to be encoded.
+    """
+    from tqdm import tqdm
+
+    home, codec, bar, done, hours = open_cache(settings), None, None, 0, 0.0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        work = functools.partial(hear, settings=settings, home=home, ids=ids)
+        for window, heard in windows(clips.each, work, threads):
+            new = [one for one in heard if isinstance(one, Heard) and one.codes is None]
+            if new and codec is None:
+                codec, begun = infer.load_codec(settings.codec, infer.device()), time.monotonic()
+                bar = tqdm(total=clips.count, initial=done, unit=" clips", disable=None)
+            for one in encode_new(new, codec, settings.max_length // SLOTS, threads):
+                hours += one.sound["seconds"] / 3600
+                speed = 60 * hours / (time.monotonic() - begun)
+                bar.set_postfix_str(f"{speed:.2f} hours of audio a minute", refresh=False)
+                bar.update()
+            done += len(window)
+            if bar:
+                bar.update(done - bar.n)
+            yield from zip(window, heard, strict=True)
+    if bar:
+        bar.close()
+
+
+def encode_new(new: list[Heard], codec, room: int, threads) -> Iterator[Heard]:
+    """Puts at most `room` frames of codes into each, and into the cache; each as it is done."""
+    if not new:
+        return
+    for one, codes in zip(new, encode(codec, [one.audio for one in new], threads), strict=True):
+        one.codes, one.audio = codes[:room], None
+        if one.entry:
+            text = json.dumps(one.sound | {"codes": one.codes.ravel().tolist()})
+            infer.write_text(one.entry, text)
+        yield one
+
+
+def encode(codec, sounds: list[np.ndarray], threads, size: int = 16) -> Iterator[np.ndarray]:
+    """Codes of each, in order: on a GPU in batches of like length, on a CPU by a thread each.
+
+    A batch gains nothing on a CPU, and several threads for one clip cost more than they bring.
+    """
+    import torch
+
+    if next(codec.parameters()).device.type == "cuda":
+        order, codes = sorted(range(len(sounds)), key=lambda n: len(sounds[n])), {}
+        for batch in (order[n : n + size] for n in range(0, len(order), size)):
+            codes |= zip(batch, infer.encode(codec, [sounds[n] for n in batch]), strict=True)
+        yield from (codes[n] for n in range(len(sounds)))
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield from threads.map(lambda sound: infer.encode(codec, [sound])[0], sounds)
+    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- rows
@@ -385,125 +493,103 @@ def read_codes(codes, size: int) -> np.ndarray:
     return codes
 
 
-def made_row(clip: Clip, tokenizer, ids, settings: Settings) -> tuple[dict, np.ndarray]:
-    """(row, codes) of a clip that was tokenised elsewhere, checked slot by slot."""
-    if "codes" in clip.made:
-        codes = read_codes(clip.made["codes"], ids.codebook_size)
-        prompt = infer.prompt_ids(tokenizer, ids, clip.text or "", clip.voice or settings.voice)
-        return make_row(prompt, codes, ids, settings), codes
+def hear_made(made: dict, ids) -> Heard:
+    """A clip that was tokenised elsewhere, checked slot by slot."""
+    row = None if "codes" in made else check_row(made, ids)
+    if row:
+        speech = row["input_ids"].tolist()
+        codes = infer.ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
+        if not len(codes):
+            raise Mistake("no frame between its SOS and EOS")
+    else:
+        codes = read_codes(made["codes"], ids.codebook_size)
+    digest = hashlib.sha256(codes.tobytes()).hexdigest()
+    sound = {"digest": digest, "seconds": len(codes) * FRAME_SAMPLES / SAMPLE_RATE}
+    return Heard(sound, codes, row=row)
+
+
+def check_row(made: dict, ids) -> dict:
+    """input_ids and labels as arrays; without labels, the loss is on all that follows SOS."""
     try:
-        row = np.asarray(clip.made["input_ids"], dtype=np.int64).reshape(-1)
-        labels = clip.made.get("labels")
+        row = np.asarray(made["input_ids"], dtype=np.int64).reshape(-1)
+        labels = made.get("labels")
         labels = None if labels is None else np.asarray(labels, dtype=np.int64).reshape(-1)
     except (TypeError, ValueError, OverflowError):
         raise Mistake("input_ids or labels are no list of numbers") from None
     for name, wanted in (("SOS", ids.sos), ("EOS", ids.eos)):
         if wanted not in row:
             raise Mistake(f"no {name} (id {wanted}) among its input_ids")
-    begin, end = (int(np.flatnonzero(row == wanted)[0]) for wanted in (ids.sos, ids.eos))
-    codes = infer.ids_to_codes(row[begin + 1 : end], ids)
     if labels is None:
-        labels = np.where(np.arange(len(row)) <= begin, -100, row)
+        labels = np.where(np.arange(len(row)) <= np.argmax(row == ids.sos), -100, row)
     if len(labels) != len(row):
         raise Mistake(f"{len(labels)} labels for {len(row)} input_ids")
-    return {"input_ids": row, "labels": labels}, codes
+    return {"input_ids": row, "labels": labels}
 
 
 def frames_of(seconds: float) -> int:
     return -(-round(seconds * SAMPLE_RATE) // FRAME_SAMPLES)
 
 
-def hear(clip: Clip, settings: Settings) -> tuple | Mistake | None:
-    """read_clip's samples and measures; its Mistake; None for a clip that was tokenised already.
-
-    No more is encoded than a row can hold, and the four frames behind that the codec looks at.
-    """
-    try:
-        if clip.made:
-            return None
-        audio, measures = read_clip(clip, settings)
-    except Mistake as mistake:
-        return mistake
-    audio = audio[: (settings.max_length // SLOTS + 4) * FRAME_SAMPLES]
-    return audio, measures._replace(digest=hashlib.sha256(audio.tobytes()).hexdigest())
-
-
-def make_rows(clips: Iterable[Clip], settings: Settings, tokenizer, codec) -> tuple[list, "Report"]:
-    """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named.
-
-    Clips go by in windows of 64, read by threads ahead of the codec: memory holds one window.
-    """
-    import torch
-    from tqdm import tqdm
-
-    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    home = Path(settings.cache_dir, codec_digest(codec)) if settings.cache_dir else None
-    report, rows, clips = Report(settings.dataset), [], iter(clips)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the clips go to threads instead
-    with ThreadPoolExecutor(before) as threads, tqdm(unit=" clips", disable=None) as bar:
-        while window := list(itertools.islice(clips, 64)):
-            heard = list(threads.map(lambda clip: hear(clip, settings), window))
-            sounds = [one for one in heard if isinstance(one, tuple)]
-            codes, cached = encode_clips(sounds, codec, home, threads)
-            report.cached += cached
-            for clip, one in zip(window, heard, strict=True):
-                known = codes.pop(0) if isinstance(one, tuple) else None
-                add_row(rows, report, clip, one, known, tokenizer, ids, settings)
-            bar.update(len(window))
-            bar.set_postfix_str(f"{report.seconds / 3600:.2f} hours")
-    torch.set_num_threads(before)
+def make_rows(clips: Clips, settings: Settings, tokenizer) -> tuple[list, "Report"]:
+    """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named."""
+    if unknown := set(settings.leave_out) - FINDINGS.keys():
+        raise infer.unknown_key(min(unknown), FINDINGS, "leave_out")
+    config = infer.fetch(settings.codec, CODEC_FILES) / "config.json"
+    size = infer.read_json(config).get("codebook_size")
+    if not isinstance(size, int):
+        raise Mistake(f"{config}: no codebook_size: not a SNAC codec")
+    ids = infer.read_speech_ids(tokenizer, size)
+    report, rows = Report(settings.dataset), []
+    for clip, heard in hear_all(clips, settings, ids):
+        add_row(rows, report, clip, heard, tokenizer, ids, settings)
     return finish_rows(rows, report, settings), report
 
 
-def add_row(rows, report: "Report", clip: Clip, heard, codes, tokenizer, ids, settings) -> None:
+def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, settings) -> None:
     """One clip's row, or the reason why there is none, into rows and report."""
     report.clips += 1
+    text, voice = " ".join((clip.text or "").split()), clip.voice or settings.voice or ""
     try:
         if isinstance(heard, Mistake):
             raise heard
-        if heard is None:
-            row, codes = made_row(clip, tokenizer, ids, settings)
-            text = clip.text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
-            digest = hashlib.sha256(codes.tobytes()).hexdigest()
-            measures = Measures(clip.where, clip.voice or settings.voice or "", text, digest)
-            measures = measures._replace(seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
+        row = heard.row
+        if row:
+            text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
         else:
-            measures = heard[1]
-            prompt = infer.prompt_ids(tokenizer, ids, measures.text, measures.voice)
-            row = make_row(prompt, codes, ids, settings)
+            prompt = infer.prompt_ids(tokenizer, ids, text, voice)
+            row = make_row(prompt, heard.codes, ids, settings)
     except Mistake as mistake:
         report.left_out.append(f"{clip.where}: {mistake}")
         return
-    length, speech = len(row["input_ids"]), SLOTS * frames_of(measures.seconds)
-    cut = ids.eos not in row["input_ids"] or length > settings.max_length
-    report.lengths.append(max(length, speech + 8) if cut else length)
-    if cut:
-        kept = length <= settings.max_length and (row["labels"] != -100).any()
-        fault = f"{clip.where}: {measures.seconds:.1f} s, {speech} audio tokens"
+    report.cached += heard.cached
+    measures = Measures(clip.where, voice, text, **heard.sound, tokens=len(row["input_ids"]))
+    length, cut = measures.tokens, ids.eos not in row["input_ids"]
+    if cut or length > settings.max_length:  # what it would take: prompt, codes and two ends
+        prompt = int(np.argmax(row["input_ids"] == ids.sos)) + 1
+        length = max(length, prompt + SLOTS * frames_of(measures.seconds) + 2)
+    report.lengths.append(length)
+    if length > settings.max_length:
+        kept = cut and (row["labels"] != -100).any()
+        fault = f"{clip.where}: {length:,} tokens, {measures.seconds:.1f} s"
         (report.truncated if kept else report.dropped).append(fault)
         if not kept:
             return
-    report.measures.append(measures._replace(tokens=length))
-    rows.append(row | {"text": measures.text})
+    report.measures.append(measures)
+    rows.append(row | {"text": text})
 
 
 def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[dict]:
     """The rows without those that `leave_out` names; the doctor's findings into the report."""
     if rows:
-        found = examine(report.measures)
-        out = np.zeros(len(rows), bool)
-        for name in settings.leave_out:
-            if name not in FINDINGS:
-                raise infer.unknown_key(name, FINDINGS, "leave_out")
-            out |= found[name]
-        report.findings = {
-            name: [report.measures[n].where for n in np.flatnonzero(which)]
-            for name, which in found.items()
-            if which.any()
-        }
+        found, out = examine(report.measures), np.zeros(len(rows), bool)
+        for name, over in found.items():
+            worst = np.argsort(-over, kind="stable")[: (over > 0).sum()]
+            report.findings |= (
+                {name: [report.measures[n].told() for n in worst]} if len(worst) else {}
+            )
+            out |= (over > 0) & (name in settings.leave_out)
         for n in np.flatnonzero(out):
-            names = ", ".join(name for name in settings.leave_out if found[name][n])
+            names = ", ".join(name for name in settings.leave_out if found[name][n] > 0)
             report.left_out.append(f"{report.measures[n].where}: {names}")
         rows = [row for row, gone in zip(rows, out, strict=True) if not gone]
         report.measures = [m for m, gone in zip(report.measures, out, strict=True) if not gone]
@@ -511,9 +597,74 @@ def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[
         first = (report.left_out + report.dropped + ["no clips"])[0]
         none = f"{settings.dataset}: no rows left of {report.clips} clips"
         raise Mistake(f"{none}; the first: {first}")
-    ids = b"".join(row["input_ids"].tobytes() + row["labels"].tobytes() for row in rows)
-    report.digest = hashlib.sha256(ids).hexdigest()
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    report.digest = whole.hexdigest()
+    train, held = split_rows(rows, settings)
+    report.held_out = len(held)
+    report.slots_used = slots_used([len(row["input_ids"]) for row in train], settings)
     return rows
+
+
+# ---------------------------------------------------------------- batches
+
+
+def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, rows held out): a text stands on one side alone, whoever speaks it."""
+    texts = sorted({row["text"] for row in rows})
+    count = min(round(settings.held_out * len(texts)), len(texts) - 1)
+    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:count]
+    aside = {texts[n] for n in chosen}
+    held = [row for row in rows if row["text"] in aside]
+    return [row for row in rows if row["text"] not in aside], held
+
+
+def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
+    """Row numbers in an order in which every `size` neighbours are of like length.
+
+    Rows are shuffled, sorted by length within pools of 32 batches, and the batches shuffled again;
+    all of it from `seed` alone, so that a resumed run meets the same batches.
+    """
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(lengths)).tolist()
+    pools = [order[n : n + 32 * size] for n in range(0, len(order), 32 * size)]
+    ordered = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
+    batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
+    last = batches.pop() if len(batches[-1]) < size else []  # a short batch stays at the end
+    draw.shuffle(batches)
+    if batches:  # the longest first: what does not fit in memory shows in the first step
+        longest = max(range(len(batches)), key=lambda n: lengths[batches[n][-1]])
+        batches.insert(0, batches.pop(longest))
+    return [row for batch in batches for row in batch] + last
+
+
+def count_packed(lengths: list[int], room: int) -> int:
+    """How many rows of `room` tokens TRL's packing makes: the longest first, each where it fits
+    best. (A test asks TRL; importing it here would take seconds.)
+    """
+    left = []  # of the rows begun, ascending
+    for length in sorted(lengths, reverse=True):
+        best = bisect_left(left, length)
+        insort(left, (left.pop(best) if best < len(left) else room) - length)
+    return len(left)
+
+
+def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
+    """Share of the slots of a run's batches that hold a token of a row, by `batching`."""
+    name, longest = "per_device_train_batch_size", settings.max_length
+    value, source = settings.trainer[name]  # not checked yet, where no trainer is made
+    size = int(value) if str(value).isdecimal() else 0
+    if not size:
+        raise Mistake(f"{source}: {name} is {value!r}: a whole number over 0 is wanted")
+    order = length_batches(lengths, size, settings.seed)
+    batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
+    slots = {
+        "pack": count_packed(lengths, longest) * longest,
+        "pad": sum(len(batch) * max(batch) for batch in batches),
+        "pad_to_max": len(lengths) * longest,
+    }
+    return {name: sum(lengths) / count for name, count in slots.items()}
 
 
 # ---------------------------------------------------------------- the doctor
@@ -522,14 +673,14 @@ def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[
 FINDINGS = {
     "short": ("under 0.5 s", "join it with a neighbour"),
     "long": ("over 20 s: such clips teach a model not to stop", "cut it at a sentence"),
-    "silence": ("over 0.5 s of silence at its ends", "none: cut to keep_silence"),
+    "silence": ("over 0.5 s of silence at its ends", "nothing to do: cut to keep_silence"),
     "clipped": ("clipped: over 0.1 % of samples at full scale", "record it at a lower level"),
     "quiet": ("under -40 dB", "normalise it, or record it louder"),
     "offset": ("a DC offset over 0.01", "high-pass it at 20 Hz"),
     "narrow": ("sampled under 24 kHz: the voice will sound as dull", "find a better source"),
-    "stereo": ("more than one channel", "none: mixed to mono"),
+    "stereo": ("more than one channel", "nothing to do: mixed to mono"),
     "same_sound": ("the same sound as an earlier clip", "leave one of them out"),
-    "same_text": ("the same text as an earlier clip of the voice", "none, if it is another take"),
+    "same_text": ("the same text as an earlier clip of the voice", "fine, if it is another take"),
     "digits": ("digits in the text", "write them as they are spoken"),
     "unspeakable": ("a link, a mail address or symbols in the text", "write what is spoken"),
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
@@ -538,50 +689,50 @@ FINDINGS = {
 
 
 def outliers(values: np.ndarray, groups: np.ndarray, far: float = 5) -> np.ndarray:
-    """Whose robust z-score within its group is over `far`: |x − median| / (1.4826 × MAD).
+    """By how much each robust z-score within its group, |x − median| / (1.4826 × MAD), is over far.
 
-    Iglewicz and Hoaglin (1993) take 3.5; texts of few characters spread wider.
+    Iglewicz and Hoaglin (1993) take 3.5; 5 spares the merely slow.
     """
-    out = np.zeros(len(values), bool)
+    over = np.zeros(len(values))
     for group in set(groups):
         mine = groups == group
         away = np.abs(values[mine] - np.median(values[mine]))
         if mine.sum() >= 8:
-            out[mine] = away > far * max(1.4826 * np.median(away), 1e-3)
-    return out
+            over[mine] = away / max(1.4826 * np.median(away), 1e-3) - far
+    return over
 
 
-def repeats(keys: Iterable) -> np.ndarray:
+def repeats(keys: Iterable) -> list[bool]:
     """Which keys were there before."""
     seen = set()
-    return np.array([key in seen or bool(seen.add(key)) for key in keys])
+    return [key in seen or bool(seen.add(key)) for key in keys]
 
 
 def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
-    """Which clips each finding is about: (clips,) booleans by name of the finding."""
+    """How far each clip is over a finding's limit, (clips,) by name; found where above 0."""
     m = {name: np.array([getattr(one, name) for one in measures]) for name in Measures._fields}
     voices, texts = m["voice"], m["text"]
     usual = {v: np.median(m["level"][voices == v]) for v in set(voices)}
     lengths = np.array([len(text) for text in texts])
     strange = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
     found = {
-        "short": m["seconds"] < 0.5,
-        "long": m["seconds"] > 20,
-        "silence": m["silence"] > 0.5,
-        "clipped": m["clipped"] > 0.001,
-        "quiet": m["level"] < -40,
-        "offset": np.abs(m["offset"]) > 0.01,
-        "narrow": m["rate"] < SAMPLE_RATE,
-        "stereo": m["channels"] > 1,
+        "short": 0.5 - m["seconds"],
+        "long": m["seconds"] - 20,
+        "silence": m["silence"] - 0.5,
+        "clipped": m["clipped"] - 0.001,
+        "quiet": -40 - m["level"],
+        "offset": np.abs(m["offset"]) - 0.01,
+        "narrow": SAMPLE_RATE - m["rate"],
+        "stereo": m["channels"] - 1,
         "same_sound": repeats(m["digest"]),
         "same_text": repeats(zip(voices, texts, strict=True)),
-        "digits": np.array([bool(re.search(r"\d", text)) for text in texts]),
-        "unspeakable": np.array([bool(strange.search(text)) for text in texts]),
-        "pace": outliers(np.log(m["seconds"] / lengths), voices),
-        "loudness": np.abs(m["level"] - np.array([usual[v] for v in voices])) > 10,
+        "digits": [len(re.findall(r"\d", text)) for text in texts],
+        "unspeakable": [len(strange.findall(text)) for text in texts],
+        "pace": outliers(np.log(m["seconds"] / (lengths + 10)), voices),  # 10: a breath
+        "loudness": np.abs(m["level"] - np.array([usual[v] for v in voices])) - 10,
     }
     assert found.keys() == FINDINGS.keys()
-    return found
+    return {name: np.asarray(over, dtype=float) for name, over in found.items()}
 
 
 # ---------------------------------------------------------------- the report
@@ -601,6 +752,8 @@ class Report:
     findings: dict[str, list[str]] = field(default_factory=dict)  # clips by finding
     measures: list[Measures] = field(default_factory=list)  # of the rows, in their order
     lengths: list[int] = field(default_factory=list)  # tokens of every clip, dropped ones too
+    held_out: int = 0  # rows kept from training
+    slots_used: dict[str, float] = field(default_factory=dict)  # share, by batching
 
     @property
     def seconds(self) -> float:
@@ -619,21 +772,26 @@ class Report:
         voices = ", ".join(f"{name} {n}" for name, n in self.voices.items()) or "none named"
         rows, tokens = len(self.measures), sum(m.tokens for m in self.measures)
         made = f"{rows} of {self.clips} clips, {self.seconds / 3600:.3f} hours"
-        print(f"data    {self.dataset}: {made}; voices: {voices}; {self.cached} from the cache")
+        encoded = f"{self.cached} from the cache"
+        print(f"data    {self.dataset}: {made}; voices: {voices}; {encoded}")
         longest, keep = max(self.lengths), int(np.quantile(self.lengths, 0.99, method="higher"))
         told = f"the longest {longest:,} of max_length {settings.max_length:,}"
         print(f"rows    {tokens:,} tokens, {told}; max_length {keep:,} keeps 99 %")
+        used = ", ".join(f"{name} {100 * part:.1f} %" for name, part in self.slots_used.items())
+        chosen = f"{settings.batching} is chosen; {self.held_out} rows held out, to judge on"
+        print(f"batches {used} of their slots used; {chosen}")
         for title in ("dropped", "truncated", "left_out"):
-            self.tell_some(title, getattr(self, title), "", 5)
+            self.tell_some(title, getattr(self, title), 5)
         for name, (what, remedy) in FINDINGS.items():
-            clips = self.findings.get(name, [])
             done = "left out" if name in settings.leave_out else "trained on"
-            self.tell_some(f"{name}: {what}", clips, f"{done}; {remedy}", 3 if full else 0)
+            clips = self.findings.get(name, [])
+            most = 3 if full and len(clips) < self.clips / 2 else 0  # it is all of them: no list
+            self.tell_some(f"{name}, {what}; {done}; {remedy}", clips, most)
 
-    def tell_some(self, title: str, clips: list[str], remedy: str, most: int) -> None:
+    def tell_some(self, title: str, clips: list[str], most: int) -> None:
         if not clips:
             return
-        print(f"        {title}: {len(clips)}" + (f" ({remedy})" if remedy else ""))
+        print(f"  {len(clips):4}  {title}")
         for clip in clips[:most]:
             print(f"          {clip}")
         if most and len(clips) > most:
@@ -665,7 +823,7 @@ def draw_report(report: Report, path: Path) -> None:
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if report.voices:
         right.legend()
-    part = path.with_suffix(".part.png")
+    part = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
     figure.savefig(part, dpi=100)
     os.replace(part, path)
     pyplot.close(figure)
@@ -680,8 +838,7 @@ def main() -> None:
     settings = infer.read_command_line(__doc__)
     clips = read_clips(settings)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
-    codec = infer.load_codec(settings.codec, infer.device())
-    _, report = make_rows(clips, settings, tokenizer, codec)
+    _, report = make_rows(clips, settings, tokenizer)
     report.tell(settings, full=True)
     out = Path(settings.output_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,98 +1,134 @@
-"""How fast clips become codes, and in how much memory: prepare.py against a plain loop, same run.
+"""How fast clips become rows, and in how much memory: prepare.py against a plain loop, same run.
 
-    python tests/bench_data.py                  # 100, 1,000 and 10,000 clips: ten minutes
+    python tests/bench_data.py                  # 100, 1,000 and 10,000 clips: half an hour
     python tests/bench_data.py 100 1000
 
-Needs flite. A thousand clips are spoken; further ones are those at other levels, so that each is
-another sound. The plain loop reads, resamples and encodes one clip at a time, with all of torch's
-threads, as notebooks do. Every row is a process of its own; memory is the most it held.
+Needs flite. Some hundred clips are spoken; further ones are those at other levels, so that every
+file is another one. The plain loop reads, resamples and encodes one clip at a time, as notebooks
+do: once with as many threads as torch takes by itself, once with one; after a minute it stops.
+Every line is a process of its own; start-up (Python, imports, tokenizer or codec) is told apart;
+CPU is the processor's own time; memory is the most that was held.
 """
 
 import csv
-import json
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data/demo")]
-CONFIG = ["--config", "data/demo/config.json", "--leave_out", "[]"]
+sys.path.insert(0, str(ROOT))
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SPOKEN = 300  # clips
+MOST_PLAIN = 60  # seconds
 
 
-def speak_clips(folder: Path, count: int) -> float:
-    """Writes `count` clips and their metadata.csv; seconds of audio."""
-    import make_demo
+def speak_clips(folder: Path, count: int) -> None:
+    """Writes `count` different clips of flite's kal16, at its own 16 kHz, and metadata.csv."""
     import soundfile
 
     folder.mkdir(parents=True)
-    make_demo.WORK.mkdir(parents=True, exist_ok=True)
-    texts = make_demo.training_texts(1, min(count, 1000), (2, 8))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        spoken = list(pool.map(lambda text: make_demo.speak("kal16", text), texts))
-    rows, samples = [("file_name", "text", "speaker")], 0
+    spoken, rows = [], [("file_name", "text", "speaker")]
+    for words in itertools.islice(itertools.product(DIGITS, repeat=4), 7, 9999, 9999 // SPOKEN):
+        command = ["flite", "-voice", "kal16", "-t", " ".join(words), "-o", str(folder / "part")]
+        subprocess.run(command, check=True)
+        spoken.append((" ".join(words), *soundfile.read(folder / "part")))
+        if len(spoken) == count:
+            break
     for n in range(count):
-        audio = spoken[n % 1000] * (1 - 0.05 * (n // 1000))
-        soundfile.write(folder / f"{n}.flac", audio, 24_000)
-        rows.append((f"{n}.flac", texts[n % 1000], "kal16"))
-        samples += len(audio)
+        text, audio, rate = spoken[n % len(spoken)]
+        soundfile.write(folder / f"{n}.wav", audio * (1 - 0.02 * (n // len(spoken))), rate)
+        rows.append((f"{n}.wav", text, "kal16"))
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    return samples / 24_000
 
 
-def plain_loop(folder: str) -> None:
+def plain_loop(folder: str, threads: str) -> tuple[int, float, float, float]:
+    """(clips, seconds of audio, seconds spent, CPU seconds) of a loop as notebooks have it."""
     import soundfile
     import soxr
+    import torch
+    from snac import SNAC
 
-    import infer
-
-    codec = infer.load_codec("data/demo/codec", infer.device())
-    rows = []
+    if threads != "own":
+        torch.set_num_threads(int(threads))
+    codec, codes, length = SNAC.from_pretrained("data/demo/codec"), [], 0.0
+    begun, cpu = time.perf_counter(), time.process_time()
     with open(Path(folder, "metadata.csv")) as file:
         for row in csv.DictReader(file):
             audio, rate = soundfile.read(Path(folder, row["file_name"]), dtype="float32")
             audio = soxr.resample(audio, rate, 24_000)
-            rows.append(infer.encode(codec, [np.asarray(audio, np.float32)])[0])
+            with torch.inference_mode():
+                codes.append(codec.encode(torch.from_numpy(audio)[None, None]))
+            length += len(audio) / 24_000
+            if time.perf_counter() - begun > MOST_PLAIN:
+                break
+    return len(codes), length, time.perf_counter() - begun, time.process_time() - cpu
 
 
-def measure(words: list[str]) -> tuple[float, float]:
-    """(seconds, peak MiB) of a process."""
+def prepare_all(folder: str, cache: str) -> tuple[int, float, float, float]:
+    """(clips, seconds of audio, seconds spent, CPU seconds): rows and report by prepare.py."""
+    import infer
+    from data import prepare
+
+    keys = {"dataset": folder, "cache_dir": cache, "leave_out": "[]"}
+    settings = infer.read_settings("data/demo/config.json", keys)
+    tokenizer = infer.load_tokenizer(Path(settings.model))
+    begun, cpu = time.perf_counter(), time.process_time()
+    _, report = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
+    spent = time.perf_counter() - begun, time.process_time() - cpu
+    return report.clips, report.seconds, *spent
+
+
+def measure(*words: str) -> list[str]:
+    """A line of the table."""
     begun = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, __file__, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    errors = process.stderr.read()
+    told = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, errors.decode()
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+    assert status == 0, words
+    whole = time.perf_counter() - begun
+    clips, length, spent, cpu = map(float, told.split())
+    memory = usage.ru_maxrss / 1024  # MiB
+    cells = (clips, whole - spent, spent, clips / spent, length / spent, 1000 * cpu / clips, memory)
+    return [f"{cell:.{digits}f}" for cell, digits in zip(cells, (0, 1, 1, 1, 0, 1, 0), strict=True)]
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--plain"]:
-        return plain_loop(sys.argv[2])
+    modes = {"--plain": plain_loop, "--prepare": prepare_all}
+    if sys.argv[1:2] and sys.argv[1] in modes:
+        print(*modes[sys.argv[1]](*sys.argv[2:]))
+        return
     counts = [int(word) for word in sys.argv[1:]] or [100, 1_000, 10_000]
-    print(f"{'clips':>7} {'run':<14} {'seconds':>8} {'clips/s':>8} {'× real time':>12} {'MiB':>6}")
+    heads = [
+        "clips",
+        "",
+        "start-up s",
+        "s",
+        "clips/s",
+        "× real time",
+        "CPU ms a clip",
+        "MiB at most",
+    ]
+    print("|", " | ".join(heads), "|\n" + "|---" * len(heads) + "|")
     for count in counts:
         with tempfile.TemporaryDirectory() as home:
-            length = speak_clips(Path(home, "clips"), count)
-            data = ["data/prepare.py", f"{home}/clips", *CONFIG, "--cache_dir", f"{home}/cache"]
-            data += ["--output_dir", f"{home}/out"]
-            for name, words in (
-                ("plain loop", [__file__, "--plain", f"{home}/clips"]),
-                ("prepare.py", data),
-                ("a second time", data),
+            speak_clips(Path(home, "set"), count)
+            os.symlink(f"{home}/set", f"{home}/other set")
+            for name, *words in (
+                ("plain loop, torch's threads", "--plain", f"{home}/set", "own"),
+                ("plain loop, one thread", "--plain", f"{home}/set", "1"),
+                ("prepare.py", "--prepare", f"{home}/set", f"{home}/cache"),
+                ("prepare.py, a second time", "--prepare", f"{home}/set", f"{home}/cache"),
+                ("prepare.py, in another set", "--prepare", f"{home}/other set", f"{home}/cache"),
             ):
-                seconds, memory = measure(words)
-                speeds = f"{count / seconds:8.1f} {length / seconds:12.0f}"
-                print(f"{count:7} {name:<14} {seconds:8.1f} {speeds} {memory:6.0f}", flush=True)
-            report = json.loads(Path(home, "out/data_report.json").read_text())
-            assert report["cached"] == report["rows"] == count, report["cached"]
+                clips, *cells = measure(*words)
+                print("|", " | ".join([clips, name, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ def make_seeds(home: Path) -> dict[str, bytes]:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     tokenizer = infer.load_tokenizer(ROOT / "data/demo/base")
-    codec = infer.load_codec(str(ROOT / "data/demo/codec"))
     home, told = Path(tempfile.mkdtemp()), {"rows": 0, "mistakes": 0}
     seeds = make_seeds(home)
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("a hang: over 20 s"))
@@ -85,10 +84,12 @@ def main() -> None:
         (home / name).write_bytes(mutate(seeds[name], draw))
         signal.alarm(20)
         try:
-            config = home / "config.json" if name == "config.json" else None
-            chosen = infer.read_settings(config, {"cache_dir": "null", "train_on": "audio"})
+            config = (home if name == "config.json" else ROOT / "data/demo") / "config.json"
+            chosen = infer.read_settings(
+                config, {"cache_dir": str(home / "cache"), "train_on": "audio"}
+            )
             chosen.dataset = str(home / "list.jsonl" if name == "list.jsonl" else home)
-            rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer, codec)
+            rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
             assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
             told["rows"] += len(rows)
         except infer.Mistake as mistake:
@@ -100,6 +101,7 @@ def main() -> None:
         (home / name).write_bytes(seeds[name])
     signal.alarm(0)
     shutil.rmtree(home)
+    assert told["rows"] > count, told  # else it is not the mutations that fail
     print(f"{count} mutations: {told['rows']} rows made, {told['mistakes']} mistakes told")
 
 

@@ -108,12 +108,21 @@ def test_padded_equals_row_by_row(trainer_of, rows, ids, batching):
     assert relative(grads, alone_grads) < 1e-5
 
 
+@pytest.mark.parametrize("batching", ["pack", "pad", "pad_to_max"])
+def test_the_doctor_tells_of_batches_what_the_trainer_does(trainer_of, rows, capsys, batching):
+    keys = {"batching": batching, "per_device_train_batch_size": "2", "max_length": "256"}
+    trainer_of(**keys)
+    lengths = [len(row["input_ids"]) for row in rows]
+    used = prepare.slots_used(lengths, infer.read_settings("data/demo/config.json", keys))
+    assert f"{100 * used[batching]:.1f} % of their slots used" in capsys.readouterr().out
+
+
 def test_length_batches_are_alike_whole_and_repeatable():
     lengths = np.random.default_rng(0).integers(50, 2000, 1003).tolist()
-    order = finetune.length_batches(lengths, 8, seed=1)
+    order = prepare.length_batches(lengths, 8, seed=1)
     assert sorted(order) == list(range(1003))
-    assert order == finetune.length_batches(lengths, 8, seed=1)
-    assert order != finetune.length_batches(lengths, 8, seed=2)
+    assert order == prepare.length_batches(lengths, 8, seed=1)
+    assert order != prepare.length_batches(lengths, 8, seed=2)
     batches = [[lengths[row] for row in order[n : n + 8]] for n in range(0, 1003, 8)]
     slots = sum(len(batch) * max(batch) for batch in batches)
     assert sum(lengths) / slots > 0.95

@@ -237,19 +237,18 @@ def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
 
 def prepare_rows(**overrides):
     settings = settings_of(**overrides)
-    codec = infer.load_codec(settings.codec)
     tokenizer = infer.load_tokenizer(ROOT / settings.model)
-    return prepare.make_rows(prepare.read_clips(settings), settings, tokenizer, codec)
+    return prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
 
 
 def test_no_text_stands_on_both_sides():
     rows = [{"text": f"text {n % 40}", "n": n} for n in range(100)]
     settings = settings_of(held_out="0.25")
-    train, held = finetune.split_rows(rows, settings)
+    train, held = prepare.split_rows(rows, settings)
     assert len(train) + len(held) == 100
     assert len({row["text"] for row in held}) == 10
     assert not {row["text"] for row in held} & {row["text"] for row in train}
-    assert finetune.split_rows(rows, settings) == (train, held)
+    assert prepare.split_rows(rows, settings) == (train, held)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):

@@ -1,18 +1,20 @@
 """data/prepare.py: the accepted forms, rows, what is left out, and a person's mistakes."""
 
-import copy
 import csv
 import itertools
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import one_line, script
+import torch
+from conftest import DEMO, ROOT, one_line, script
 
 import infer
 from data import prepare
@@ -39,18 +41,18 @@ def folder_of(path, rows, header=("file_name", "text", "speaker")):
     return path
 
 
-def rows_of(folder, tokenizer, codec, **overrides):
+def rows_of(folder, tokenizer, **overrides):
     chosen = settings(folder, **overrides)
-    return prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer, codec)
+    return prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
 
 
 def test_every_row_starts_with_the_prompt_that_infer_builds(tokenizer, codec, ids):
-    rows, report = rows_of("data/numbers", tokenizer, codec, limit=20)
-    clips = prepare.read_clips(settings("data/numbers", limit=20))
+    rows, report = rows_of("data/numbers", tokenizer, limit=20)
+    clips = prepare.read_clips(settings("data/numbers", limit=20)).each
     assert len(rows) == len(report.measures) == 20 and report.voices == {"slt": 20}
     for row, clip in zip(rows, clips, strict=True):
         prompt = infer.prompt_ids(tokenizer, ids, clip.text, clip.voice)
-        audio = prepare.read_clip(clip, settings("data/numbers"))[0]
+        audio = prepare.measure(clip.audio, settings("data/numbers"))[0]
         n, frames = len(prompt), -(-len(audio) // infer.FRAME_SAMPLES)
         assert row["input_ids"][:n].tolist() == prompt
         assert row["input_ids"][n + 7 * frames :].tolist() == [ids.eos, ids.eoa]
@@ -60,12 +62,12 @@ def test_every_row_starts_with_the_prompt_that_infer_builds(tokenizer, codec, id
         assert (row["labels"][n:] == row["input_ids"][n:]).all()
 
 
-def test_train_on_all_has_no_masked_label(tokenizer, codec):
-    rows, _ = rows_of("data/numbers", tokenizer, codec, limit=2, train_on="all")
+def test_train_on_all_has_no_masked_label(tokenizer):
+    rows, _ = rows_of("data/numbers", tokenizer, limit=2, train_on="all")
     assert all((row["labels"] == row["input_ids"]).all() for row in rows)
 
 
-def test_kinds_of_sound_files(tmp_path, tokenizer, codec):
+def test_kinds_of_sound_files(tmp_path, tokenizer):
     noise(tmp_path / "a.wav", rate=44_100, channels=2)
     noise(tmp_path / "b.flac", rate=16_000)
     noise(tmp_path / "c.mp3", rate=22_050)
@@ -74,7 +76,7 @@ def test_kinds_of_sound_files(tmp_path, tokenizer, codec):
     folder_of(
         tmp_path, [(f"{n}", "seven", "") for n in ("a.wav", "b.flac", "c.mp3", "d.ogg", "e.opus")]
     )
-    rows, report = rows_of(tmp_path, tokenizer, codec, voice="me")
+    rows, report = rows_of(tmp_path, tokenizer, voice="me")
     assert report.left_out == [] and report.voices == {"me": 5}
     lengths = [len(row["input_ids"]) for row in rows]
     assert max(lengths) - min(lengths) <= 7  # an encoder may pad by some milliseconds
@@ -142,14 +144,14 @@ WITH_VOICES = [
 
 
 @pytest.mark.parametrize("form", WITH_VOICES)
-def test_forms_with_voices(form, tmp_path, tokenizer, codec, ids):
+def test_forms_with_voices(form, tmp_path, tokenizer, ids):
     form(tmp_path / "set")
-    rows, report = rows_of(tmp_path / "set", tokenizer, codec)
+    rows, report = rows_of(tmp_path / "set", tokenizer)
     assert report.left_out == [] and report.voices == {"x": 1, "y": 1}
     for row, (text, voice) in zip(rows, (("one", "x"), ('two, "three" four', "y")), strict=True):
         prompt = infer.prompt_ids(tokenizer, ids, text, voice)
         assert row["input_ids"][: len(prompt)].tolist() == prompt
-    assert len(rows_of(tmp_path / "set", tokenizer, codec, limit=1)[0]) == 1
+    assert len(rows_of(tmp_path / "set", tokenizer, limit=1)[0]) == 1
 
 
 def ljspeech(folder):
@@ -180,16 +182,16 @@ def jsonl_manifest(folder):
 
 
 @pytest.mark.parametrize("form", [ljspeech, bare, csv_manifest, jsonl_manifest])
-def test_forms_of_one_voice(form, tmp_path, tokenizer, codec, ids):
+def test_forms_of_one_voice(form, tmp_path, tokenizer, ids):
     dataset = form(tmp_path / "set") or tmp_path / "set"
-    rows, report = rows_of(dataset, tokenizer, codec)
+    rows, report = rows_of(dataset, tokenizer)
     assert report.left_out == [] and report.voices == {}
     for row, text in zip(rows, ('number "one', "two"), strict=True):
         prompt = infer.prompt_ids(tokenizer, ids, text)
         assert row["input_ids"][: len(prompt)].tolist() == prompt
 
 
-def test_a_hub_dataset(tmp_path, monkeypatch, tokenizer, codec):
+def test_a_hub_dataset(tmp_path, monkeypatch, tokenizer):
     """load_dataset reads a local parquet as the hub gives it; with a limit it is streamed."""
     import datasets
 
@@ -202,9 +204,9 @@ def test_a_hub_dataset(tmp_path, monkeypatch, tokenizer, codec):
         return load("parquet", data_files=files, split="train", streaming=how["streaming"])
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    rows, report = rows_of("someone/speech", tokenizer, codec, dataset_config="en")
+    rows, report = rows_of("someone/speech", tokenizer, dataset_config="en")
     assert len(rows) == 2 and report.voices == {"x": 1, "y": 1}
-    rows, report = rows_of("someone/speech", tokenizer, codec, limit=1, dataset_revision="v1")
+    rows, report = rows_of("someone/speech", tokenizer, limit=1, dataset_revision="v1")
     assert len(rows) == report.clips == 1
     assert asked == [
         ("someone/speech", "en", "train", None, False),
@@ -212,18 +214,18 @@ def test_a_hub_dataset(tmp_path, monkeypatch, tokenizer, codec):
     ]
 
 
-def test_columns_can_be_named(tmp_path, tokenizer, codec):
+def test_columns_can_be_named(tmp_path, tokenizer):
     two_clips(tmp_path)
     rows = [("a.wav", "one", "wrong", "x"), ("b.wav", "two", "wrong", "y")]
     folder_of(tmp_path, rows, header=("sound", "spoken", "text", "who"))
     names = {"audio_column": "sound", "text_column": "spoken", "voice_column": "who"}
-    rows, report = rows_of(tmp_path, tokenizer, codec, **names)
+    rows, report = rows_of(tmp_path, tokenizer, **names)
     assert [row["text"] for row in rows] == ["one", "two"] and report.voices == {"x": 1, "y": 1}
     with pytest.raises(infer.Mistake, match="no column spoke; there are: sound, spoken, text, who"):
-        rows_of(tmp_path, tokenizer, codec, **names | {"text_column": "spoke"})
+        rows_of(tmp_path, tokenizer, **names | {"text_column": "spoke"})
 
 
-def test_rows_tokenised_elsewhere(tmp_path, tokenizer, codec, ids):
+def test_rows_tokenised_elsewhere(tmp_path, tokenizer, ids):
     """input_ids with and without labels, codes as frames and as SNAC's levels; faults by place."""
     codes = np.random.default_rng(0).integers(0, ids.codebook_size, (3, 7))
     prompt = infer.prompt_ids(tokenizer, ids, "one", "x")
@@ -253,7 +255,7 @@ def test_rows_tokenised_elsewhere(tmp_path, tokenizer, codec, ids):
     for name, table in tables.items():
         (tmp_path / name).write_text("\n".join(map(json.dumps, table)))
         (tmp_path / name).rename(tmp_path / f"{name}.jsonl")
-        rows, report = rows_of(tmp_path / f"{name}.jsonl", tokenizer, codec, leave_out="[]")
+        rows, report = rows_of(tmp_path / f"{name}.jsonl", tokenizer, leave_out="[]")
         for row in rows:
             assert row["input_ids"].tolist() == whole and row["labels"].tolist() == labels
         told = " ".join(report.left_out)
@@ -291,6 +293,7 @@ BAD = {  # file_name, text: what the report says
     ("https://example.org/a.wav", "one"): "does not exist",
     ("a\0b.wav", "one"): "does not exist",
     ("a" * 5000 + ".wav", "one"): "does not exist",
+    ("b" * 5000, "one"): "does not exist",
     ("no_suffix", "one"): "no_suffix does not exist",
     (".", "one"): "is outside the dataset's folder",
     ("", "one"): "no sound is named",
@@ -355,13 +358,13 @@ def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
     rows = [pair for both in itertools.zip_longest(rows, GOOD.items()) for pair in both if pair]
     table = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
     (folder / "metadata.jsonl").write_text("\n".join(table))
-    made, report = rows_of(folder, tokenizer, codec)
+    made, report = rows_of(folder, tokenizer)
     assert len(made) == len(GOOD) and len(report.left_out) == len(BAD)
     told = dict(fault.split(": ", 1) for fault in report.left_out)
     wanted = iter(BAD.values())
     for n, (name, text) in enumerate(rows, 1):
-        if f"{folder}/metadata.jsonl row {n}" in told:
-            fault = told[f"{folder}/metadata.jsonl row {n}"]
+        if f"metadata.jsonl row {n}" in told:
+            fault = told[f"metadata.jsonl row {n}"]
             assert next(wanted) in fault and "\n" not in fault, (name, text, fault)
     assert [row["text"] for row in made] == [str(text) for text in GOOD.values()]
     chosen = settings(folder)
@@ -375,12 +378,12 @@ def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
             if not (folder / name).is_file()
             else folder / name
         )
-        audio, _ = prepare.read_clip(prepare.Clip("", path, "x"), chosen)
+        audio, _ = prepare.measure(path, chosen)
         codes = infer.codes_to_ids(infer.encode(codec, [audio])[0], ids)
         assert (row["input_ids"][-2 - len(codes) : -2] == codes).all(), name
 
 
-def test_tables_that_are_no_tables(tmp_path, tokenizer, codec):
+def test_tables_that_are_no_tables(tmp_path, tokenizer):
     """Faults of a table as a whole: one line, whatever stands in it."""
     cases = [
         ("metadata.csv", b"", "no rows"),
@@ -400,31 +403,31 @@ def test_tables_that_are_no_tables(tmp_path, tokenizer, codec):
         folder.mkdir()
         (folder / name).write_bytes(data)
         with pytest.raises(infer.Mistake, match=line) as told:
-            rows_of(folder, tokenizer, codec)
+            rows_of(folder, tokenizer)
         assert "\n" not in str(told.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path, tokenizer, codec):
+def test_a_file_without_permission(tmp_path, tokenizer):
     two_clips(tmp_path)
     folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", "two", "x")])
     (tmp_path / "a.wav").chmod(0)
-    rows, report = rows_of(tmp_path, tokenizer, codec)
+    rows, report = rows_of(tmp_path, tokenizer)
     assert len(rows) == 1 and "a.wav" in report.left_out[0]
 
 
-def test_absolute_paths_on_request(tmp_path, tokenizer, codec):
+def test_absolute_paths_on_request(tmp_path, tokenizer):
     two_clips(tmp_path / "sounds")
     folder_of(tmp_path / "set", [(str(tmp_path / "sounds/a.wav"), "one", "x")])
     with pytest.raises(infer.Mistake, match="outside the dataset's folder"):
-        rows_of(tmp_path / "set", tokenizer, codec)
-    assert len(rows_of(tmp_path / "set", tokenizer, codec, absolute_paths="true")[0]) == 1
+        rows_of(tmp_path / "set", tokenizer)
+    assert len(rows_of(tmp_path / "set", tokenizer, absolute_paths="true")[0]) == 1
 
 
 # ---------------------------------------------------------------- doctor and cache
 
 
-def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer, codec):
+def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     """One clip of every finding among forty sound ones; nothing is found in those."""
     draw = np.random.default_rng(0)
 
@@ -446,6 +449,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer, codec):
     clip("quiet.wav", level=0.005, text="this one can hardly be heard")
     clip("offset.wav", offset=0.1, text="this one is not in the middle")
     clip("narrow.wav", rate=16_000, text="this one is a telephone line")
+    clip("narrower.wav", rate=8_000, text="this one is an older telephone")
     clip("stereo.wav", channels=2, text="this one has two channels")
     clip("digits.wav", text="this one costs 99 cents at most")
     clip("link.wav", text="see https://example.org for more")
@@ -454,20 +458,21 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer, codec):
     (tmp_path / "same_sound.wav").write_bytes((tmp_path / "07.wav").read_bytes())
     rows.append(("same_sound.wav", rows[7][1] + "!", "me"))
     folder_of(tmp_path, rows)
-    _, report = rows_of(tmp_path, tokenizer, codec, max_length=4000)
+    _, report = rows_of(tmp_path, tokenizer, max_length=4000)
     named = {
-        name: [rows[int(where.split()[-1]) - 2][0][:-4] for where in clips]
+        name: [rows[int(re.search(r"row (\d+):", clip)[1]) - 2][0][:-4] for clip in clips]
         for name, clips in report.findings.items()
     }
     assert set(named) == set(prepare.FINDINGS)
+    assert named["narrow"] == ["narrower", "narrow"]  # the worst comes first
     for name, clips in named.items():
         assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
         sound = [clip for clip in clips if clip.isdigit()]
         assert not sound, (name, sound)
-    _, report = rows_of(tmp_path, tokenizer, codec, max_length=4000, leave_out='["pace", "long"]')
+    _, report = rows_of(tmp_path, tokenizer, max_length=4000, leave_out='["pace", "long"]')
     assert len(report.measures) == len(rows) - len(set(named["pace"]) | set(named["long"]))
     with pytest.raises(infer.Mistake, match="no key is named 'pase'; the nearest is 'pace'"):
-        rows_of(tmp_path, tokenizer, codec, leave_out='["pase"]')
+        rows_of(tmp_path, tokenizer, leave_out='["pase"]')
 
 
 def test_trimming_keeps_a_short_tail():
@@ -480,38 +485,150 @@ def test_trimming_keeps_a_short_tail():
     assert len(prepare.trim(audio, chosen)) == 72_000
 
 
-def test_the_cache_encodes_a_clip_once(tmp_path, tokenizer, codec, monkeypatch):
-    """Not again in a second run, nor in another set under another name; another codec does."""
+@pytest.fixture
+def work(monkeypatch):
+    """What was done in earnest: sounds that were decoded, encoded, codecs that were loaded."""
+    done = {"measure": 0, "encode": 0, "load_codec": 0}
+
+    def count(module, name):
+        real = getattr(module, name)
+
+        def counted(*words):
+            done[name] += 1
+            return real(*words)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(prepare, "measure")
+    count(infer, "encode")
+    count(infer, "load_codec")
+    return lambda: (done["measure"], done["encode"], done["load_codec"])
+
+
+def same(rows, others):
+    return all(
+        row.keys() == other.keys() and all(np.array_equal(row[k], other[k]) for k in row)
+        for row, other in zip(rows, others, strict=True)
+    )
+
+
+def test_a_second_run_neither_decodes_nor_encodes(tmp_path, tokenizer, work):
+    """Nor does another set of the same clips; another codec or another trimming does."""
     two_clips(tmp_path / "one")
     folder_of(tmp_path / "one", [("a.wav", "one", "x"), ("b.wav", "two", "x")])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/b.wav").rename(tmp_path / "two/c.wav")
     folder_of(tmp_path / "two", [("a.wav", "five", "y"), ("c.wav", "six", "y")])
-    encode, encoded = infer.encode, []
-    monkeypatch.setattr(infer, "encode", lambda c, clips: encoded.extend(clips) or encode(c, clips))
     cache = {"cache_dir": tmp_path / "cache"}
-    first, report = rows_of(tmp_path / "one", tokenizer, codec, **cache)
-    assert len(encoded) == 2 and report.cached == 0
-    again, report = rows_of(tmp_path / "one", tokenizer, codec, **cache)
-    assert len(encoded) == 2 and report.cached == 2
-    assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(first, again, strict=True))
-    _, report = rows_of(tmp_path / "two", tokenizer, codec, **cache)
-    assert len(encoded) == 2 and report.cached == 2
-    other = copy.deepcopy(codec)
-    next(other.parameters()).data += 1
-    _, report = rows_of(tmp_path / "one", tokenizer, other, **cache)
-    assert len(encoded) == 4 and report.cached == 0
+    first, report = rows_of(tmp_path / "one", tokenizer, **cache)
+    assert work() == (2, 2, 1) and report.cached == 0
+    again, told = rows_of(tmp_path / "one", tokenizer, **cache)
+    assert work() == (2, 2, 1) and told.cached == 2 and same(first, again)
+    assert told.measures == report.measures and told.lengths == report.lengths
+    assert rows_of(tmp_path / "two", tokenizer, **cache)[1].cached == 2
+    assert work() == (2, 2, 1)
+    assert rows_of(tmp_path / "one", tokenizer, keep_silence=0.2, **cache)[1].cached == 0
+    shutil.copytree("data/demo/codec", tmp_path / "codec")
+    weights = torch.load(tmp_path / "codec/pytorch_model.bin")
+    next(iter(weights.values())).add_(1)
+    torch.save(weights, tmp_path / "codec/pytorch_model.bin")
+    other, report = rows_of(tmp_path / "one", tokenizer, codec=tmp_path / "codec", **cache)
+    assert report.cached == 0 and not same(first, other)
 
 
-def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer, codec):
+def test_parquet_bytes_and_files_share_the_cache(tmp_path, tokenizer, work):
+    parquet_with_bytes(tmp_path)
+    cache = {"cache_dir": tmp_path / "cache"}
+    rows, _ = rows_of(tmp_path / "data", tokenizer, **cache)
+    folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", 'two, "three" four', "y")])
+    again, report = rows_of(tmp_path / "metadata.csv", tokenizer, **cache)
+    assert report.cached == 2 and work() == (2, 2, 1) and same(rows, again)
+
+
+def test_a_longer_max_length_encodes_what_the_cache_cut_off(tmp_path, tokenizer, work):
+    noise(tmp_path / "a.wav", 3.0)
+    folder_of(tmp_path, [("a.wav", "one", "x")])
+    cache = {"cache_dir": tmp_path / "cache"}
+    cut, _ = rows_of(tmp_path, tokenizer, max_length=100, too_long="truncate", **cache)
+    whole, report = rows_of(tmp_path, tokenizer, max_length=500, **cache)
+    assert len(cut) == 1 and report.cached == 0 and work()[1] == 2
+    again, report = rows_of(tmp_path, tokenizer, max_length=100, too_long="truncate", **cache)
+    assert report.cached == 1 and work()[1] == 2 and same(cut, again)
+    assert same(whole, rows_of(tmp_path, tokenizer, max_length=500)[0])
+
+
+def test_a_torn_file_in_the_cache_is_made_anew(tmp_path, tokenizer):
+    two_clips(tmp_path)
+    folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", "two", "x")])
+    cache = {"cache_dir": tmp_path / "cache"}
+    rows, _ = rows_of(tmp_path, tokenizer, **cache)
+    first, second = sorted((tmp_path / "cache").rglob("*.json"))
+    first.write_bytes(first.read_bytes()[:-9])
+    second.write_bytes(b"")
+    again, report = rows_of(tmp_path, tokenizer, **cache)
+    assert report.cached == 0 and same(rows, again)
+    assert rows_of(tmp_path, tokenizer, **cache)[1].cached == 2
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch):
+    two_clips(tmp_path, [f"{n}.wav" for n in range(10)])
+    folder_of(tmp_path, [(f"{n}.wav", f"text {n}", "x") for n in range(10)])
+    encode, eighth = infer.encode, soundfile.read(tmp_path / "8.wav", dtype="float32")[0]
+
+    def killed(codec, clips):
+        if np.array_equal(clips[0], eighth):
+            raise KeyboardInterrupt
+        return encode(codec, clips)
+
+    monkeypatch.setattr(infer, "encode", killed)
+    cache = {"cache_dir": tmp_path / "cache", "keep_silence": "null"}
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(tmp_path, tokenizer, **cache)
+    monkeypatch.setattr(infer, "encode", encode)
+    rows, report = rows_of(tmp_path, tokenizer, **cache)
+    assert report.cached == 8 and len(rows) == 10
+    assert same(rows, rows_of(tmp_path, tokenizer, keep_silence="null")[0])
+
+
+def start(*words):
+    command = [sys.executable, "data/prepare.py", *DEMO, *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
+    """As the ranks of one run do: both get the same rows, no file is torn or left over."""
+    words = ["--limit", 9, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    both = [start(*words), start(*words)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    _, report = rows_of("data/numbers", tokenizer, limit=9)
+    saved = json.loads((tmp_path / "out/data_report.json").read_text())
+    assert saved["digest"] == report.digest and saved["rows"] == 9
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len(files) == 9 and all(json.loads(p.read_text())["codes"] for p in files)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["data_report.json", "data_report.png"]
+
+
+def test_packed_rows_are_counted_as_trl_packs_them():
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(20, 1024, 300).tolist()
+        table = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+        assert prepare.count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
+
+
+def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
     noise(tmp_path / "short.wav", 0.5)
     noise(tmp_path / "long.wav", 2.0, seed=1)
     folder_of(tmp_path, [("short.wav", "one", "me"), ("long.wav", "two", "me")])
-    rows, report = rows_of(tmp_path, tokenizer, codec, max_length=100)
+    rows, report = rows_of(tmp_path, tokenizer, max_length=100)
     assert len(rows) == 1 and report.voices == {"me": 1}
-    assert report.dropped == [f"{tmp_path}/metadata.csv row 3: 2.0 s, 168 audio tokens"]
+    assert report.dropped == ["metadata.csv row 3: 183 tokens, 2.0 s"]
     with pytest.raises(infer.Mistake, match="no rows left of 2 clips"):
-        rows_of(tmp_path, tokenizer, codec, max_length=40)
+        rows_of(tmp_path, tokenizer, max_length=40)
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):

@@ -54,8 +54,8 @@ def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     tokenizer = infer.load_tokenizer(Path(settings.model))
     codec = infer.load_codec(settings.codec)
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    rows, _ = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer, codec)
-    _, held = finetune.split_rows(rows, settings)
+    rows, _ = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
+    _, held = prepare.split_rows(rows, settings)
     assert len(held) >= 4
     losses = [
         finetune.held_out_metrics(infer.load_model(str(folder))[0], held, ids)["eval_loss"]
