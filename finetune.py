@@ -268,8 +268,7 @@ GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # bytes a weight; NF4 with its scales, one per 64 weights and themselves quantised
 HELD = {"4bit": 0.516, "8bit": 1, "fp8": 1}
-
-
+FIT_KEYS = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
 # A model's config; weights of its linear layers, of all else, of a LoRA of rank 1
 Base = namedtuple("Base", "config linear others lora")
 
@@ -346,9 +345,8 @@ def memory_plan(keys: dict, base) -> dict[str, float]:
         "optimiser": trained * state_bytes(keys["optim"]),
         "activations": tokens * (kept + 3 * wide * config.intermediate_size)  # and their gradients
         + (wide * largest if quantised else 0),  # one matrix at a time in full
-        "logits and loss": 256
-        * config.vocab_size
-        * 16,  # TRL, Unsloth and our checks take 256 rows
+        # TRL's loss and our checks take 256 positions at a time, Unsloth's what memory is left
+        "logits and loss": 256 * config.vocab_size * 16,
         "codec, CUDA": 0.7 * GIB,  # a guess: the context, cuBLAS's workspace, fragments
     }
 
@@ -374,7 +372,7 @@ def smallest_change(keys: dict, base, free: float) -> dict | None:
         for chosen in itertools.combinations(changes, count):
             change = {name: value for part in chosen for name, value in part.items()}
             if needed(keys | change, base) <= free:
-                return change
+                return {name: value for name, value in change.items() if keys[name] != value}
     return None
 
 
@@ -387,21 +385,10 @@ def best_fit(keys: dict, base, free: float) -> dict | None:
     rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
     for checkpointing in (False, True, "unsloth")[: 3 if keys["backend"] == "unsloth" else 2]:
         for once in (n for n in range(rows, 0, -1) if rows % n == 0):
-            change = {
-                "gradient_checkpointing": checkpointing,
-                "per_device_train_batch_size": once,
-                "gradient_accumulation_steps": rows // once,
-            }
+            change = dict(zip(FIT_KEYS, (checkpointing, once, rows // once), strict=True))
             if needed(keys | change, base) <= free:
                 return change
     return None
-
-
-FIT_KEYS = (
-    "gradient_checkpointing",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
 
 
 def fit_of(keys: dict) -> dict:
@@ -694,13 +681,20 @@ def trainer_class(lengths: list[int], seconds: float, listen):
             self.control = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
-            for writer in (getattr(c, "tb_writer", None) for c in self.callback_handler.callbacks):
-                for n, (audio, _) in enumerate(spoken if writer else [], 1):
-                    step, rate = self.state.global_step, infer.SAMPLE_RATE
-                    writer.add_audio(f"sample/{n:02}", audio[None], step, sample_rate=rate)
+            log_audio(self, spoken)
             return metrics
 
     return SpeechTrainer
+
+
+def log_audio(trainer, spoken: list) -> None:
+    """The samples of a check to TensorBoard, where it is logged to."""
+    step = trainer.state.global_step
+    for callback in trainer.callback_handler.callbacks:
+        if writer := getattr(callback, "tb_writer", None):
+            for n, (audio, _) in enumerate(spoken, 1):
+                name = f"sample/{n:02}"
+                writer.add_audio(name, audio[None], step, sample_rate=infer.SAMPLE_RATE)
 
 
 def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: dict, listen):
