@@ -452,7 +452,139 @@ def write_audio(path: Path, audio: np.ndarray) -> None:
         part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- speaking
+# ---------------------------------------------------------------- generation
+
+BY_ITSELF = "ended by itself"
+CUT_OFF = "cut off at the limit: no end came (--max_seconds)"
+
+
+@dataclass
+class Utterance:
+    """One text on its way through the model: what goes in, and what came of it."""
+
+    text: str
+    prompt: list[int]
+    most: int  # frames: max_seconds, or what the model's context leaves
+    candidate: int = 0  # each has random numbers of its own
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # (7,) codes each
+    end: str = ""  # how it ended, empty while it speaks; whoever looks on may end it, too
+
+    @property
+    def codes(self) -> np.ndarray:
+        return np.array(self.frames, dtype=np.int64).reshape(-1, SLOTS)  # (frames, 7)
+
+
+def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice, candidate=0):
+    """The Utterance of `text`, nothing spoken yet; `Mistake` where a frame would not fit."""
+    prompt = prompt_ids(tokenizer, ids, text, voice)
+    frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
+    room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS  # frames
+    if min(frames, room) < 1:
+        what = "max_seconds leaves" if frames < 1 else f"a text of {len(prompt)} tokens leaves"
+        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
+    return Utterance(text, prompt, min(frames, room), candidate)
+
+
+def slot_scores(model, ids: SpeechIds):
+    """score(hidden, slot): (rows, width) → (rows, codebook_size + 1), the slot's codes and the end.
+
+    Of a plain head only those rows are multiplied: 4,097 of Orpheus's 156,940.
+    """
+    import torch
+
+    head, size, end = model.get_output_embeddings(), ids.codebook_size, slice(ids.eos, ids.eos + 1)
+    plain = type(head) is torch.nn.Linear and head.bias is None  # else quantised or wrapped
+
+    def score(hidden, slot: int):
+        codes = slice(ids.audio + slot * size, ids.audio + (slot + 1) * size)
+        if plain:
+            parts = [torch.nn.functional.linear(hidden, head.weight[s]) for s in (codes, end)]
+        else:
+            parts = [head(hidden)[:, s] for s in (codes, end)]
+        return torch.cat(parts, dim=-1).float()
+
+    return score
+
+
+def draw(scores, used, settings: Settings, chance):
+    """(rows, choices) scores, the same of bool: drawn before; (rows,) chances under 1 → choices."""
+    import torch
+
+    if (penalty := settings.repetition_penalty) != 1:
+        lower = torch.where(scores < 0, scores * penalty, scores / penalty)
+        scores = torch.where(used, lower, scores)
+    if settings.temperature == 0:
+        return scores.argmax(-1)
+    shares, order = (scores / settings.temperature).softmax(-1).sort(descending=True)
+    shares[shares.cumsum(-1) - shares >= settings.top_p] = 0
+    edges = shares.cumsum(-1)
+    at = torch.searchsorted(edges, chance[:, None] * edges[:, -1:], right=True)
+    at = at.minimum((shares > 0).sum(-1, keepdim=True) - 1)  # rounding may step past the last
+    return order.gather(-1, at)[:, 0]
+
+
+def start_batch(model, rows: list[Utterance], seed: int, static: bool):
+    """Left-padded (rows, length) tokens, mask and positions; (rows, frames, 7) chances; the cache.
+
+    A row's chances come from the seed and its `candidate` alone, whatever else is in the batch.
+    """
+    import torch
+    from transformers import DynamicCache, StaticCache
+
+    longest = max(len(row.prompt) for row in rows)
+    frames = max(row.most for row in rows) + 1  # the end token, too
+    pads = torch.tensor([longest - len(row.prompt) for row in rows])
+    tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows])
+    length = longest + frames * SLOTS
+    mask = torch.arange(length) >= pads[:, None]
+    positions = (torch.arange(longest) - pads[:, None]).clamp(min=0)
+    draws = [np.random.default_rng([seed, row.candidate]) for row in rows]
+    chances = np.stack([source.random((frames, SLOTS), dtype=np.float32) for source in draws])
+    cache = StaticCache(model.config, length) if static else DynamicCache(config=model.config)
+    parts = (tokens, mask, positions, torch.from_numpy(chances))
+    return *(part.to(model.device) for part in parts), cache
+
+
+def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Settings, static=None):
+    """Speaks `rows` as one batch; yields after every frame, when all that still speak have it.
+
+    A row whose `end` is set leaves the batch; with a static cache (where there is a GPU) it is
+    only looked past, since nothing there changes its shape.
+    """
+    import torch
+
+    static = torch.cuda.is_available() if static is None else static
+    decoder, score, size = model.get_decoder(), slot_scores(model, ids), ids.codebook_size
+    tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
+    used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
+    for frame in range(chances.shape[1]):
+        drawn = []  # of each slot, (rows,) codes
+        for slot in range(SLOTS):
+            with torch.no_grad():
+                inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+                hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+                scores = score(hidden[:, -1], slot)
+            if slot or not frame:
+                scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
+            codes = draw(scores, used[:, slot], settings, chances[:, frame, slot])
+            if slot == 0:
+                for row, code in zip(rows, codes.tolist(), strict=True):
+                    row.end = row.end or (BY_ITSELF if code == size else "")
+                    row.end = row.end or (CUT_OFF if frame == row.most else "")
+                keep = [n for n, row in enumerate(rows) if not row.end]
+                if not keep:
+                    return
+                if len(keep) < len(rows) and not static:
+                    rows = [rows[n] for n in keep]
+                    parts = (mask, positions, chances, used, codes)
+                    mask, positions, chances, used, codes = (part[keep] for part in parts)
+                    cache.batch_select_indices(keep)
+            used[:, slot].scatter_(1, codes[:, None], True)
+            drawn.append(codes)
+            tokens, positions = codes[:, None] + ids.audio + slot * size, positions[:, -1:] + 1
+        for row, codes in zip(rows, torch.stack(drawn, 1).cpu().numpy(), strict=True):
+            row.frames += [] if row.end else [codes]
+        yield
 
 
 class SlotProcessor:
@@ -477,38 +609,53 @@ class SlotProcessor:
         return allowed
 
 
+def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Settings) -> None:
+    """The same by `model.generate`: what Unsloth's patched models can do, and the tests' reference.
+
+    Seeds are torch's here, so that what is sampled is repeatable, but not what speak_frames draws.
+    """
+    import torch
+
+    tokens, mask, *_ = start_batch(model, rows, settings.seed, static=False)
+    sampling = {"do_sample": settings.temperature > 0}
+    if sampling["do_sample"]:
+        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    torch.manual_seed(settings.seed)
+    speech = model.generate(
+        input_ids=tokens,
+        attention_mask=mask[:, : tokens.shape[1]].long(),
+        max_new_tokens=max(row.most for row in rows) * SLOTS + 1,  # the end token, too
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.eos,
+        use_cache=True,
+        logits_processor=[SlotProcessor(ids, tokens.shape[1])],
+        **sampling,
+    )[:, tokens.shape[1] :]
+    for row, spoken in zip(rows, speech.cpu().numpy(), strict=True):
+        ends = np.append(np.flatnonzero(spoken == ids.eos), len(spoken))[0]
+        row.end = BY_ITSELF if ends < len(spoken) and ends <= row.most * SLOTS else CUT_OFF
+        whole = min(ends // SLOTS, row.most) * SLOTS
+        row.frames = list(ids_to_codes(spoken[:whole], ids))
+
+
+def speak_rows(model, rows: list[Utterance], ids: SpeechIds, settings: Settings) -> None:
+    """Speaks `rows` to their ends, all in one batch."""
+    if type(model.get_decoder()).forward.__module__.startswith("unsloth"):
+        generate_plainly(model, rows, ids, settings)  # its forward knows none of these caches
+        return
+    for _ in speak_frames(model, rows, ids, settings):
+        pass
+
+
 def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice=None):
     """Speaks `text`: (frames, 7) codes, and whether the model ended by itself.
 
     Where it did not, `settings.max_seconds` or the model's context was reached first.
     """
-    import torch
-
-    prompt = torch.tensor([prompt_ids(tokenizer, ids, text, voice)], device=model.device)
-    frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
-    room = (model.config.max_position_embeddings - prompt.shape[1] - 1) // SLOTS  # frames
-    if min(frames, room) < 1:
-        what = "max_seconds leaves" if frames < 1 else f"a text of {prompt.shape[1]} tokens leaves"
-        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
-    sampling = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {"do_sample": True, "temperature": settings.temperature}
-        sampling |= {"top_p": settings.top_p, "top_k": 0}
-    torch.manual_seed(settings.seed)
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(frames, room) * SLOTS + 1,  # the end token, too
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=ids.eos,
-        pad_token_id=ids.pad,
-        use_cache=True,
-        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
-        **sampling,
-    )[0, prompt.shape[1] :]
-    speech = out.cpu().numpy()
-    ended = bool(speech[-1] == ids.eos)
-    return ids_to_codes(speech[: len(speech) // SLOTS * SLOTS], ids), ended
+    row = begin(model, tokenizer, ids, text, settings, voice)
+    speak_rows(model, [row], ids, settings)
+    return row.codes, row.end == BY_ITSELF
 
 
 # ---------------------------------------------------------------- models
