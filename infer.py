@@ -8,16 +8,22 @@ python infer.py --tokens ids.txt --out ids.wav                # ids that somethi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import io
 import json
+import math
 import os
 import re
+import struct
 import sys
+import textwrap
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -118,6 +124,8 @@ class Settings:
     top_p: float = key("nucleus sampling", gt=0, le=1)
     repetition_penalty: float = key("over prompt and audio alike; 1 is off", gt=0)
     max_seconds: float = key("speech longer than this is cut off", gt=0)
+    speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0)
+    best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0)
     trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
 
     def flat(self) -> dict[str, Any]:
@@ -385,6 +393,28 @@ def decode(codec, codes: np.ndarray) -> np.ndarray:
         return codec.decode(levels)[0, 0].float().cpu().numpy()
 
 
+CONTEXT = 3  # frames on each side that a frame's samples depend on: the decoder sees 2.5
+STREAM_FRAMES = 4  # in one piece of a stream: the first comes after 7 frames, 0.6 s of speech
+
+
+def decode_stream(codec, frames, size: int = STREAM_FRAMES):
+    """(7,) codes as they come → pieces of samples that together are the whole decode's."""
+    codes, done = [], 0
+
+    def piece(end):
+        first = max(done - CONTEXT, 0)
+        audio = decode(codec, codes[first : end + CONTEXT])
+        return audio[(done - first) * FRAME_SAMPLES : (end - first) * FRAME_SAMPLES]
+
+    for frame in frames:
+        codes.append(frame)
+        if len(codes) == done + size + CONTEXT:
+            yield piece(done + size)
+            done += size
+    if done < len(codes):
+        yield piece(len(codes))
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -424,32 +454,105 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     return audio, rate, channels
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Yields a path to write to, renamed to `path` once that is done: it is whole or not there."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
         os.replace(part, path)
     except OSError as error:
-        raise Mistake(f"{path}: cannot be written: {error.strerror}") from None
+        raise Mistake(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def write_audio(path: Path, audio: np.ndarray) -> None:
-    """(samples,) at 24 kHz → a file of the kind its name ends in, whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sixteen_bit(audio: np.ndarray) -> np.ndarray:
+    """Rounded here, since libsndfile cuts off: so a file and a stream hold the same samples."""
+    return np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
+
+
+@contextlib.contextmanager
+def audio_file(path: Path):
+    """write(samples) at 24 kHz to a file of the kind its name ends in, whole or not at all."""
     import soundfile
 
     kind = path.suffix[1:].upper()
     if kind not in soundfile.available_formats():
         raise Mistake(f"{path}: end the name in .wav or .flac")
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(part, np.clip(audio, -1, 1), SAMPLE_RATE, format=kind)
-        os.replace(part, path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise Mistake(f"{path}: cannot be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        with (
+            whole_file(path) as part,
+            soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
+        ):
+            yield lambda audio: file.write(sixteen_bit(audio))
+    except soundfile.LibsndfileError as error:
+        raise Mistake(f"{path}: cannot be written: {error.error_string}") from None
+
+
+def write_audio(path: Path, audio: np.ndarray) -> None:
+    with audio_file(path) as write:
+        write(audio)
+
+
+def wav_header(size: int) -> bytes:
+    """The 44 bytes before `size` bytes of 16-bit mono samples; 2³² − 1 where they are more."""
+    sizes, rate = (min(36 + size, 2**32 - 1), min(size, 2**32 - 1)), SAMPLE_RATE
+    fields = (b"RIFF", sizes[0], b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", sizes[1])
+    return struct.pack("<4sI8sIHHIIHH4sI", *fields)
+
+
+@contextlib.contextmanager
+def growing_audio(out: Path):
+    """write(samples) to be heard at once, from a growing wav, standard output or the speakers."""
+    piped, size = str(out) in ("-", "pcm"), 0
+    if str(out) == "speakers":
+        with speakers() as write:
+            yield write
+        return
+    if not piped and out.suffix != ".wav":
+        raise Mistake(f"{out}: a stream goes to a .wav, - (standard output), pcm (bare), speakers")
+
+    def write(audio):
+        nonlocal size
+        samples = sixteen_bit(audio).tobytes()
+        file.write(samples)
+        size += len(samples)
+        if not piped:
+            file.seek(0)
+            file.write(wav_header(size))
+            file.seek(0, os.SEEK_END)
+        file.flush()
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = sys.__stdout__.buffer if piped else out.open("wb")
+        with contextlib.nullcontext() if piped else file:
+            file.write(b"" if str(out) == "pcm" else wav_header(2**32 if piped else 0))
+            yield write
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def speakers():
+    """write(samples) to the loudspeakers, which play while the next samples are made."""
+    try:
+        import sounddevice
+
+        stream = sounddevice.OutputStream(SAMPLE_RATE, channels=1, dtype="float32")
+    except (ImportError, OSError) as error:  # OSError: no PortAudio
+        raise Mistake(f"speakers: {error}; `pip install sounddevice`, or --out a file") from None
+    except sounddevice.PortAudioError as error:
+        raise Mistake(f"speakers: {error}; --out takes a file") from None
+    with stream, ThreadPoolExecutor(1) as player:
+        yield lambda audio: player.submit(stream.write, audio[:, None])
 
 
 # ---------------------------------------------------------------- generation
@@ -744,9 +847,217 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
     return ids_to_codes(np.array(numbers[:whole]), ids)
 
 
+# ---------------------------------------------------------------- judging without ears
+
+SLOW, FAST, SILENCE = 2.5, 0.4, 1.5  # × the voice's own length, twice; seconds
+
+
+def fault(row: Utterance, pace: float | None) -> str:
+    """What has gone wrong with it so far, by its frames alone; empty where nothing has.
+
+    `pace` is the voice's, in seconds a character. A loop: slot 0, the coarsest, has repeated
+    its last codes (up to two seconds of them) three times, or more until they are two seconds.
+    """
+    seconds, usual = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE, len(row.text) * (pace or 0)
+    if pace and seconds > SLOW * usual + 1:
+        return f"runaway: {seconds:.1f} s where the voice takes {usual:.1f}"
+    coarse = [int(frame[0]) for frame in row.frames[-72:]]
+    for period in range(1, 25):
+        span = period * max(3, -(-24 // period))
+        last = coarse[-span:]
+        if len(last) == span and last[period:] == last[:-period]:
+            return f"loop: {period} frames over and over for {span}"
+    return ""
+
+
+def longest_silence(audio: np.ndarray) -> float:
+    """Seconds in one go at 40 dB or more under the loudest 20 ms, the sound's ends included."""
+    blocks = audio[: len(audio) // 480 * 480].reshape(-1, 480)
+    loud = np.sqrt((blocks**2).mean(axis=1))
+    edges = np.flatnonzero(np.concatenate([[True], loud > loud.max() / 100, [True]]))
+    return float((np.diff(edges) - 1).max()) * 480 / SAMPLE_RATE
+
+
+def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, float]:
+    """Scores of one sound: its pace against the voice's, its silence, and what the judges say."""
+    scores = {"silence": longest_silence(audio)}
+    if pace:
+        scores["pace"] = len(audio) / SAMPLE_RATE / len(text) / pace
+    for judge in judges:
+        scores |= judge(audio, text)
+    return scores
+
+
+def tell_scores(scores: dict) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
+
+def verdict(row: Utterance, scores: dict) -> str:
+    """Why a spoken candidate should not be kept; empty where it may be."""
+    if row.end != BY_ITSELF:
+        return row.end
+    if scores["silence"] > SILENCE:
+        return f"silence of {scores['silence']:.1f} s"
+    return f"too fast: {scores['pace']:.2f} × the voice" if scores.get("pace", 1) < FAST else ""
+
+
+def rank(row: Utterance, scores: dict) -> tuple:
+    """Least is best: no fault, few wrong words, a like voice, a clean sound, the voice's pace."""
+    pace = abs(math.log(scores.get("pace", 1)))
+    likeness, mos = scores.get("likeness", 0), scores.get("mos", 0)
+    return bool(verdict(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
+
+
+def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges) -> list:
+    """Speaks every group of candidates, all in one batch, and keeps the best Utterance of each.
+
+    Those that run away or loop leave the batch at once; what is wrong with any is printed.
+    """
+    rows = [row for group in groups for row in group]
+    if settings.best_of == 1:
+        speak_rows(model, rows, ids, settings)
+        return rows
+    for frame, _ in enumerate(speak_frames(model, rows, ids, settings)):
+        for row in rows if frame % 6 == 5 else []:  # twice a second
+            row.end = row.end or fault(row, pace)
+    best = []
+    for group in groups:
+        sounds = [decode(codec, row.codes) for row in group]
+        scores = [measure(s, row.text, pace, judges) for s, row in zip(sounds, group, strict=True)]
+        pairs = sorted(zip(group, scores, strict=True), key=lambda pair: rank(*pair))
+        faults = [f"{row.candidate + 1} {verdict(row, told)}" for row, told in pairs]
+        faults = [line for line in faults if line.split(" ", 1)[1]]
+        told = f": {'; '.join(sorted(faults))}" if faults else ""
+        kept = f"candidate {pairs[0][0].candidate + 1} of {len(group)}"
+        print(f"{group[0].text[:40]!r}: kept {kept}, {len(faults)} at fault{told}")
+        best.append(pairs[0][0])
+    return best
+
+
+# ---------------------------------------------------------------- speaking
+
+PAUSE = 0.25  # seconds between the parts of a long text, on top of the silence at clips' ends
+FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, without a click
+CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds
+
+
+def split_text(text: str, most: int) -> list[str]:
+    """Parts of at most `most` characters: whole sentences, where one is longer whole words.
+
+    Sentences are told by sentencex as in English, which is also right for most of what ends in
+    . ! ? or 。; a long sentence without spaces stays whole.
+    """
+    from sentencex import segment
+
+    text, parts = " ".join(text.split()), [""]
+    if len(text) <= most:
+        return [text]
+    for sentence in segment("en", text):
+        for line in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
+            if parts[-1] and len(parts[-1]) + 1 + len(line) > most:
+                parts.append("")
+            parts[-1] = f"{parts[-1]} {line}".strip()
+    return parts
+
+
+def joined(parts: list):
+    """Pieces of samples of each part → of all, with pauses that the parts fade into and out of."""
+    ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+    for n, pieces in enumerate(parts):
+        held = None  # the last 10 ms, until it is known whether a pause comes
+        for piece in pieces:
+            if n and held is None:
+                piece = np.concatenate([piece[:FADE] * ramp, piece[FADE:]])
+            held = piece if held is None else np.concatenate([held, piece])
+            yield held[:-FADE]
+            held = held[-FADE:]
+        assert held is not None, "a part without a frame"
+        if n < len(parts) - 1:
+            held = np.concatenate([held * ramp[::-1], np.zeros(int(PAUSE * SAMPLE_RATE), "f4")])
+        yield held
+
+
+def save_speech(pieces, path: Path, started: float, stream: bool, keep: bool, how) -> np.ndarray:
+    """Pieces of samples to `path`, and a line on what came of it; the samples, where kept."""
+    length, first, kept = 0, 0, []
+    with (growing_audio if stream else audio_file)(path) as write:
+        for piece in pieces:
+            write(piece)
+            first = first or time.perf_counter() - started
+            length += len(piece)
+            kept += [piece] if keep else []
+    seconds, spent = length / SAMPLE_RATE, time.perf_counter() - started
+    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how()}"
+    if stream:
+        told += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
+    print(told, flush=True)
+    return np.concatenate(kept) if keep else np.zeros(0, "f4")
+
+
+def how_ended(rows: list[Utterance]) -> str:
+    frames, cut = sum(len(row.frames) for row in rows), [r for r in rows if r.end != BY_ITSELF]
+    where = f" in {len(cut)} of {len(rows)} parts" if cut and len(rows) > 1 else ""
+    return f"{frames} frames, {cut[0].end if cut else BY_ITSELF}{where}"
+
+
+def spoken(
+    texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=(), stream=False
+):
+    """Each text in turn: its parts as Utterances, and the pieces of samples that they make.
+
+    In a stream one part is spoken at a time, while its pieces are taken.
+    """
+    import torch
+
+    ids, best_of = read_speech_ids(tokenizer, codec.codebook_size), range(settings.best_of)
+
+    def candidates(part):
+        return [begin(model, tokenizer, ids, part, settings, voice, n) for n in best_of]
+
+    def sound(row):
+        torch.manual_seed(settings.seed)  # of the codec's noise
+        frames = speak_frames(model, [row], ids, settings) if stream else None
+        codes = (row.frames[-1] for _ in frames) if stream else row.frames
+        yield from decode_stream(codec, codes)  # in a stream or not: so both are the same wav
+
+    most = int(settings.max_seconds * CHARACTERS)
+    lines = [[candidates(part) for part in split_text(text, most)] for text in texts]
+    groups, done = [group for line in lines for group in line], []
+    at_once = max(1, settings.speak_batch_size // settings.best_of)
+    for line in lines:
+        rows = [group[0] for group in line]
+        if not stream:
+            while len(done) < len(line):
+                batch, groups = groups[:at_once], groups[at_once:]
+                done += speak_best(batch, model, codec, ids, settings, pace, judges)
+            rows, done = done[: len(line)], done[len(line) :]
+        yield rows, joined([sound(row) for row in rows])
+
+
+def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None, **more):
+    """Each text to its path, told one by one: [(samples, whether it ended by itself)].
+
+    `more`: as `spoken` takes it, and `keep`: False where the samples are not wanted again.
+    """
+    results, keep = [], more.pop("keep", True)
+    started = time.perf_counter()
+    lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
+    for path, text, (rows, pieces) in zip(paths, texts, lines, strict=True):
+        audio = save_speech(
+            pieces, path, started, more.get("stream"), keep, partial(how_ended, rows)
+        )
+        if judges := more.get("judges"):
+            print(f"        {tell_scores(measure(audio, text, more.get('pace'), judges))}")
+        results.append((audio, all(row.end == BY_ITSELF for row in rows)))
+        started = time.perf_counter()
+    return results
+
+
 # ---------------------------------------------------------------- command line
 
 RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
+RUN_KEYS += ("speak_batch_size", "best_of")
+SWITCHES = {"stream": "let it be heard while it is made"}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -762,10 +1073,12 @@ def read_arguments() -> argparse.Namespace:
         "wav": "a recording to encode and decode instead",
         "model": "adapter, checkpoint, merged folder or hub id (the last run's)",
         "voice": "voice name (the adapter's first)",
-        "out": "wav, or folder for several (out.wav, out/)",
+        "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
         **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
+    for name, words in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=words)
     arguments = parser.parse_args()
     asked = (arguments.texts, arguments.file, arguments.tokens, arguments.wav)
     if sum(map(bool, asked)) != 1:
@@ -783,78 +1096,93 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     return texts
 
 
-def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list[str]]:
-    """(settings, model folder, voices) of --model; without it of config.json's run, or its base.
+@dataclass
+class Run:
+    """What speaks: a model's folder, and what finetune.py left beside it."""
 
-    --wav and --tokens need no weights: where they name no model, there may be no folder.
+    settings: Settings
+    folder: Path | None = None  # --wav and --tokens need none
+    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
+    pace: float | None = None  # seconds a character of theirs
+
+
+def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES) -> Run:
+    """The Run of --model; without it config.json's run, or its base.
+
+    With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
     """
-    overrides = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
     plain = read_settings(None, overrides)
-    model, patterns = arguments.model, MODEL_FILES
-    if arguments.wav or arguments.tokens:
-        patterns = TOKENIZER_FILES
     if model is None:
         made = is_model(Path(plain.output_dir))
         if not made and patterns is TOKENIZER_FILES:
-            return plain, None, []
+            return Run(plain)
         model = plain.output_dir if made else plain.model
-        print(
-            f"model   {model}" if made else f"model   {model}, the base: no run in output_dir yet"
-        )
-    if not (arguments.wav or arguments.tokens):
+        print(f"model   {model}" + ("" if made else ", the base: no run in output_dir yet"))
+    if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
-            voices = list(read_json(home / SAVED_REPORT)["voices"])
-            return read_settings(home / SAVED_CONFIG, overrides), folder, voices
-    return plain, folder, []
+            report = read_json(home / SAVED_REPORT)
+            pace = report.get("seconds", 0) / report.get("characters", 1)
+            settings = read_settings(home / SAVED_CONFIG, overrides)
+            return Run(settings, folder, list(report["voices"]), pace or None)
+    return Run(plain, folder)
 
 
-def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: int) -> np.ndarray:
-    """Decodes to `path` and tells what came of it; the samples."""
+def choose_voice(asked: str | None, run: Run) -> str | None:
+    """The voice asked for, or the run's first; `Mistake` for one that it was not trained on."""
+    if asked and run.voices and asked not in run.voices:
+        raise Mistake(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
+    return asked or (run.voices[0] if run.voices else run.settings.voice)
+
+
+def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> None:
+    """What the codec makes of a recording or of ids from elsewhere, to `out`."""
     import torch
 
-    torch.manual_seed(seed)
-    audio = decode(codec, codes)
-    write_audio(path, audio)
-    length, spent = len(audio) / SAMPLE_RATE, time.perf_counter() - started
-    print(f"{path}  {length:.2f} s of audio in {spent:.2f} s, {len(codes)} frames, {how}")
-    return audio
+    started = time.perf_counter()
+    if arguments.wav:
+        codes, how = encode(codec, [read_audio(Path(arguments.wav))[0]])[0], "encoded and decoded"
+    else:
+        tokenizer = load_tokenizer(run.folder) if run.folder else None
+        codes, how = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"
+    torch.manual_seed(run.settings.seed)
+    told = f"{len(codes)} frames, {how}"
+    save_speech([decode(codec, codes)], out, started, False, False, told.__str__)
 
 
-def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None) -> list:
-    """Each text to its path, told one by one: [(samples, whether it ended by itself)]."""
-    ids = read_speech_ids(tokenizer, codec.codebook_size)
-    spoken = []
-    for text, path in zip(texts, paths, strict=True):
-        started = time.perf_counter()
-        codes, ended = generate(model, tokenizer, ids, text, settings, voice)
-        how = "ended by itself" if ended else "cut off at the limit: no end came (--max_seconds)"
-        spoken.append((say(codec, codes, path, started, how, settings.seed), ended))
-    return spoken
+def say(arguments: argparse.Namespace) -> None:
+    """The texts, or what was given in their place, to --out."""
+    given = arguments.tokens or arguments.wav
+    texts = [] if given else read_texts(arguments)
+    several = bool(arguments.file) or len(texts) > 1
+    out = Path(arguments.out or ("out" if several else "out.wav"))
+    at_once = str(out) in ("-", "pcm", "speakers")
+    arguments.stream |= at_once
+    if several and str(out) == "-":
+        raise Mistake("--out -: a wav holds one text; pcm takes several, and so does a folder")
+    numbered = several and not at_once
+    paths = [out / f"{n:03}.wav" if numbered else out for n in range(1, len(texts) + 1)]
+    overrides = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+    run = read_run(arguments.model, overrides, TOKENIZER_FILES if given else MODEL_FILES)
+    if arguments.stream and run.settings.best_of > 1:
+        raise Mistake("--stream plays what comes first: leave out --best_of")
+    voice = choose_voice(arguments.voice, run)
+    codec = load_codec(run.settings.codec, device())
+    if given:
+        decode_given(arguments, run, codec, out)
+        return
+    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
+    more = {"pace": run.pace, "stream": arguments.stream, "keep": False}
+    speak(texts, paths, model, tokenizer, codec, run.settings, voice, **more)
 
 
 def main() -> None:
     arguments = read_arguments()
-    texts = [] if arguments.tokens or arguments.wav else read_texts(arguments)
-    several = bool(arguments.file) or len(texts) > 1
-    out = Path(arguments.out or ("out" if several else "out.wav"))
-    paths = [out / f"{n:03}.wav" for n in range(1, len(texts) + 1)] if several else [out]
-    settings, folder, voices = read_run(arguments)
-    started = time.perf_counter()
-    codec = load_codec(settings.codec, device())
-    if arguments.wav:
-        codes = encode(codec, [read_audio(Path(arguments.wav))[0]])[0]
-        say(codec, codes, out, started, "encoded and decoded", settings.seed)
-    elif arguments.tokens:
-        tokenizer = load_tokenizer(folder) if folder else None
-        codes = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size)
-        say(codec, codes, out, started, "decoded", settings.seed)
-    else:
-        voice = arguments.voice or (voices[0] if voices else settings.voice)
-        model, tokenizer = load_model(str(folder), settings.weights == "4bit")
-        speak(texts, paths, model, tokenizer, codec, settings, voice)
+    piped = arguments.out in ("-", "pcm")
+    with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
+        say(arguments)
 
 
 if __name__ == "__main__":
