@@ -5,10 +5,13 @@ python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wa
 python infer.py --file lines.txt --out lines/                 # lines/001.wav, lines/002.wav, …
 python infer.py --wav recording.flac --out heard.wav          # what the codec alone does to it
 python infer.py --tokens ids.txt --out ids.wav                # ids that something else made
+python infer.py "Hello there" --stream --out - | aplay         # heard while it is made
+python infer.py --merge merged                                # adapter and base as one 16-bit model
 """
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import difflib
 import io
@@ -16,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import textwrap
@@ -23,7 +27,6 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -785,36 +788,85 @@ def load_tokenizer(folder: Path):
         raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str, in_4bit: bool = False):
+def load_model(path: str, in_4bit: bool = False, merged: bool = False):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
-    Through Unsloth where there is a GPU, else transformers in fp32.
+    16-bit or 4-bit where there is a GPU, else fp32; `merged`: its adapter merged, in fp16.
     """
     import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = fetch(path, MODEL_FILES)
-    base = None
+    whole = folder
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")
         if os.path.isabs(base) and not os.path.isdir(base):
             raise Mistake(f"{folder}: its base {base} is gone; mend adapter_config.json")
+        whole = fetch(base, MODEL_FILES)
+    gpu, keys = torch.cuda.is_available(), {"dtype": torch.float32}
+    if gpu or merged:
+        stored = read_json(whole / "config.json").get("dtype") == "float16" or merged
+        fine = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not stored
+        keys = {"dtype": torch.bfloat16 if fine else torch.float16, "device_map": device()}
+    if gpu and in_4bit and not merged:
+        keys["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=keys["dtype"],
+        )
     try:
-        if torch.cuda.is_available():
-            from unsloth import FastLanguageModel
-
-            model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=in_4bit)
-            return FastLanguageModel.for_inference(model), load_tokenizer(folder)
-        from transformers import AutoModelForCausalLM
-
-        whole = folder if base is None else fetch(base, MODEL_FILES)
-        model = AutoModelForCausalLM.from_pretrained(str(whole), dtype=torch.float32)
-        if base is not None:
+        model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
+        if whole != folder:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folder))
+            model = model.merge_and_unload() if merged else model
     except (OSError, ValueError, RuntimeError) as error:
         raise Mistake(f"{folder}: does not load: {str(error).strip().splitlines()[0]}") from None
     return model.eval(), load_tokenizer(folder)
+
+
+@dataclass
+class Run:
+    """What speaks: a model's folder, and what finetune.py left beside it."""
+
+    settings: Settings
+    folder: Path | None = None  # --wav and --tokens need none
+    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
+    pace: float | None = None  # seconds a character of theirs
+    home: Path | None = None  # where the run's settings and report are
+
+
+def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES) -> Run:
+    """The Run of --model; without it config.json's run, or its base.
+
+    With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
+    """
+    plain = read_settings(None, overrides)
+    if model is None:
+        made = is_model(Path(plain.output_dir))
+        if not made and patterns is TOKENIZER_FILES:
+            return Run(plain)
+        model = plain.output_dir if made else plain.model
+        print(f"model   {model}" + ("" if made else ", the base: no run in output_dir yet"))
+    if patterns is MODEL_FILES:
+        check_machine(model)
+    folder = fetch(model, patterns)
+    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
+        if (home / SAVED_CONFIG).is_file():
+            report = read_json(home / SAVED_REPORT)
+            pace = report.get("seconds", 0) / report.get("characters", 1)
+            settings = read_settings(home / SAVED_CONFIG, overrides)
+            return Run(settings, folder, list(report["voices"]), pace or None, home)
+    return Run(plain, folder)
+
+
+def choose_voice(asked: str | None, run: Run) -> str | None:
+    """The voice asked for, or the run's first; `Mistake` for one that it was not trained on."""
+    if asked and run.voices and asked not in run.voices:
+        raise Mistake(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
+    return asked or (run.voices[0] if run.voices else run.settings.voice)
 
 
 # ---------------------------------------------------------------- ids from elsewhere
@@ -977,21 +1029,25 @@ def joined(parts: list):
         yield held
 
 
-def save_speech(pieces, path: Path, started: float, stream: bool, keep: bool, how) -> np.ndarray:
-    """Pieces of samples to `path`, and a line on what came of it; the samples, where kept."""
-    length, first, kept = 0, 0, []
+def save_speech(lines, path: Path, stream: bool = False, keep: bool = True):
+    """The next of `lines` to `path`, and a line on what came of it: (samples where kept, rows).
+
+    The file is opened first: one that cannot be written is told before anything is spoken.
+    """
+    started, length, first, kept = time.perf_counter(), 0, 0, [np.zeros(0, "f4")]
     with (growing_audio if stream else audio_file)(path) as write:
+        rows, pieces = next(lines)
         for piece in pieces:
             write(piece)
             first = first or time.perf_counter() - started
             length += len(piece)
             kept += [piece] if keep else []
     seconds, spent = length / SAMPLE_RATE, time.perf_counter() - started
-    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how()}"
+    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how_ended(rows)}"
     if stream:
         told += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
     print(told, flush=True)
-    return np.concatenate(kept) if keep else np.zeros(0, "f4")
+    return np.concatenate(kept), rows
 
 
 def how_ended(rows: list[Utterance]) -> str:
@@ -1039,18 +1095,119 @@ def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str 
 
     `more`: as `spoken` takes it, and `keep`: False where the samples are not wanted again.
     """
-    results, keep = [], more.pop("keep", True)
-    started = time.perf_counter()
+    keep, results = more.pop("keep", True), []
+    stream, pace, judges = (more.get(name) for name in ("stream", "pace", "judges"))
     lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
-    for path, text, (rows, pieces) in zip(paths, texts, lines, strict=True):
-        audio = save_speech(
-            pieces, path, started, more.get("stream"), keep, partial(how_ended, rows)
-        )
-        if judges := more.get("judges"):
-            print(f"        {tell_scores(measure(audio, text, more.get('pace'), judges))}")
+    for text, path in zip(texts, paths, strict=True):
+        audio, rows = save_speech(lines, path, stream, keep)
+        if judges:
+            print(f"        {tell_scores(measure(audio, text, pace, judges))}")
         results.append((audio, all(row.end == BY_ITSELF for row in rows)))
-        started = time.perf_counter()
     return results
+
+
+# ---------------------------------------------------------------- merging
+
+
+def read_greedily(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
+    """The sample texts, five seconds of each at most, spoken without chance."""
+    greedy = dataclasses.replace(
+        settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
+    )
+    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in settings.sample_texts]
+    speak_rows(model, rows, ids, greedy)
+    return rows
+
+
+def logits_over(model, ids: SpeechIds, rows: list[Utterance]) -> list:
+    """(tokens, vocabulary) logits of each row's speech, as it was spoken."""
+    import torch
+
+    logits = []
+    for row in rows:
+        tokens = [*row.prompt, *codes_to_ids(row.codes, ids).tolist()]
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([tokens], device=model.device)).logits
+        logits.append(out[0, len(row.prompt) - 1 :].float().cpu())
+    return logits
+
+
+def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tuple[bool, str]:
+    """Whether the folder `out` speaks the greedy tokens of the adapter, and a line that says so."""
+    model, tokenizer = load_model(str(out))
+    merged = read_greedily(model, tokenizer, ids, run.settings, voice)
+    again = logits_over(model, ids, rows)
+    far = max(float((a - b).abs().max()) for a, b in zip(logits, again, strict=True))
+    same, total = 0, sum(row.codes.size for row in rows)
+    for row, other in zip(rows, merged, strict=True):
+        common = min(len(row.frames), len(other.frames))
+        same += int((row.codes[:common] == other.codes[:common]).sum())
+    passed = all(
+        row.end == other.end and np.array_equal(row.codes, other.codes)
+        for row, other in zip(rows, merged, strict=True)
+    )
+    told = f"{same} of {total} greedy tokens on {len(rows)} texts are the adapter's"
+    return passed, f"{told}, logits differ by {far:.4f} at most"
+
+
+def model_card(run: Run, parity: str) -> str:
+    """README.md of a merged folder: where it comes from, data, settings, scores."""
+    settings, home = run.settings, run.home
+    report = read_json(home / SAVED_REPORT)
+    base = settings.model if on_hub(settings.model) else Path(settings.model).name
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-to-speech"]
+    lines += [f"base_model: {base}"] if on_hub(settings.model) else []
+    lines += ["---", "", f"# {Path(settings.output_dir).name}", ""]
+    lines += [f"{base}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.", ""]
+    lines += ["Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens."]
+    data = f"{report['rows']} clips, {report['hours']:.3f} hours of {Path(report['dataset']).name}"
+    lines += ["", "## Data", "", f"{data}; voices: {', '.join(run.voices) or 'none named'}.", ""]
+    if (home / "checks.csv").is_file():
+        checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
+        best = max(checks, key=lambda check: float(check["eval_score"]))
+        lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
+    lines += ["## Parity", "", f"{parity}.", "", "## Settings", "", "```json"]
+    return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
+
+
+def merge(run: Run, voice: str | None, out: Path) -> bool:
+    """The adapter merged into its base, to the folder `out`; whether it still speaks the same."""
+    if not is_adapter(run.folder):
+        raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Mistake(f"{out} is there already; give --merge a new folder")
+    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
+    ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
+    rows = read_greedily(model, tokenizer, ids, run.settings, voice)
+    logits = logits_over(model, ids, rows)
+    del model
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for saved in load_model(str(run.folder), merged=True):
+            saved.save_pretrained(str(part))
+        if run.home:
+            settings = run.settings.flat() | {"weights": "16bit"}
+            write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
+            shutil.copy(run.home / SAVED_REPORT, part)
+        os.replace(part, out)
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be written: {error.strerror or error}") from None
+    passed, told = check_merged(run, voice, out, ids, rows, logits)
+    if run.home:
+        write_text(out / "README.md", model_card(run, told))
+    print(f"merged  {out}: {told}")
+    if not passed:
+        why = (
+            "; trained over 4-bit weights, which these are not"
+            if run.settings.weights == "4bit"
+            else ""
+        )
+        print(
+            f"parity  FAILED: it does not speak as the adapter does{why}. Listen before you use it"
+        )
+    return passed
 
 
 # ---------------------------------------------------------------- command line
@@ -1073,6 +1230,7 @@ def read_arguments() -> argparse.Namespace:
         "wav": "a recording to encode and decode instead",
         "model": "adapter, checkpoint, merged folder or hub id (the last run's)",
         "voice": "voice name (the adapter's first)",
+        "merge": "new folder for the adapter merged into its base, in 16 bits",
         "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
         **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
     }.items():
@@ -1080,9 +1238,9 @@ def read_arguments() -> argparse.Namespace:
     for name, words in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=words)
     arguments = parser.parse_args()
-    asked = (arguments.texts, arguments.file, arguments.tokens, arguments.wav)
+    asked = (*(getattr(arguments, n) for n in ("texts", "file", "tokens", "wav", "merge")),)
     if sum(map(bool, asked)) != 1:
-        parser.error("give one of: texts, --file, --tokens, --wav")
+        parser.error("give one of: texts, --file, --tokens, --wav, --merge")
     return arguments
 
 
@@ -1096,60 +1254,18 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     return texts
 
 
-@dataclass
-class Run:
-    """What speaks: a model's folder, and what finetune.py left beside it."""
-
-    settings: Settings
-    folder: Path | None = None  # --wav and --tokens need none
-    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
-    pace: float | None = None  # seconds a character of theirs
-
-
-def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES) -> Run:
-    """The Run of --model; without it config.json's run, or its base.
-
-    With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
-    """
-    plain = read_settings(None, overrides)
-    if model is None:
-        made = is_model(Path(plain.output_dir))
-        if not made and patterns is TOKENIZER_FILES:
-            return Run(plain)
-        model = plain.output_dir if made else plain.model
-        print(f"model   {model}" + ("" if made else ", the base: no run in output_dir yet"))
-    if patterns is MODEL_FILES:
-        check_machine(model)
-    folder = fetch(model, patterns)
-    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
-        if (home / SAVED_CONFIG).is_file():
-            report = read_json(home / SAVED_REPORT)
-            pace = report.get("seconds", 0) / report.get("characters", 1)
-            settings = read_settings(home / SAVED_CONFIG, overrides)
-            return Run(settings, folder, list(report["voices"]), pace or None)
-    return Run(plain, folder)
-
-
-def choose_voice(asked: str | None, run: Run) -> str | None:
-    """The voice asked for, or the run's first; `Mistake` for one that it was not trained on."""
-    if asked and run.voices and asked not in run.voices:
-        raise Mistake(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
-    return asked or (run.voices[0] if run.voices else run.settings.voice)
-
-
 def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> None:
     """What the codec makes of a recording or of ids from elsewhere, to `out`."""
     import torch
 
-    started = time.perf_counter()
     if arguments.wav:
         codes, how = encode(codec, [read_audio(Path(arguments.wav))[0]])[0], "encoded and decoded"
     else:
         tokenizer = load_tokenizer(run.folder) if run.folder else None
         codes, how = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"
     torch.manual_seed(run.settings.seed)
-    told = f"{len(codes)} frames, {how}"
-    save_speech([decode(codec, codes)], out, started, False, False, told.__str__)
+    row = Utterance("", [], 0, frames=list(codes), end=how)
+    save_speech(iter([([row], [decode(codec, codes)])]), out)
 
 
 def say(arguments: argparse.Namespace) -> None:
@@ -1182,7 +1298,12 @@ def main() -> None:
     arguments = read_arguments()
     piped = arguments.out in ("-", "pcm")
     with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
-        say(arguments)
+        if not arguments.merge:
+            say(arguments)
+            return
+        adapter = read_run(arguments.model, {})
+        if not merge(adapter, choose_voice(arguments.voice, adapter), Path(arguments.merge)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

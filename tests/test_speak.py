@@ -1,13 +1,14 @@
 """Speaking: the loop against model.generate, the stream against the whole, batches, long texts."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, one_line
 
 import infer
 
@@ -282,15 +283,21 @@ def test_parts_are_joined_with_a_pause_and_no_click(count, size):
 
 
 def test_a_long_text_streamed_and_not(tmp_path, monkeypatch, capsys):
-    """Parts in batches of two, a wav of any length: as if each part were spoken alone."""
-    words = ["one two three. four five six. seven eight nine.", *SHORT, "--speak_batch_size", "2"]
-    say(monkeypatch, *words, "--out", tmp_path / "whole.wav")
-    assert "in 3 of 3 parts" in capsys.readouterr().out or True
-    say(monkeypatch, *words, "--stream", "--out", tmp_path / "grown.wav")
+    """Parts in batches of two: as if each were spoken alone, with pauses."""
+    text = "one two. three. seven eight nine."
+    words = [text, *SHORT, "--speak_batch_size", "2", "--out"]
+    say(monkeypatch, *words, tmp_path / "whole.wav")
+    printed = capsys.readouterr().out
+    say(monkeypatch, *words, tmp_path / "grown.wav", "--stream")
     whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
     assert np.array_equal(soundfile.read(tmp_path / "grown.wav", dtype="int16")[0], whole)
+    parts = infer.split_text(text, 9)
+    frames = int(re.search(r"(\d+) frames", printed)[1])
     pause = int(infer.PAUSE * infer.SAMPLE_RATE)
-    assert len(whole) > 2 * pause and (len(whole) - (len(whole) // 2048 * 0)) > 0
+    assert len(parts) == 4 and len(whole) == frames * 2048 + 3 * pause
+    say(monkeypatch, parts[0], *SHORT, "--out", tmp_path / "first.wav")
+    first = soundfile.read(tmp_path / "first.wav", dtype="int16")[0][: -infer.FADE]
+    assert np.array_equal(whole[: len(first)], first)
 
 
 def test_several_texts_are_each_as_alone(tmp_path, model, tokenizer, ids, codec):
@@ -396,3 +403,52 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
     infer.speak_rows(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
     assert not same([rows[1]], [alone]) and not same([rows[1]], [rows[2]])
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, out = infer.read_run(str(finished[0]), {}), tmp_path / "merged"
+    assert infer.merge(run, "slt", out), capsys.readouterr().out
+    assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
+    weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert weights.dtype == torch.float16 and not (out / "adapter_config.json").exists()
+    plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
+    adapter, _ = infer.load_model(str(finished[0]))
+    ids = infer.read_speech_ids(tokenizer, 256)
+    row = infer.read_greedily(adapter, tokenizer, ids, run.settings, "slt")[0]
+    prompt = torch.tensor([infer.prompt_ids(tokenizer, ids, row.text, "slt")])
+    speech = plain.generate(
+        prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
+        logits_processor=[infer.SlotProcessor(ids, prompt.shape[1])],
+    )[0, prompt.shape[1] :]  # fmt: skip
+    assert speech.tolist() == infer.codes_to_ids(row.codes, ids).tolist()
+    again = infer.read_run(str(out), {})
+    assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
+    card = (out / "README.md").read_text()
+    assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
+
+
+def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
+    tmp_path, finished, monkeypatch, capsys
+):
+    load = infer.load_model
+
+    def worse(path, in_4bit=False, merged=False):
+        model, tokenizer = load(path, in_4bit, merged)
+        if merged:
+            model.model.norm.weight.data.neg_()
+        return model, tokenizer
+
+    monkeypatch.setattr(infer, "load_model", worse)
+    with pytest.raises(SystemExit) as stopped:
+        say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
+    assert stopped.value.code == 1
+    assert "parity  FAILED" in capsys.readouterr().out
+    line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
+    assert "nothing to merge" in line
+    words = ("--merge", tmp_path / "merged", "--model", finished[0])
+    assert "is there already" in one_line(infer.main, monkeypatch, *words)
