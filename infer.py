@@ -6,10 +6,12 @@ python infer.py --file lines.txt --out lines/                 # lines/001.wav, l
 python infer.py --wav recording.flac --out heard.wav          # what the codec alone does to it
 python infer.py --tokens ids.txt --out ids.wav                # ids that something else made
 python infer.py "Hello there" --stream --out - | aplay         # heard while it is made
+python infer.py --file lines.txt --page out --model outputs/a --model outputs/b --blind
 python infer.py --merge merged                                # adapter and base as one 16-bit model
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -27,6 +29,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -468,7 +471,8 @@ def whole_file(path: Path):
     except OSError as error:
         raise Mistake(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # most often: it has been renamed
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -930,12 +934,87 @@ def longest_silence(audio: np.ndarray) -> float:
     return float((np.diff(edges) - 1).max()) * 480 / SAMPLE_RATE
 
 
+def judge_words(whisper: str, _):
+    """Word and character error rates of what faster-whisper hears; tags as <laugh> are no words."""
+    import jiwer
+    from faster_whisper import WhisperModel
+    from transformers.models.whisper import english_normalizer
+
+    plain = english_normalizer.BasicTextNormalizer()
+    english = english_normalizer.EnglishTextNormalizer({})
+    try:
+        model = WhisperModel(whisper, compute_type="int8")
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise Mistake(f"--whisper {whisper}: neither a folder nor to be had: {told}") from None
+
+    def judge(audio, text):
+        import soxr
+
+        sound = np.pad(soxr.resample(audio, SAMPLE_RATE, 16_000), 8_000)  # silence at the ends
+        parts, info = model.transcribe(sound, beam_size=5, without_timestamps=True)
+        normal = english if info.language == "en" else plain
+        said = normal(re.sub(r"<\w+>", " ", text)).strip()
+        heard = normal(" ".join(part.text for part in parts)).strip()
+        return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)} if said else {}
+
+    return judge
+
+
+def judge_voice(_, clips: list[Path]):
+    """Resemblyzer's likeness to the mean of the recordings, −1 to 1."""
+    from resemblyzer import VoiceEncoder, preprocess_wav
+
+    encoder = VoiceEncoder(device(), verbose=False)
+
+    def embed(audio):
+        return encoder.embed_utterance(preprocess_wav(audio, source_sr=SAMPLE_RATE))
+
+    voice = np.mean([embed(read_audio(clip)[0]) for clip in clips], axis=0)
+    return lambda audio, text: {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
+
+
+def judge_sound(*_):
+    """DNSMOS's overall mean opinion score, 1 to 5, of how clean it sounds."""
+    import soxr
+    from speechmos import dnsmos
+
+    def judge(audio, text):
+        sound = np.clip(soxr.resample(audio, SAMPLE_RATE, 16_000), -1, 1)
+        return {"mos": float(dnsmos.run(sound, sr=16_000)["ovrl_mos"])}
+
+    return judge
+
+
+JUDGES = {
+    "wer, cer": (judge_words, {"faster_whisper": "faster-whisper", "jiwer": "jiwer"}),
+    "likeness": (judge_voice, {"resemblyzer": "resemblyzer"}),
+    "mos": (judge_sound, {"speechmos": "speechmos onnxruntime"}),
+}
+
+
+def load_judges(whisper: str, recordings: list[Path]) -> list:
+    """judge(audio, text) → scores, of each package that is there; tells which are and are not."""
+    judges, able, unable = [], ["silence, pace"], []
+    for name, (make, packages) in JUDGES.items():
+        missing = [pip for module, pip in packages.items() if not find_spec(module)]
+        if missing:
+            unable.append(f"{name} (pip install {' '.join(missing)})")
+        elif make is judge_voice and not recordings:
+            unable.append(f"{name} (give recordings: --file metadata.csv)")
+        else:
+            judges.append(make(whisper, recordings))
+            able.append(name)
+    print(f"scores  {', '.join(able)}" + (f"; not: {', '.join(unable)}" if unable else ""))
+    return judges
+
+
 def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, float]:
     """Scores of one sound: its pace against the voice's, its silence, and what the judges say."""
     scores = {"silence": longest_silence(audio)}
     if pace:
         scores["pace"] = len(audio) / SAMPLE_RATE / len(text) / pace
-    for judge in judges:
+    for judge in judges or ():
         scores |= judge(audio, text)
     return scores
 
@@ -988,6 +1067,7 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
 
 # ---------------------------------------------------------------- speaking
 
+HEARD = ("-", "pcm", "speakers")  # names of --out that are heard at once
 PAUSE = 0.25  # seconds between the parts of a long text, on top of the silence at clips' ends
 FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, without a click
 CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds
@@ -1057,7 +1137,7 @@ def how_ended(rows: list[Utterance]) -> str:
 
 
 def spoken(
-    texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=(), stream=False
+    texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=None, stream=False
 ):
     """Each text in turn: its parts as Utterances, and the pieces of samples that they make.
 
@@ -1100,7 +1180,7 @@ def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str 
     lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
     for text, path in zip(texts, paths, strict=True):
         audio, rows = save_speech(lines, path, stream, keep)
-        if judges:
+        if judges is not None:
             print(f"        {tell_scores(measure(audio, text, pace, judges))}")
         results.append((audio, all(row.end == BY_ITSELF for row in rows)))
     return results
@@ -1210,11 +1290,72 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
     return passed
 
 
+# ---------------------------------------------------------------- a page to listen to
+
+
+def draw_mel(audio: np.ndarray) -> bytes:
+    """A PNG of the sound: 80 mel bands, 80 dB under the loudest, 94 columns a second."""
+    from matplotlib.image import imsave
+    from transformers import audio_utils
+
+    bands = audio_utils.mel_filter_bank(513, 80, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE)
+    window = audio_utils.window_function(1024, "hann")
+    shape = {"frame_length": 1024, "hop_length": 256, "power": 2.0, "log_mel": "dB"}
+    mel = audio_utils.spectrogram(audio, window, mel_filters=bands, **shape)
+    png = io.BytesIO()
+    imsave(
+        png, mel, vmin=mel.max() - 80, vmax=mel.max(), cmap="magma", origin="lower", format="png"
+    )
+    return png.getvalue()
+
+
+def data_uri(kind: str, raw: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, str]:
+    """What page.html shows of one sound."""
+    samples = sixteen_bit(audio).tobytes()
+    return {
+        "audio": data_uri("audio/wav", wav_header(len(samples)) + samples),
+        "mel": data_uri("image/png", draw_mel(audio)),
+        "scores": tell_scores(measure(audio, text, pace, judges)),
+    }
+
+
+def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments, judges) -> None:
+    """folder/index.html: each text as recorded and as each --model speaks it, all in one file."""
+    columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
+    pace = None
+    for model in arguments.model or [None]:
+        run = read_run(model, overrides(arguments))
+        voice, pace = choose_voice(arguments.voice, run), run.pace or pace
+        codec = load_codec(run.settings.codec, device())
+        loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+        lines = spoken(texts, *loaded, codec, run.settings, voice, run.pace, judges)
+        columns[model or str(run.folder)] = [np.concatenate(list(pieces)) for _, pieces in lines]
+    lines = [
+        {
+            "text": text,
+            "cells": [page_cell(sounds[n], text, pace, judges) for sounds in columns.values()],
+        }
+        for n, text in enumerate(texts)
+    ]
+    page = {"blind": arguments.blind, "columns": list(columns), "lines": lines}
+    told = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+    write_text(folder / "index.html", read_text(ROOT / "page.html").replace("PAGE", told, 1))
+    print(f"{folder / 'index.html'}  {len(texts)} texts, {len(columns)} sounds of each")
+
+
 # ---------------------------------------------------------------- command line
 
 RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
 RUN_KEYS += ("speak_batch_size", "best_of")
-SWITCHES = {"stream": "let it be heard while it is made"}
+SWITCHES = {
+    "stream": "let it be heard while it is made",
+    "score": "tell how well it came out, by every judge that is installed",
+    "blind": "of a --page: hide which sound is whose",
+}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -1225,33 +1366,48 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to say, a wav each")
     for name, words in {
-        "file": "texts, one a line",
+        "file": "texts, one a line; or a metadata.csv, whose recordings are then compared with",
         "tokens": "a file of ids to decode instead",
         "wav": "a recording to encode and decode instead",
-        "model": "adapter, checkpoint, merged folder or hub id (the last run's)",
+        "whisper": "faster-whisper's model for --score: its size or folder (base)",
+        "page": "folder for an index.html to listen to, instead of wavs",
         "voice": "voice name (the adapter's first)",
         "merge": "new folder for the adapter merged into its base, in 16 bits",
         "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
         **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
+    words = "adapter, checkpoint, merged folder or hub id (the last run's); of a --page several"
+    parser.add_argument("--model", metavar="…", action="append", help=words)
     for name, words in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=words)
     arguments = parser.parse_args()
     asked = (*(getattr(arguments, n) for n in ("texts", "file", "tokens", "wav", "merge")),)
     if sum(map(bool, asked)) != 1:
         parser.error("give one of: texts, --file, --tokens, --wav, --merge")
+    if len(arguments.model or []) > 1 and not arguments.page:
+        parser.error("several --model make a --page")
     return arguments
 
 
-def read_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts to say, none of them empty."""
-    texts = arguments.texts
-    if arguments.file:
-        texts = [line for line in read_text(arguments.file).splitlines() if line.strip()]
+def overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    return {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+
+
+def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
+    """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
+    texts, clips, source = arguments.texts, [], arguments.file or "command line"
+    if arguments.file and arguments.file.lower().endswith(".csv"):
+        rows = list(csv.DictReader(read_text(source).splitlines()))
+        if not all(row.get("file_name") and row.get("text") for row in rows):
+            raise Mistake(f"{source}: every row needs a file_name and a text")
+        texts = [row["text"] for row in rows]
+        clips = [Path(source).parent / row["file_name"] for row in rows]
+    elif arguments.file:
+        texts = [line for line in read_text(source).splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):
-        raise Mistake(f"{arguments.file or 'command line'}: the text is empty; give some to say")
-    return texts
+        raise Mistake(f"{source}: the text is empty; give some to say")
+    return texts, clips
 
 
 def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> None:
@@ -1268,30 +1424,40 @@ def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> N
     save_speech(iter([([row], [decode(codec, codes)])]), out)
 
 
-def say(arguments: argparse.Namespace) -> None:
-    """The texts, or what was given in their place, to --out."""
-    given = arguments.tokens or arguments.wav
-    texts = [] if given else read_texts(arguments)
-    several = bool(arguments.file) or len(texts) > 1
+def out_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
+    """Where each text goes: --out, or numbered wavs in it."""
+    several = bool(arguments.file) or count > 1
     out = Path(arguments.out or ("out" if several else "out.wav"))
-    at_once = str(out) in ("-", "pcm", "speakers")
-    arguments.stream |= at_once
+    if str(out) not in HEARD:
+        return [out / f"{n:03}.wav" for n in range(1, count + 1)] if several else [out]
     if several and str(out) == "-":
         raise Mistake("--out -: a wav holds one text; pcm takes several, and so does a folder")
-    numbered = several and not at_once
-    paths = [out / f"{n:03}.wav" if numbered else out for n in range(1, len(texts) + 1)]
-    overrides = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
-    run = read_run(arguments.model, overrides, TOKENIZER_FILES if given else MODEL_FILES)
+    arguments.stream = True
+    return [out] * count
+
+
+def say(arguments: argparse.Namespace) -> None:
+    """The texts, or what was given in their place, to --out, or all to a --page."""
+    given = arguments.tokens or arguments.wav
+    texts, recordings = ([], []) if given else read_texts(arguments)
+    paths = out_paths(arguments, 1 if given else len(texts))
+    judges = load_judges(arguments.whisper or "base", recordings) if arguments.score else None
+    if arguments.page:
+        make_page(Path(arguments.page), texts, recordings, arguments, judges)
+        return
+    model = arguments.model[0] if arguments.model else None
+    run = read_run(model, overrides(arguments), TOKENIZER_FILES if given else MODEL_FILES)
     if arguments.stream and run.settings.best_of > 1:
         raise Mistake("--stream plays what comes first: leave out --best_of")
     voice = choose_voice(arguments.voice, run)
     codec = load_codec(run.settings.codec, device())
     if given:
-        decode_given(arguments, run, codec, out)
+        decode_given(arguments, run, codec, paths[0])
         return
-    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
-    more = {"pace": run.pace, "stream": arguments.stream, "keep": False}
-    speak(texts, paths, model, tokenizer, codec, run.settings, voice, **more)
+    loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+    keep = arguments.score
+    more = {"pace": run.pace, "stream": arguments.stream, "judges": judges, "keep": keep}
+    speak(texts, paths, *loaded, codec, run.settings, voice, **more)
 
 
 def main() -> None:
@@ -1301,7 +1467,7 @@ def main() -> None:
         if not arguments.merge:
             say(arguments)
             return
-        adapter = read_run(arguments.model, {})
+        adapter = read_run(arguments.model[0] if arguments.model else None, {})
         if not merge(adapter, choose_voice(arguments.voice, adapter), Path(arguments.merge)):
             sys.exit(1)
 

@@ -1,8 +1,14 @@
 """Speaking: the loop against model.generate, the stream against the whole, batches, long texts."""
 
+import base64
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -294,7 +300,7 @@ def test_a_long_text_streamed_and_not(tmp_path, monkeypatch, capsys):
     parts = infer.split_text(text, 9)
     frames = int(re.search(r"(\d+) frames", printed)[1])
     pause = int(infer.PAUSE * infer.SAMPLE_RATE)
-    assert len(parts) == 4 and len(whole) == frames * 2048 + 3 * pause
+    assert len(parts) == 5 and len(whole) == frames * 2048 + 4 * pause
     say(monkeypatch, parts[0], *SHORT, "--out", tmp_path / "first.wav")
     first = soundfile.read(tmp_path / "first.wav", dtype="int16")[0][: -infer.FADE]
     assert np.array_equal(whole[: len(first)], first)
@@ -324,14 +330,14 @@ def test_mistakes_in_speaking_are_one_line(tmp_path, monkeypatch):
         (["--stream", "--out", tmp_path / "a.flac"], "a stream goes to a .wav"),
         (["--out", "speakers"], "speakers: "),
         (["--stream", "--best_of", "2"], "leave out --best_of"),
-        (["again", "--out", "-"], "a wav holds one text"),
+        (["--out", "-", "again"], "a wav holds one text"),
         (["--out", tmp_path / "file/a.wav"], "cannot be written"),
         (["--stream", "--out", tmp_path / "file/a.wav"], "cannot be written"),
         (["--best_of", "0"], "best_of"),
     ]
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     for words, line in cases:
-        assert line in one_line(infer.main, monkeypatch, "hi", *SHORT, *words), words
+        assert line in one_line(infer.main, monkeypatch, *SHORT, *words, "hi"), words
 
 
 # ---------------------------------------------------------------- candidates
@@ -452,3 +458,127 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
     assert "nothing to merge" in line
     words = ("--merge", tmp_path / "merged", "--model", finished[0])
     assert "is there already" in one_line(infer.main, monkeypatch, *words)
+
+
+# ---------------------------------------------------------------- scores, pages
+
+
+def test_scores_tell_what_could_be_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    say(monkeypatch, "seven", *SHORT, "--score", "--out", tmp_path / "a.wav")
+    printed = capsys.readouterr().out
+    assert "scores  silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
+    assert re.search(r"\n +silence \d\.\d\d\n", printed)  # no pace: the base's is not known
+
+
+def test_judges_are_asked_and_the_better_candidate_is_kept(tmp_path, monkeypatch, capsys):
+    """Of two that end alike the one with fewer wrong words is kept, whatever its pace."""
+    heard = {"good": {"wer": 0.0, "pace": 2.0}, "bad": {"wer": 0.5, "pace": 1.0}}
+    row = infer.Utterance("x", [], 9, end=infer.BY_ITSELF)
+    ranks = {name: infer.rank(row, {"silence": 0.1} | told) for name, told in heard.items()}
+    assert ranks["good"] < ranks["bad"]
+    cut = infer.Utterance("x", [], 9, end=infer.CUT_OFF)
+    assert infer.rank(cut, {"silence": 0.1, "wer": 0.0}) > ranks["bad"]
+    assert infer.rank(row, {"silence": 2.0, "wer": 0.0}) > ranks["bad"]
+
+
+@pytest.fixture
+def listening_page(tmp_path, monkeypatch):
+    """page(*words): index.html of two lines, one of them hostile, with recordings."""
+    text = '<script>alert(1)</script> & "seven" </section>'
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, np.sin(np.arange(12_000) / 20), 24_000)
+    rows = f'file_name,text\na.wav,"{text.replace(chr(34), chr(34) * 2)}"\nb.wav,two\n'
+    (tmp_path / "lines.csv").write_text(rows)
+
+    def page(*words):
+        names = ["--file", tmp_path / "lines.csv", "--page", tmp_path / "page", "--score"]
+        say(monkeypatch, *names, *SHORT, *words)
+        return text, (tmp_path / "page/index.html").read_text()
+
+    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    return page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+FLAGS += " --disable-background-networking --disable-component-update"
+FLAGS += " --autoplay-policy=no-user-gesture-required --remote-debugging-pipe"
+LOADED = "document.readyState === 'complete' && document.querySelectorAll('audio').length"
+PLAY = """(async () => {
+  for (const button of document.querySelectorAll("figcaption button")) button.click();
+  const played = [];
+  for (const audio of document.querySelectorAll("audio")) {
+    await audio.play();
+    await new Promise((resolve) => (audio.onended = resolve));
+    played.push([audio.duration, audio.currentTime]);
+  }
+  const texts = (tag) => [...document.querySelectorAll(tag)].map((e) => e.textContent);
+  const images = [...document.images].map((image) => image.naturalHeight);
+  return { played, images, lines: texts("h2"), names: texts("figcaption"), scores: texts("p") };
+})()"""
+
+
+def in_browser(folder, url, expression):
+    """What JavaScript answers on a page in headless Chromium, asked through its debugging pipe."""
+    (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
+    flags = f"{FLAGS} --user-data-dir={folder / 'profile'} {url}"
+    command = f"exec {CHROMIUM} {flags} 3<&{their_in} 4>&{their_out}"
+    browser = subprocess.Popen(
+        ["bash", "-c", command], pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL
+    )
+    os.close(their_in), os.close(their_out)
+    replies = os.fdopen(our_in, "rb", buffering=0)
+
+    def ask(method, session=None, **parameters):
+        message = {"id": 1, "method": method, "params": parameters}
+        message |= {"sessionId": session} if session else {}
+        os.write(our_out, json.dumps(message).encode() + b"\0")
+        while True:
+            raw = b"".join(iter(lambda: replies.read(1), b"\0"))
+            if "id" in (reply := json.loads(raw)):
+                return reply.get("result", {})
+
+    try:
+        pages = []
+        while not pages:
+            pages = [t for t in ask("Target.getTargets")["targetInfos"] if t["url"] == url]
+        found = pages[0]["targetId"]
+        session = ask("Target.attachToTarget", targetId=found, flatten=True)["sessionId"]
+        asked = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        loaded = asked | {"expression": LOADED}
+        while not ask("Runtime.evaluate", session, **loaded).get("result", {}).get("value"):
+            time.sleep(0.2)
+        return ask("Runtime.evaluate", session, **asked)["result"]["value"]
+    finally:
+        browser.kill()
+        browser.wait()
+        os.close(our_out), replies.close()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here (apt-get install chromium)")
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_page_plays_in_a_browser(tmp_path, listening_page, blind):
+    text, _ = listening_page("--model", "data/demo/base", *["--blind"] * blind)
+    url = (tmp_path / "page/index.html").as_uri()
+    before = in_browser(tmp_path, url, "document.body.innerText")
+    assert ("recording" not in before) == blind and ("silence" not in before) == blind
+    seen = in_browser(tmp_path, url, PLAY)
+    assert seen["images"] == [80] * 4
+    assert all(length == at > 0 for length, at in seen["played"]), seen
+    assert len(seen["played"]) == 4 and [0.5, 0.5] in seen["played"]
+    assert seen["lines"] == [text, "two"]
+    assert sorted(seen["names"]) == ["data/demo/base"] * 2 + ["recording"] * 2
+    assert sum(words.startswith("silence 0.") for words in seen["scores"]) == 4
+
+
+def test_a_page_holds_all_and_no_text_is_markup(tmp_path, listening_page):
+    text, page = listening_page("--model", "data/demo/base", "--model", "data/demo/base/")
+    assert "<script>alert" not in page and "https://" not in page
+    told = json.loads(re.search(r'id="page">(.*?)</script>', page, re.S)[1])
+    assert told["lines"][0]["text"] == text
+    assert told["columns"] == ["recording", "data/demo/base", "data/demo/base/"]
+    cells = told["lines"][1]["cells"]
+    wav = base64.b64decode(cells[0]["audio"].removeprefix("data:audio/wav;base64,"))
+    assert soundfile.info(io.BytesIO(wav)).frames == 12_000
+    assert cells[1]["audio"] == cells[2]["audio"] and cells[1]["scores"].startswith("silence")
