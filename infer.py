@@ -354,9 +354,13 @@ def load_codec(path: str, device: str = "cpu"):
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
+    from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
     try:
         codec = SNAC.from_pretrained(str(folder)).to(device)
+        for module in codec.modules():  # fold the weight norm, else every call computes it anew
+            if is_parametrized(module):
+                remove_parametrizations(module, "weight")
     except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise Mistake(f"{folder}: no codec that loads: {str(error).splitlines()[0]}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
@@ -952,10 +956,11 @@ def judge_words(whisper: str, _):
         import soxr
 
         sound = np.pad(soxr.resample(audio, SAMPLE_RATE, 16_000), 8_000)  # silence at the ends
-        parts, info = model.transcribe(sound, beam_size=5, without_timestamps=True)
+        told, info = model.transcribe(sound, temperature=0, condition_on_previous_text=False)
         normal = english if info.language == "en" else plain
-        said = normal(re.sub(r"<\w+>", " ", text)).strip()
-        heard = normal(" ".join(part.text for part in parts)).strip()
+        pair = (re.sub(r"<\w+>", " ", text), " ".join(part.text for part in told))
+        # every digit a word, else "5631" and "5, 6, 3, 1" have nothing in common
+        said, heard = (re.sub(r"(?<=\d)(?=\d)", " ", normal(t)).strip() for t in pair)
         return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)} if said else {}
 
     return judge
@@ -1156,7 +1161,7 @@ def spoken(
         codes = (row.frames[-1] for _ in frames) if stream else row.frames
         yield from decode_stream(codec, codes)  # in a stream or not: so both are the same wav
 
-    most = int(settings.max_seconds * CHARACTERS)
+    most = max(20, int(settings.max_seconds * CHARACTERS))
     lines = [[candidates(part) for part in split_text(text, most)] for text in texts]
     groups, done = [group for line in lines for group in line], []
     at_once = max(1, settings.speak_batch_size // settings.best_of)
