@@ -753,13 +753,14 @@ def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Set
         row.frames = list(ids_to_codes(spoken[:whole], ids))
 
 
-def speak_rows(model, rows: list[Utterance], ids: SpeechIds, settings: Settings) -> None:
-    """Speaks `rows` to their ends, all in one batch."""
+def speak_rows(model, rows, ids: SpeechIds, settings: Settings, pace: float | None = None) -> None:
+    """Speaks `rows` to their ends in one batch; of several candidates those at fault end early."""
     if type(model.get_decoder()).forward.__module__.startswith("unsloth"):
         generate_plainly(model, rows, ids, settings)  # its forward knows none of these caches
         return
-    for _ in speak_frames(model, rows, ids, settings):
-        pass
+    for frame, _ in enumerate(speak_frames(model, rows, ids, settings)):
+        for row in rows if settings.best_of > 1 and frame % 6 == 5 else []:  # twice a second
+            row.end = row.end or fault(row, pace)
 
 
 def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice=None):
@@ -1050,12 +1051,9 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
     Those that run away or loop leave the batch at once; what is wrong with any is printed.
     """
     rows = [row for group in groups for row in group]
+    speak_rows(model, rows, ids, settings, pace)
     if settings.best_of == 1:
-        speak_rows(model, rows, ids, settings)
         return rows
-    for frame, _ in enumerate(speak_frames(model, rows, ids, settings)):
-        for row in rows if frame % 6 == 5 else []:  # twice a second
-            row.end = row.end or fault(row, pace)
     best = []
     for group in groups:
         sounds = [decode(codec, row.codes) for row in group]
@@ -1084,11 +1082,11 @@ def split_text(text: str, most: int) -> list[str]:
     Sentences are told by sentencex as in English, which is also right for most of what ends in
     . ! ? or 。; a long sentence without spaces stays whole.
     """
-    from sentencex import segment
-
     text, parts = " ".join(text.split()), [""]
     if len(text) <= most:
         return [text]
+    from sentencex import segment
+
     for sentence in segment("en", text):
         for line in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
             if parts[-1] and len(parts[-1]) + 1 + len(line) > most:
