@@ -5,19 +5,31 @@ python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wa
 python infer.py --file lines.txt --out lines/                 # lines/001.wav, lines/002.wav, …
 python infer.py --wav recording.flac --out heard.wav          # what the codec alone does to it
 python infer.py --tokens ids.txt --out ids.wav                # ids that something else made
+python infer.py "Hello there" --stream --out - | aplay         # heard while it is made
+python infer.py --file lines.txt --page out --model outputs/a --model outputs/b --blind
+python infer.py --merge merged                                # adapter and base as one 16-bit model
 """
 
 import argparse
+import base64
+import contextlib
+import csv
 import dataclasses
 import difflib
 import io
 import json
+import math
 import os
 import re
+import shutil
+import struct
 import sys
+import textwrap
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, get_args
@@ -121,6 +133,8 @@ class Settings:
     top_p: float = key("nucleus sampling", gt=0, le=1)
     repetition_penalty: float = key("over prompt and audio alike; 1 is off", gt=0)
     max_seconds: float = key("speech longer than this is cut off", gt=0)
+    speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0)
+    best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0)
     trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
 
     def flat(self) -> dict[str, Any]:
@@ -344,18 +358,18 @@ def load_codec(path: str, device: str = "cpu"):
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
-    from torch.nn.utils import parametrize
+    from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
     try:
         codec = SNAC.from_pretrained(str(folder)).to(device)
+        for module in codec.modules():  # fold the weight norm, else every call computes it anew
+            if is_parametrized(module):
+                remove_parametrizations(module, "weight")
     except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise Mistake(f"{folder}: no codec that loads: {str(error).splitlines()[0]}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
-    for module in codec.modules():  # weight norm is settled once, not at every call
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")
     return codec
 
 
@@ -391,6 +405,28 @@ def decode(codec, codes: np.ndarray) -> np.ndarray:
     levels = [part.reshape(1, -1) for part in side.split([1, 2, 4], dim=1)]
     with torch.inference_mode():
         return codec.decode(levels)[0, 0].float().cpu().numpy()
+
+
+CONTEXT = 3  # frames on each side that a frame's samples depend on: the decoder sees 2.5
+STREAM_FRAMES = 4  # in one piece of a stream: the first comes after 7 frames, 0.6 s of speech
+
+
+def decode_stream(codec, frames, size: int = STREAM_FRAMES):
+    """(7,) codes as they come → pieces of samples that together are the whole decode's."""
+    codes, done = [], 0
+
+    def piece(end):
+        first = max(done - CONTEXT, 0)
+        audio = decode(codec, codes[first : end + CONTEXT])
+        return audio[(done - first) * FRAME_SAMPLES : (end - first) * FRAME_SAMPLES]
+
+    for frame in frames:
+        codes.append(frame)
+        if len(codes) == done + size + CONTEXT:
+            yield piece(done + size)
+            done += size
+    if done < len(codes):
+        yield piece(len(codes))
 
 
 # ---------------------------------------------------------------- files
@@ -432,35 +468,241 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     return audio, rate, channels
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there, also where two processes write it at once."""
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Yields a path to write to, renamed to `path` once that is done: it is whole or not there."""
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # two may write it at once
     try:
-        part.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
         os.replace(part, path)
     except OSError as error:
-        raise Mistake(f"{path}: cannot be written: {error.strerror}") from None
+        raise Mistake(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # most often: it has been renamed
+            part.unlink()
 
 
-def write_audio(path: Path, audio: np.ndarray) -> None:
-    """(samples,) at 24 kHz → a file of the kind its name ends in, whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sixteen_bit(audio: np.ndarray) -> np.ndarray:
+    """Rounded here, since libsndfile cuts off: so a file and a stream hold the same samples."""
+    return np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
+
+
+@contextlib.contextmanager
+def audio_file(path: Path):
+    """write(samples) at 24 kHz to a file of the kind its name ends in, whole or not at all."""
     import soundfile
 
     kind = path.suffix[1:].upper()
     if kind not in soundfile.available_formats():
         raise Mistake(f"{path}: end the name in .wav or .flac")
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(part, np.clip(audio, -1, 1), SAMPLE_RATE, format=kind)
-        os.replace(part, path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise Mistake(f"{path}: cannot be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        with (
+            whole_file(path) as part,
+            soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
+        ):
+            yield lambda audio: file.write(sixteen_bit(audio))
+    except soundfile.LibsndfileError as error:
+        raise Mistake(f"{path}: cannot be written: {error.error_string}") from None
 
 
-# ---------------------------------------------------------------- speaking
+def write_audio(path: Path, audio: np.ndarray) -> None:
+    with audio_file(path) as write:
+        write(audio)
+
+
+def wav_header(size: int) -> bytes:
+    """The 44 bytes before `size` bytes of 16-bit mono samples; 2³² − 1 where they are more."""
+    sizes, rate = (min(36 + size, 2**32 - 1), min(size, 2**32 - 1)), SAMPLE_RATE
+    fields = (b"RIFF", sizes[0], b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", sizes[1])
+    return struct.pack("<4sI8sIHHIIHH4sI", *fields)
+
+
+@contextlib.contextmanager
+def growing_audio(out: Path):
+    """write(samples) to be heard at once, from a growing wav, standard output or the speakers."""
+    piped, size = str(out) in ("-", "pcm"), 0
+    if str(out) == "speakers":
+        with speakers() as write:
+            yield write
+        return
+    if not piped and out.suffix != ".wav":
+        raise Mistake(f"{out}: a stream goes to a .wav, - (standard output), pcm (bare), speakers")
+
+    def write(audio):
+        nonlocal size
+        samples = sixteen_bit(audio).tobytes()
+        file.write(samples)
+        size += len(samples)
+        if not piped:
+            file.seek(0)
+            file.write(wav_header(size))
+            file.seek(0, os.SEEK_END)
+        file.flush()
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = sys.__stdout__.buffer if piped else out.open("wb")
+        with contextlib.nullcontext() if piped else file:
+            file.write(b"" if str(out) == "pcm" else wav_header(2**32 if piped else 0))
+            yield write
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def speakers():
+    """write(samples) to the loudspeakers, which play while the next samples are made."""
+    try:
+        import sounddevice
+
+        stream = sounddevice.OutputStream(SAMPLE_RATE, channels=1, dtype="float32")
+    except (ImportError, OSError) as error:  # OSError: no PortAudio
+        raise Mistake(f"speakers: {error}; `pip install sounddevice`, or --out a file") from None
+    except sounddevice.PortAudioError as error:
+        raise Mistake(f"speakers: {error}; --out takes a file") from None
+    with stream, ThreadPoolExecutor(1) as player:
+        yield lambda audio: player.submit(stream.write, audio[:, None])
+
+
+# ---------------------------------------------------------------- generation
+
+BY_ITSELF = "ended by itself"
+CUT_OFF = "cut off at the limit: no end came (--max_seconds)"
+
+
+@dataclass
+class Utterance:
+    """One text on its way through the model: what goes in, and what came of it."""
+
+    text: str
+    prompt: list[int]
+    most: int  # frames: max_seconds, or what the model's context leaves
+    candidate: int = 0  # each has random numbers of its own
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # (7,) codes each
+    end: str = ""  # how it ended, empty while it speaks; whoever looks on may end it, too
+
+    @property
+    def codes(self) -> np.ndarray:
+        return np.array(self.frames, dtype=np.int64).reshape(-1, SLOTS)  # (frames, 7)
+
+
+def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice, candidate=0):
+    """The Utterance of `text`, nothing spoken yet; `Mistake` where a frame would not fit."""
+    prompt = prompt_ids(tokenizer, ids, text, voice)
+    frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
+    room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS  # frames
+    if min(frames, room) < 1:
+        what = "max_seconds leaves" if frames < 1 else f"a text of {len(prompt)} tokens leaves"
+        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
+    return Utterance(text, prompt, min(frames, room), candidate)
+
+
+def slot_scores(model, ids: SpeechIds):
+    """score(hidden, slot): (rows, width) → (rows, codebook_size + 1), the slot's codes and the end.
+
+    Of a plain head only those rows are multiplied: 4,097 of Orpheus's 156,940.
+    """
+    import torch
+
+    head, size, end = model.get_output_embeddings(), ids.codebook_size, slice(ids.eos, ids.eos + 1)
+    plain = type(head) is torch.nn.Linear and head.bias is None  # else quantised or wrapped
+
+    def score(hidden, slot: int):
+        codes = slice(ids.audio + slot * size, ids.audio + (slot + 1) * size)
+        if plain:
+            parts = [torch.nn.functional.linear(hidden, head.weight[s]) for s in (codes, end)]
+        else:
+            parts = [head(hidden)[:, s] for s in (codes, end)]
+        return torch.cat(parts, dim=-1).float()
+
+    return score
+
+
+def draw(scores, used, settings: Settings, chance):
+    """(rows, choices) scores, the same of bool: drawn before; (rows,) chances under 1 → choices."""
+    import torch
+
+    if (penalty := settings.repetition_penalty) != 1:
+        lower = torch.where(scores < 0, scores * penalty, scores / penalty)
+        scores = torch.where(used, lower, scores)
+    if settings.temperature == 0:
+        return scores.argmax(-1)
+    shares, order = (scores / settings.temperature).softmax(-1).sort(descending=True)
+    shares[shares.cumsum(-1) - shares >= settings.top_p] = 0
+    edges = shares.cumsum(-1)
+    at = torch.searchsorted(edges, chance[:, None] * edges[:, -1:], right=True)
+    at = at.minimum((shares > 0).sum(-1, keepdim=True) - 1)  # rounding may step past the last
+    return order.gather(-1, at)[:, 0]
+
+
+def start_batch(model, rows: list[Utterance], seed: int, static: bool):
+    """Left-padded (rows, length) tokens, mask and positions; (rows, frames, 7) chances; the cache.
+
+    A row's chances come from the seed and its `candidate` alone, whatever else is in the batch.
+    """
+    import torch
+    from transformers import DynamicCache, StaticCache
+
+    longest = max(len(row.prompt) for row in rows)
+    frames = max(row.most for row in rows) + 1  # the end token, too
+    pads = torch.tensor([longest - len(row.prompt) for row in rows])
+    tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows])
+    length = longest + frames * SLOTS
+    mask = torch.arange(length) >= pads[:, None]
+    positions = (torch.arange(longest) - pads[:, None]).clamp(min=0)
+    draws = [np.random.default_rng([seed, row.candidate]) for row in rows]
+    chances = np.stack([source.random((frames, SLOTS), dtype=np.float32) for source in draws])
+    cache = StaticCache(model.config, length) if static else DynamicCache(config=model.config)
+    parts = (tokens, mask, positions, torch.from_numpy(chances))
+    return *(part.to(model.device) for part in parts), cache
+
+
+def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Settings, static=None):
+    """Speaks `rows` as one batch; yields after every frame, when all that still speak have it.
+
+    A row whose `end` is set leaves the batch; with a static cache (where there is a GPU) it is
+    only looked past, since nothing there changes its shape.
+    """
+    import torch
+
+    static = torch.cuda.is_available() if static is None else static
+    decoder, score, size = model.get_decoder(), slot_scores(model, ids), ids.codebook_size
+    tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
+    used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
+    for frame in range(chances.shape[1]):
+        drawn = []  # of each slot, (rows,) codes
+        for slot in range(SLOTS):
+            with torch.no_grad():
+                inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+                hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+                scores = score(hidden[:, -1], slot)
+            if slot or not frame:
+                scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
+            codes = draw(scores, used[:, slot], settings, chances[:, frame, slot])
+            if slot == 0:
+                for row, code in zip(rows, codes.tolist(), strict=True):
+                    row.end = row.end or (BY_ITSELF if code == size else "")
+                    row.end = row.end or (CUT_OFF if frame == row.most else "")
+                keep = [n for n, row in enumerate(rows) if not row.end]
+                if not keep:
+                    return
+                if len(keep) < len(rows) and not static:
+                    rows = [rows[n] for n in keep]
+                    parts = (mask, positions, chances, used, codes)
+                    mask, positions, chances, used, codes = (part[keep] for part in parts)
+                    cache.batch_select_indices(keep)
+            used[:, slot].scatter_(1, codes[:, None], True)
+            drawn.append(codes)
+            tokens, positions = codes[:, None] + ids.audio + slot * size, positions[:, -1:] + 1
+        for row, codes in zip(rows, torch.stack(drawn, 1).cpu().numpy(), strict=True):
+            row.frames += [] if row.end else [codes]
+        yield
 
 
 class SlotProcessor:
@@ -485,38 +727,54 @@ class SlotProcessor:
         return allowed
 
 
+def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Settings) -> None:
+    """The same by `model.generate`: what Unsloth's patched models can do, and the tests' reference.
+
+    Seeds are torch's here, so that what is sampled is repeatable, but not what speak_frames draws.
+    """
+    import torch
+
+    tokens, mask, *_ = start_batch(model, rows, settings.seed, static=False)
+    sampling = {"do_sample": settings.temperature > 0}
+    if sampling["do_sample"]:
+        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    torch.manual_seed(settings.seed)
+    speech = model.generate(
+        input_ids=tokens,
+        attention_mask=mask[:, : tokens.shape[1]].long(),
+        max_new_tokens=max(row.most for row in rows) * SLOTS + 1,  # the end token, too
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.eos,
+        use_cache=True,
+        logits_processor=[SlotProcessor(ids, tokens.shape[1])],
+        **sampling,
+    )[:, tokens.shape[1] :]
+    for row, spoken in zip(rows, speech.cpu().numpy(), strict=True):
+        ends = np.append(np.flatnonzero(spoken == ids.eos), len(spoken))[0]
+        row.end = BY_ITSELF if ends < len(spoken) and ends <= row.most * SLOTS else CUT_OFF
+        whole = min(ends // SLOTS, row.most) * SLOTS
+        row.frames = list(ids_to_codes(spoken[:whole], ids))
+
+
+def speak_rows(model, rows, ids: SpeechIds, settings: Settings, pace: float | None = None) -> None:
+    """Speaks `rows` to their ends in one batch; of several candidates those at fault end early."""
+    if type(model.get_decoder()).forward.__module__.startswith("unsloth"):
+        generate_plainly(model, rows, ids, settings)  # its forward knows none of these caches
+        return
+    for frame, _ in enumerate(speak_frames(model, rows, ids, settings)):
+        for row in rows if settings.best_of > 1 and frame % 6 == 5 else []:  # twice a second
+            row.end = row.end or fault(row, pace)
+
+
 def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice=None):
     """Speaks `text`: (frames, 7) codes, and whether the model ended by itself.
 
     Where it did not, `settings.max_seconds` or the model's context was reached first.
     """
-    import torch
-
-    prompt = torch.tensor([prompt_ids(tokenizer, ids, text, voice)], device=model.device)
-    frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
-    room = (model.config.max_position_embeddings - prompt.shape[1] - 1) // SLOTS  # frames
-    if min(frames, room) < 1:
-        what = "max_seconds leaves" if frames < 1 else f"a text of {prompt.shape[1]} tokens leaves"
-        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
-    sampling = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {"do_sample": True, "temperature": settings.temperature}
-        sampling |= {"top_p": settings.top_p, "top_k": 0}
-    torch.manual_seed(settings.seed)
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(frames, room) * SLOTS + 1,  # the end token, too
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=ids.eos,
-        pad_token_id=ids.pad,
-        use_cache=True,
-        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
-        **sampling,
-    )[0, prompt.shape[1] :]
-    speech = out.cpu().numpy()
-    ended = bool(speech[-1] == ids.eos)
-    return ids_to_codes(speech[: len(speech) // SLOTS * SLOTS], ids), ended
+    row = begin(model, tokenizer, ids, text, settings, voice)
+    speak_rows(model, [row], ids, settings)
+    return row.codes, row.end == BY_ITSELF
 
 
 # ---------------------------------------------------------------- models
@@ -543,36 +801,85 @@ def load_tokenizer(folder: Path):
         raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str, in_4bit: bool = False):
+def load_model(path: str, in_4bit: bool = False, merged: bool = False):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
-    Through Unsloth where there is a GPU, else transformers in fp32.
+    16-bit or 4-bit where there is a GPU, else fp32; `merged`: its adapter merged, in fp16.
     """
     import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = fetch(path, MODEL_FILES)
-    base = None
+    whole = folder
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")
         if os.path.isabs(base) and not os.path.isdir(base):
             raise Mistake(f"{folder}: its base {base} is gone; mend adapter_config.json")
+        whole = fetch(base, MODEL_FILES)
+    gpu, keys = torch.cuda.is_available(), {"dtype": torch.float32}
+    if gpu or merged:
+        stored = read_json(whole / "config.json").get("dtype") == "float16" or merged
+        fine = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not stored
+        keys = {"dtype": torch.bfloat16 if fine else torch.float16, "device_map": device()}
+    if gpu and in_4bit and not merged:
+        keys["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=keys["dtype"],
+        )
     try:
-        if torch.cuda.is_available():
-            from unsloth import FastLanguageModel
-
-            model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=in_4bit)
-            return FastLanguageModel.for_inference(model), load_tokenizer(folder)
-        from transformers import AutoModelForCausalLM
-
-        whole = folder if base is None else fetch(base, MODEL_FILES)
-        model = AutoModelForCausalLM.from_pretrained(str(whole), dtype=torch.float32)
-        if base is not None:
+        model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
+        if whole != folder:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folder))
+            model = model.merge_and_unload() if merged else model
     except (OSError, ValueError, RuntimeError) as error:
         raise Mistake(f"{folder}: does not load: {str(error).strip().splitlines()[0]}") from None
     return model.eval(), load_tokenizer(folder)
+
+
+@dataclass
+class Run:
+    """What speaks: a model's folder, and what finetune.py left beside it."""
+
+    settings: Settings
+    folder: Path | None = None  # --wav and --tokens need none
+    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
+    pace: float | None = None  # seconds a character of theirs
+    home: Path | None = None  # where the run's settings and report are
+
+
+def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES) -> Run:
+    """The Run of --model; without it config.json's run, or its base.
+
+    With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
+    """
+    plain = read_settings(None, overrides)
+    if model is None:
+        made = is_model(Path(plain.output_dir))
+        if not made and patterns is TOKENIZER_FILES:
+            return Run(plain)
+        model = plain.output_dir if made else plain.model
+        print(f"model   {model}" + ("" if made else ", the base: no run in output_dir yet"))
+    if patterns is MODEL_FILES:
+        check_machine(model)
+    folder = fetch(model, patterns)
+    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
+        if (home / SAVED_CONFIG).is_file():
+            report = read_json(home / SAVED_REPORT)
+            pace = report.get("seconds", 0) / report.get("characters", 1)
+            settings = read_settings(home / SAVED_CONFIG, overrides)
+            return Run(settings, folder, list(report["voices"]), pace or None, home)
+    return Run(plain, folder)
+
+
+def choose_voice(asked: str | None, run: Run) -> str | None:
+    """The voice asked for, or the run's first; `Mistake` for one that it was not trained on."""
+    if asked and run.voices and asked not in run.voices:
+        raise Mistake(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
+    return asked or (run.voices[0] if run.voices else run.settings.voice)
 
 
 # ---------------------------------------------------------------- ids from elsewhere
@@ -605,9 +912,457 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
     return ids_to_codes(np.array(numbers[:whole]), ids)
 
 
+# ---------------------------------------------------------------- judging without ears
+
+SLOW, FAST, SILENCE = 2.5, 0.4, 1.5  # × the voice's own length, twice; seconds
+
+
+def fault(row: Utterance, pace: float | None) -> str:
+    """What has gone wrong with it so far, by its frames alone; empty where nothing has.
+
+    `pace` is the voice's, in seconds a character. A loop: slot 0, the coarsest, has repeated
+    its last codes (up to two seconds of them) three times, or more until they are two seconds.
+    """
+    seconds, usual = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE, len(row.text) * (pace or 0)
+    if pace and seconds > SLOW * usual + 1:
+        return f"runaway: {seconds:.1f} s where the voice takes {usual:.1f}"
+    coarse = [int(frame[0]) for frame in row.frames[-72:]]
+    for period in range(1, 25):
+        span = period * max(3, -(-24 // period))
+        last = coarse[-span:]
+        if len(last) == span and last[period:] == last[:-period]:
+            return f"loop: {period} frames over and over for {span}"
+    return ""
+
+
+def longest_silence(audio: np.ndarray) -> float:
+    """Seconds in one go at 40 dB or more under the loudest 20 ms, the sound's ends included."""
+    blocks = audio[: len(audio) // 480 * 480].reshape(-1, 480)
+    loud = np.sqrt((blocks**2).mean(axis=1))
+    edges = np.flatnonzero(np.concatenate([[True], loud > loud.max() / 100, [True]]))
+    return float((np.diff(edges) - 1).max()) * 480 / SAMPLE_RATE
+
+
+def judge_words(whisper: str, _):
+    """Word and character error rates of what faster-whisper hears; tags as <laugh> are no words."""
+    import jiwer
+    from faster_whisper import WhisperModel
+    from transformers.models.whisper import english_normalizer
+
+    plain = english_normalizer.BasicTextNormalizer()
+    english = english_normalizer.EnglishTextNormalizer({})
+    try:
+        model = WhisperModel(whisper, compute_type="int8")
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise Mistake(f"--whisper {whisper}: neither a folder nor to be had: {told}") from None
+
+    def judge(audio, text):
+        import soxr
+
+        sound = np.pad(soxr.resample(audio, SAMPLE_RATE, 16_000), 8_000)  # silence at the ends
+        told, info = model.transcribe(sound, temperature=0, condition_on_previous_text=False)
+        normal = english if info.language == "en" else plain
+        pair = (re.sub(r"<\w+>", " ", text), " ".join(part.text for part in told))
+        # every digit a word, else "5631" and "5, 6, 3, 1" have nothing in common
+        said, heard = (re.sub(r"(?<=\d)(?=\d)", " ", normal(t)).strip() for t in pair)
+        return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)} if said else {}
+
+    return judge
+
+
+def judge_voice(_, clips: list[Path]):
+    """Resemblyzer's likeness to the mean of the recordings, −1 to 1."""
+    from resemblyzer import VoiceEncoder, preprocess_wav
+
+    encoder = VoiceEncoder(device(), verbose=False)
+
+    def embed(audio):
+        return encoder.embed_utterance(preprocess_wav(audio, source_sr=SAMPLE_RATE))
+
+    voice = np.mean([embed(read_audio(clip)[0]) for clip in clips], axis=0)
+    return lambda audio, text: {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
+
+
+def judge_sound(*_):
+    """DNSMOS's overall mean opinion score, 1 to 5, of how clean it sounds."""
+    import soxr
+    from speechmos import dnsmos
+
+    def judge(audio, text):
+        sound = np.clip(soxr.resample(audio, SAMPLE_RATE, 16_000), -1, 1)
+        return {"mos": float(dnsmos.run(sound, sr=16_000)["ovrl_mos"])}
+
+    return judge
+
+
+JUDGES = {
+    "wer, cer": (judge_words, {"faster_whisper": "faster-whisper", "jiwer": "jiwer"}),
+    "likeness": (judge_voice, {"resemblyzer": "resemblyzer"}),
+    "mos": (judge_sound, {"speechmos": "speechmos onnxruntime"}),
+}
+
+
+def load_judges(whisper: str, recordings: list[Path]) -> list:
+    """judge(audio, text) → scores, of each package that is there; tells which are and are not."""
+    judges, able, unable = [], ["silence, pace"], []
+    for name, (make, packages) in JUDGES.items():
+        missing = [pip for module, pip in packages.items() if not find_spec(module)]
+        if missing:
+            unable.append(f"{name} (pip install {' '.join(missing)})")
+        elif make is judge_voice and not recordings:
+            unable.append(f"{name} (give recordings: --file metadata.csv)")
+        else:
+            judges.append(make(whisper, recordings))
+            able.append(name)
+    print(f"scores  {', '.join(able)}" + (f"; not: {', '.join(unable)}" if unable else ""))
+    return judges
+
+
+def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, float]:
+    """Scores of one sound: its pace against the voice's, its silence, and what the judges say."""
+    scores = {"silence": longest_silence(audio)}
+    if pace:
+        scores["pace"] = len(audio) / SAMPLE_RATE / len(text) / pace
+    for judge in judges or ():
+        scores |= judge(audio, text)
+    return scores
+
+
+def tell_scores(scores: dict) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
+
+def verdict(row: Utterance, scores: dict) -> str:
+    """Why a spoken candidate should not be kept; empty where it may be."""
+    if row.end != BY_ITSELF:
+        return row.end
+    if scores["silence"] > SILENCE:
+        return f"silence of {scores['silence']:.1f} s"
+    return f"too fast: {scores['pace']:.2f} × the voice" if scores.get("pace", 1) < FAST else ""
+
+
+def rank(row: Utterance, scores: dict) -> tuple:
+    """Least is best: no fault, few wrong words, a like voice, a clean sound, the voice's pace."""
+    pace = abs(math.log(scores.get("pace", 1)))
+    likeness, mos = scores.get("likeness", 0), scores.get("mos", 0)
+    return bool(verdict(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
+
+
+def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges) -> list:
+    """Speaks every group of candidates, all in one batch, and keeps the best Utterance of each.
+
+    Those that run away or loop leave the batch at once; what is wrong with any is printed.
+    """
+    rows = [row for group in groups for row in group]
+    speak_rows(model, rows, ids, settings, pace)
+    if settings.best_of == 1:
+        return rows
+    best = []
+    for group in groups:
+        sounds = [decode(codec, row.codes) for row in group]
+        scores = [measure(s, row.text, pace, judges) for s, row in zip(sounds, group, strict=True)]
+        pairs = sorted(zip(group, scores, strict=True), key=lambda pair: rank(*pair))
+        faults = [f"{row.candidate + 1} {verdict(row, told)}" for row, told in pairs]
+        faults = [line for line in faults if line.split(" ", 1)[1]]
+        told = f": {'; '.join(sorted(faults))}" if faults else ""
+        kept = f"candidate {pairs[0][0].candidate + 1} of {len(group)}"
+        print(f"{group[0].text[:40]!r}: kept {kept}, {len(faults)} at fault{told}")
+        best.append(pairs[0][0])
+    return best
+
+
+# ---------------------------------------------------------------- speaking
+
+HEARD = ("-", "pcm", "speakers")  # names of --out that are heard at once
+PAUSE = 0.25  # seconds between the parts of a long text, on top of the silence at clips' ends
+FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, without a click
+CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds
+
+
+def split_text(text: str, most: int) -> list[str]:
+    """Parts of at most `most` characters: whole sentences, where one is longer whole words.
+
+    Sentences are told by sentencex as in English, which is also right for most of what ends in
+    . ! ? or 。; a long sentence without spaces stays whole.
+    """
+    text, parts = " ".join(text.split()), [""]
+    if len(text) <= most:
+        return [text]
+    from sentencex import segment
+
+    for sentence in segment("en", text):
+        for line in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
+            if parts[-1] and len(parts[-1]) + 1 + len(line) > most:
+                parts.append("")
+            parts[-1] = f"{parts[-1]} {line}".strip()
+    return parts
+
+
+def joined(parts: list):
+    """Pieces of samples of each part → of all, with pauses that the parts fade into and out of."""
+    ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+    for n, pieces in enumerate(parts):
+        held = None  # the last 10 ms, until it is known whether a pause comes
+        for piece in pieces:
+            if n and held is None:
+                piece = np.concatenate([piece[:FADE] * ramp, piece[FADE:]])
+            held = piece if held is None else np.concatenate([held, piece])
+            yield held[:-FADE]
+            held = held[-FADE:]
+        assert held is not None, "a part without a frame"
+        if n < len(parts) - 1:
+            held = np.concatenate([held * ramp[::-1], np.zeros(int(PAUSE * SAMPLE_RATE), "f4")])
+        yield held
+
+
+def save_speech(lines, path: Path, stream: bool = False, keep: bool = True):
+    """The next of `lines` to `path`, and a line on what came of it: (samples where kept, rows).
+
+    The file is opened first: one that cannot be written is told before anything is spoken.
+    """
+    started, length, first, kept = time.perf_counter(), 0, 0, [np.zeros(0, "f4")]
+    with (growing_audio if stream else audio_file)(path) as write:
+        rows, pieces = next(lines)
+        for piece in pieces:
+            write(piece)
+            first = first or time.perf_counter() - started
+            length += len(piece)
+            kept += [piece] if keep else []
+    seconds, spent = length / SAMPLE_RATE, time.perf_counter() - started
+    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how_ended(rows)}"
+    if stream:
+        told += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
+    print(told, flush=True)
+    return np.concatenate(kept), rows
+
+
+def how_ended(rows: list[Utterance]) -> str:
+    frames, cut = sum(len(row.frames) for row in rows), [r for r in rows if r.end != BY_ITSELF]
+    where = f" in {len(cut)} of {len(rows)} parts" if cut and len(rows) > 1 else ""
+    return f"{frames} frames, {cut[0].end if cut else BY_ITSELF}{where}"
+
+
+def spoken(
+    texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=None, stream=False
+):
+    """Each text in turn: its parts as Utterances, and the pieces of samples that they make.
+
+    In a stream one part is spoken at a time, while its pieces are taken.
+    """
+    import torch
+
+    ids, best_of = read_speech_ids(tokenizer, codec.codebook_size), range(settings.best_of)
+
+    def candidates(part):
+        return [begin(model, tokenizer, ids, part, settings, voice, n) for n in best_of]
+
+    def sound(row):
+        torch.manual_seed(settings.seed)  # of the codec's noise
+        frames = speak_frames(model, [row], ids, settings) if stream else None
+        codes = (row.frames[-1] for _ in frames) if stream else row.frames
+        yield from decode_stream(codec, codes)  # in a stream or not: so both are the same wav
+
+    most = max(20, int(settings.max_seconds * CHARACTERS))
+    lines = [[candidates(part) for part in split_text(text, most)] for text in texts]
+    groups, done = [group for line in lines for group in line], []
+    at_once = max(1, settings.speak_batch_size // settings.best_of)
+    for line in lines:
+        rows = [group[0] for group in line]
+        if not stream:
+            while len(done) < len(line):
+                batch, groups = groups[:at_once], groups[at_once:]
+                done += speak_best(batch, model, codec, ids, settings, pace, judges)
+            rows, done = done[: len(line)], done[len(line) :]
+        yield rows, joined([sound(row) for row in rows])
+
+
+def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None, **more):
+    """Each text to its path, told one by one: [(samples, whether it ended by itself)].
+
+    `more`: as `spoken` takes it, and `keep`: False where the samples are not wanted again.
+    """
+    keep, results = more.pop("keep", True), []
+    stream, pace, judges = (more.get(name) for name in ("stream", "pace", "judges"))
+    lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
+    for text, path in zip(texts, paths, strict=True):
+        audio, rows = save_speech(lines, path, stream, keep)
+        if judges is not None:
+            print(f"        {tell_scores(measure(audio, text, pace, judges))}")
+        results.append((audio, all(row.end == BY_ITSELF for row in rows)))
+    return results
+
+
+# ---------------------------------------------------------------- merging
+
+
+def read_greedily(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
+    """The sample texts, five seconds of each at most, spoken without chance."""
+    greedy = dataclasses.replace(
+        settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
+    )
+    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in settings.sample_texts]
+    speak_rows(model, rows, ids, greedy)
+    return rows
+
+
+def logits_over(model, ids: SpeechIds, rows: list[Utterance]) -> list:
+    """(tokens, vocabulary) logits of each row's speech, as it was spoken."""
+    import torch
+
+    logits = []
+    for row in rows:
+        tokens = [*row.prompt, *codes_to_ids(row.codes, ids).tolist()]
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([tokens], device=model.device)).logits
+        logits.append(out[0, len(row.prompt) - 1 :].float().cpu())
+    return logits
+
+
+def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tuple[bool, str]:
+    """Whether the folder `out` speaks the greedy tokens of the adapter, and a line that says so."""
+    model, tokenizer = load_model(str(out))
+    merged = read_greedily(model, tokenizer, ids, run.settings, voice)
+    again = logits_over(model, ids, rows)
+    far = max(float((a - b).abs().max()) for a, b in zip(logits, again, strict=True))
+    same, total = 0, sum(row.codes.size for row in rows)
+    for row, other in zip(rows, merged, strict=True):
+        common = min(len(row.frames), len(other.frames))
+        same += int((row.codes[:common] == other.codes[:common]).sum())
+    passed = all(
+        row.end == other.end and np.array_equal(row.codes, other.codes)
+        for row, other in zip(rows, merged, strict=True)
+    )
+    told = f"{same} of {total} greedy tokens on {len(rows)} texts are the adapter's"
+    return passed, f"{told}, logits differ by {far:.4f} at most"
+
+
+def model_card(run: Run, parity: str) -> str:
+    """README.md of a merged folder: where it comes from, data, settings, scores."""
+    settings, home = run.settings, run.home
+    report = read_json(home / SAVED_REPORT)
+    base = settings.model if on_hub(settings.model) else Path(settings.model).name
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-to-speech"]
+    lines += [f"base_model: {base}"] if on_hub(settings.model) else []
+    lines += ["---", "", f"# {Path(settings.output_dir).name}", ""]
+    lines += [f"{base}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.", ""]
+    lines += ["Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens."]
+    data = f"{report['rows']} clips, {report['hours']:.3f} hours of {Path(report['dataset']).name}"
+    lines += ["", "## Data", "", f"{data}; voices: {', '.join(run.voices) or 'none named'}.", ""]
+    if (home / "checks.csv").is_file():
+        checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
+        best = max(checks, key=lambda check: float(check["eval_score"]))
+        lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
+    lines += ["## Parity", "", f"{parity}.", "", "## Settings", "", "```json"]
+    return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
+
+
+def merge(run: Run, voice: str | None, out: Path) -> bool:
+    """The adapter merged into its base, to the folder `out`; whether it still speaks the same."""
+    if not is_adapter(run.folder):
+        raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Mistake(f"{out} is there already; give --merge a new folder")
+    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
+    ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
+    rows = read_greedily(model, tokenizer, ids, run.settings, voice)
+    logits = logits_over(model, ids, rows)
+    del model
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for saved in load_model(str(run.folder), merged=True):
+            saved.save_pretrained(str(part))
+        if run.home:
+            settings = run.settings.flat() | {"weights": "16bit"}
+            write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
+            shutil.copy(run.home / SAVED_REPORT, part)
+        os.replace(part, out)
+    except OSError as error:
+        raise Mistake(f"{out}: cannot be written: {error.strerror or error}") from None
+    passed, told = check_merged(run, voice, out, ids, rows, logits)
+    if run.home:
+        write_text(out / "README.md", model_card(run, told))
+    print(f"merged  {out}: {told}")
+    if not passed:
+        why = (
+            "; trained over 4-bit weights, which these are not"
+            if run.settings.weights == "4bit"
+            else ""
+        )
+        print(
+            f"parity  FAILED: it does not speak as the adapter does{why}. Listen before you use it"
+        )
+    return passed
+
+
+# ---------------------------------------------------------------- a page to listen to
+
+
+def draw_mel(audio: np.ndarray) -> bytes:
+    """A PNG of the sound: 80 mel bands, 80 dB under the loudest, 94 columns a second."""
+    from matplotlib.image import imsave
+    from transformers import audio_utils
+
+    bands = audio_utils.mel_filter_bank(513, 80, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE)
+    window = audio_utils.window_function(1024, "hann")
+    shape = {"frame_length": 1024, "hop_length": 256, "power": 2.0, "log_mel": "dB"}
+    mel = audio_utils.spectrogram(audio, window, mel_filters=bands, **shape)
+    png = io.BytesIO()
+    imsave(
+        png, mel, vmin=mel.max() - 80, vmax=mel.max(), cmap="magma", origin="lower", format="png"
+    )
+    return png.getvalue()
+
+
+def data_uri(kind: str, raw: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, str]:
+    """What page.html shows of one sound."""
+    samples = sixteen_bit(audio).tobytes()
+    return {
+        "audio": data_uri("audio/wav", wav_header(len(samples)) + samples),
+        "mel": data_uri("image/png", draw_mel(audio)),
+        "scores": tell_scores(measure(audio, text, pace, judges)),
+    }
+
+
+def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments, judges) -> None:
+    """folder/index.html: each text as recorded and as each --model speaks it, all in one file."""
+    columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
+    pace = None
+    for model in arguments.model or [None]:
+        run = read_run(model, overrides(arguments))
+        voice, pace = choose_voice(arguments.voice, run), run.pace or pace
+        codec = load_codec(run.settings.codec, device())
+        loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+        lines = spoken(texts, *loaded, codec, run.settings, voice, run.pace, judges)
+        columns[model or str(run.folder)] = [np.concatenate(list(pieces)) for _, pieces in lines]
+    lines = [
+        {
+            "text": text,
+            "cells": [page_cell(sounds[n], text, pace, judges) for sounds in columns.values()],
+        }
+        for n, text in enumerate(texts)
+    ]
+    page = {"blind": arguments.blind, "columns": list(columns), "lines": lines}
+    told = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+    write_text(folder / "index.html", read_text(ROOT / "page.html").replace("PAGE", told, 1))
+    print(f"{folder / 'index.html'}  {len(texts)} texts, {len(columns)} sounds of each")
+
+
 # ---------------------------------------------------------------- command line
 
 RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
+RUN_KEYS += ("speak_batch_size", "best_of")
+SWITCHES = {
+    "stream": "let it be heard while it is made",
+    "score": "tell how well it came out, by every judge that is installed",
+    "blind": "of a --page: hide which sound is whose",
+}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -618,104 +1373,110 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to say, a wav each")
     for name, words in {
-        "file": "texts, one a line",
+        "file": "texts, one a line; or a metadata.csv, whose recordings are then compared with",
         "tokens": "a file of ids to decode instead",
         "wav": "a recording to encode and decode instead",
-        "model": "adapter, checkpoint, merged folder or hub id (the last run's)",
+        "whisper": "faster-whisper's model for --score: its size or folder (base)",
+        "page": "folder for an index.html to listen to, instead of wavs",
         "voice": "voice name (the adapter's first)",
-        "out": "wav, or folder for several (out.wav, out/)",
+        "merge": "new folder for the adapter merged into its base, in 16 bits",
+        "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
         **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
+    words = "adapter, checkpoint, merged folder or hub id (the last run's); of a --page several"
+    parser.add_argument("--model", metavar="…", action="append", help=words)
+    for name, words in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=words)
     arguments = parser.parse_args()
-    asked = (arguments.texts, arguments.file, arguments.tokens, arguments.wav)
+    asked = (*(getattr(arguments, n) for n in ("texts", "file", "tokens", "wav", "merge")),)
     if sum(map(bool, asked)) != 1:
-        parser.error("give one of: texts, --file, --tokens, --wav")
+        parser.error("give one of: texts, --file, --tokens, --wav, --merge")
+    if len(arguments.model or []) > 1 and not arguments.page:
+        parser.error("several --model make a --page")
     return arguments
 
 
-def read_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts to say, none of them empty."""
-    texts = arguments.texts
-    if arguments.file:
-        texts = [line for line in read_text(arguments.file).splitlines() if line.strip()]
+def overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    return {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+
+
+def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
+    """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
+    texts, clips, source = arguments.texts, [], arguments.file or "command line"
+    if arguments.file and arguments.file.lower().endswith(".csv"):
+        rows = list(csv.DictReader(read_text(source).splitlines()))
+        if not all(row.get("file_name") and row.get("text") for row in rows):
+            raise Mistake(f"{source}: every row needs a file_name and a text")
+        texts = [row["text"] for row in rows]
+        clips = [Path(source).parent / row["file_name"] for row in rows]
+    elif arguments.file:
+        texts = [line for line in read_text(source).splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):
-        raise Mistake(f"{arguments.file or 'command line'}: the text is empty; give some to say")
-    return texts
+        raise Mistake(f"{source}: the text is empty; give some to say")
+    return texts, clips
 
 
-def read_run(arguments: argparse.Namespace) -> tuple[Settings, Path | None, list[str]]:
-    """(settings, model folder, voices) of --model; without it of config.json's run, or its base.
-
-    --wav and --tokens need no weights: where they name no model, there may be no folder.
-    """
-    overrides = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
-    plain = read_settings(None, overrides)
-    model, patterns = arguments.model, MODEL_FILES
-    if arguments.wav or arguments.tokens:
-        patterns = TOKENIZER_FILES
-    if model is None:
-        made = is_model(Path(plain.output_dir))
-        if not made and patterns is TOKENIZER_FILES:
-            return plain, None, []
-        model = plain.output_dir if made else plain.model
-        print(
-            f"model   {model}" if made else f"model   {model}, the base: no run in output_dir yet"
-        )
-    if not (arguments.wav or arguments.tokens):
-        check_machine(model)
-    folder = fetch(model, patterns)
-    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
-        if (home / SAVED_CONFIG).is_file():
-            voices = list(read_json(home / SAVED_REPORT)["voices"])
-            return read_settings(home / SAVED_CONFIG, overrides), folder, voices
-    return plain, folder, []
-
-
-def say(codec, codes: np.ndarray, path: Path, started: float, how: str, seed: int) -> np.ndarray:
-    """Decodes to `path` and tells what came of it; the samples."""
+def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> None:
+    """What the codec makes of a recording or of ids from elsewhere, to `out`."""
     import torch
 
-    torch.manual_seed(seed)
-    audio = decode(codec, codes)
-    write_audio(path, audio)
-    length, spent = len(audio) / SAMPLE_RATE, time.perf_counter() - started
-    print(f"{path}  {length:.2f} s of audio in {spent:.2f} s, {len(codes)} frames, {how}")
-    return audio
+    if arguments.wav:
+        codes, how = encode(codec, [read_audio(Path(arguments.wav))[0]])[0], "encoded and decoded"
+    else:
+        tokenizer = load_tokenizer(run.folder) if run.folder else None
+        codes, how = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"
+    torch.manual_seed(run.settings.seed)
+    row = Utterance("", [], 0, frames=list(codes), end=how)
+    save_speech(iter([([row], [decode(codec, codes)])]), out)
 
 
-def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None) -> list:
-    """Each text to its path, told one by one: [(samples, whether it ended by itself)]."""
-    ids = read_speech_ids(tokenizer, codec.codebook_size)
-    spoken = []
-    for text, path in zip(texts, paths, strict=True):
-        started = time.perf_counter()
-        codes, ended = generate(model, tokenizer, ids, text, settings, voice)
-        how = "ended by itself" if ended else "cut off at the limit: no end came (--max_seconds)"
-        spoken.append((say(codec, codes, path, started, how, settings.seed), ended))
-    return spoken
+def out_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
+    """Where each text goes: --out, or numbered wavs in it."""
+    several = bool(arguments.file) or count > 1
+    out = Path(arguments.out or ("out" if several else "out.wav"))
+    if str(out) not in HEARD:
+        return [out / f"{n:03}.wav" for n in range(1, count + 1)] if several else [out]
+    if several and str(out) == "-":
+        raise Mistake("--out -: a wav holds one text; pcm takes several, and so does a folder")
+    arguments.stream = True
+    return [out] * count
+
+
+def say(arguments: argparse.Namespace) -> None:
+    """The texts, or what was given in their place, to --out, or all to a --page."""
+    given = arguments.tokens or arguments.wav
+    texts, recordings = ([], []) if given else read_texts(arguments)
+    paths = out_paths(arguments, 1 if given else len(texts))
+    judges = load_judges(arguments.whisper or "base", recordings) if arguments.score else None
+    if arguments.page:
+        make_page(Path(arguments.page), texts, recordings, arguments, judges)
+        return
+    model = arguments.model[0] if arguments.model else None
+    run = read_run(model, overrides(arguments), TOKENIZER_FILES if given else MODEL_FILES)
+    if arguments.stream and run.settings.best_of > 1:
+        raise Mistake("--stream plays what comes first: leave out --best_of")
+    voice = choose_voice(arguments.voice, run)
+    codec = load_codec(run.settings.codec, device())
+    if given:
+        decode_given(arguments, run, codec, paths[0])
+        return
+    loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+    keep = arguments.score
+    more = {"pace": run.pace, "stream": arguments.stream, "judges": judges, "keep": keep}
+    speak(texts, paths, *loaded, codec, run.settings, voice, **more)
 
 
 def main() -> None:
     arguments = read_arguments()
-    texts = [] if arguments.tokens or arguments.wav else read_texts(arguments)
-    several = bool(arguments.file) or len(texts) > 1
-    out = Path(arguments.out or ("out" if several else "out.wav"))
-    paths = [out / f"{n:03}.wav" for n in range(1, len(texts) + 1)] if several else [out]
-    settings, folder, voices = read_run(arguments)
-    started = time.perf_counter()
-    codec = load_codec(settings.codec, device())
-    if arguments.wav:
-        codes = encode(codec, [read_audio(Path(arguments.wav))[0]])[0]
-        say(codec, codes, out, started, "encoded and decoded", settings.seed)
-    elif arguments.tokens:
-        tokenizer = load_tokenizer(folder) if folder else None
-        codes = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size)
-        say(codec, codes, out, started, "decoded", settings.seed)
-    else:
-        voice = arguments.voice or (voices[0] if voices else settings.voice)
-        model, tokenizer = load_model(str(folder), settings.weights == "4bit")
-        speak(texts, paths, model, tokenizer, codec, settings, voice)
+    piped = arguments.out in ("-", "pcm")
+    with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
+        if not arguments.merge:
+            say(arguments)
+            return
+        adapter = read_run(arguments.model[0] if arguments.model else None, {})
+        if not merge(adapter, choose_voice(arguments.voice, adapter), Path(arguments.merge)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

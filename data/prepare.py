@@ -801,6 +801,7 @@ class Report:
         """data_report.json: everything but the clips' own measures."""
         told = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths")}
         told |= {"rows": len(self.measures), "voices": self.voices}
+        told |= {"seconds": self.seconds, "characters": self.characters}  # the voice's pace
         told |= {"hours": self.seconds / 3600, "tokens": sum(m.tokens for m in self.measures)}
         text = json.dumps(told, indent=2, ensure_ascii=False)
         infer.write_text(folder / infer.SAVED_REPORT, text + "\n")

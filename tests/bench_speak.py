@@ -1,0 +1,153 @@
+"""Speaking by our own loop against model.generate: tokens/s, real-time factor, first audio.
+
+python tests/bench_speak.py                                       # the demo's base, on any machine
+python tests/bench_speak.py --shape orpheus-3b                    # random bf16 weights, on a GPU
+python tests/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
+
+Ends are switched off, so that all speak equally long; every way takes its turn in every round.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import infer  # noqa: E402
+
+SHAPES = {  # of the Llama and of the codec; "demo" is loaded
+    "orpheus-3b": (
+        {
+            "vocab_size": 156_940,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_theta": 500_000.0,
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        {
+            "encoder_dim": 48,
+            "encoder_rates": [2, 4, 8, 8],
+            "decoder_dim": 1024,
+            "decoder_rates": [8, 8, 4, 2],
+            "attn_window_size": None,
+            "codebook_size": 4096,
+            "vq_strides": [4, 2, 1],
+            "noise": True,
+            "depthwise": True,
+        },
+    )
+}
+
+
+def load(shape: str):
+    """(model, codec, ids whose end is a token that no model writes)."""
+    import torch
+
+    if shape == "demo":
+        model, tokenizer = infer.load_model(str(ROOT / "data/demo/base"))
+        codec = infer.load_codec(str(ROOT / "data/demo/codec"), infer.device())
+        ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
+        return model, codec, ids._replace(eos=ids.pad)
+    from snac import SNAC
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama, snac = SHAPES[shape]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(infer.device()):
+        model = LlamaForCausalLM(LlamaConfig(**llama)).eval()
+    torch.set_default_dtype(torch.float32)
+    codec = SNAC(**snac).eval().to(infer.device())
+    first = 128_257
+    ids = infer.SpeechIds(128_000, 128_009, *range(first, first + 7), first + 9, 4096)
+    return model, codec, ids._replace(eos=ids.pad)
+
+
+def utterances(ids, count: int, frames: int) -> list:
+    """Rows with prompts of 20 to 40 tokens, each as long as the others."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(20, 41, count)
+    prompts = [[*draw.integers(0, 250, n).tolist(), ids.sos] for n in lengths]
+    return [infer.Utterance("", prompt, frames) for prompt in prompts]
+
+
+def generate(model, codec, ids, rows, settings, static=None) -> float:
+    """model.generate, then the codec over each whole row; seconds to the first sound."""
+    started = time.perf_counter()
+    infer.generate_plainly(model, rows, ids, settings)
+    infer.decode(codec, rows[0].codes)
+    first = time.perf_counter() - started
+    for row in rows[1:]:
+        infer.decode(codec, row.codes)
+    return first
+
+
+def ours(model, codec, ids, rows, settings, static=None) -> float:
+    """Our loop, the first row streamed; seconds to the first sound."""
+    started, first = time.perf_counter(), None
+    frames = infer.speak_frames(model, rows, ids, settings, static)
+    for _ in infer.decode_stream(codec, (rows[0].frames[-1] for _ in frames)):
+        first = first or time.perf_counter() - started
+    for row in rows[1:]:
+        list(infer.decode_stream(codec, row.frames))
+    return first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=["demo", *SHAPES], default="demo")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of speech in every row")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    import torch
+
+    model, codec, ids = load(arguments.shape)
+    settings = infer.read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
+    frames = int(arguments.seconds * infer.SAMPLE_RATE / infer.FRAME_SAMPLES)
+    ways = {"generate": (generate, None), "ours": (ours, False), "ours, static": (ours, True)}
+    for speak, static in ways.values():  # warm
+        speak(model, codec, ids, utterances(ids, 1, 3), settings, static)
+    print(f"{arguments.shape} on {infer.device()}, {frames} frames a row; median (least to most)")
+    print(f"{'batch':>5} {'way':14} {'tokens/s':>24} {'real-time factor':>18} {'first audio':>12}")
+    for count in arguments.batch:
+        spent, firsts = {name: [] for name in ways}, {name: [] for name in ways}
+        for _ in range(arguments.rounds):
+            for name, (speak, static) in ways.items():
+                rows = utterances(ids, count, frames)
+                started = time.perf_counter()
+                firsts[name].append(speak(model, codec, ids, rows, settings, static))
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                spent[name].append(time.perf_counter() - started)
+                assert all(len(row.frames) == frames for row in rows)
+        for name, seconds in spent.items():
+            tokens = sorted(count * frames * infer.SLOTS / s for s in seconds)
+            rate = f"{statistics.median(tokens):,.0f} ({tokens[0]:,.0f} to {tokens[-1]:,.0f})"
+            sound = count * frames * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
+            factor = statistics.median(seconds) / sound
+            first = statistics.median(firsts[name])
+            print(f"{count:5} {name:14} {rate:>24} {factor:18.3f} {first:10.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    infer.run(main)

@@ -1,0 +1,584 @@
+"""Speaking: the loop against model.generate, the stream against the whole, batches, long texts."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, one_line
+
+import infer
+
+TEXTS = ["seven", "one two three four five six", "nine zero two", "four four eight one"]
+
+
+@pytest.fixture(scope="session")
+def model(ids):
+    """Random weights: small and quick, with grouped queries, and ends that come now and then."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=ids.audio + infer.SLOTS * ids.codebook_size,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.lm_head.weight.data[ids.eos] *= 1.5
+    return model
+
+
+def demo(**keys):
+    return infer.read_settings("data/demo/config.json", {n: str(v) for n, v in keys.items()})
+
+
+def begun(model, tokenizer, ids, texts, settings, voices=("rms",)):
+    voices = [voices[n % len(voices)] for n in range(len(texts))]
+    pairs = zip(texts, voices, strict=True)
+    return [infer.begin(model, tokenizer, ids, text, settings, voice) for text, voice in pairs]
+
+
+def spoken(model, tokenizer, ids, texts, settings, static=False):
+    rows = begun(model, tokenizer, ids, texts, settings, ("rms", "awb"))
+    for _ in infer.speak_frames(model, rows, ids, settings, static):
+        pass
+    return rows
+
+
+def same(rows, others):
+    return all(
+        a.end == b.end and np.array_equal(a.codes, b.codes)
+        for a, b in zip(rows, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_generate_batched_and_one_by_one(model, tokenizer, ids, penalty):
+    settings = demo(temperature=0, repetition_penalty=penalty, max_seconds=1.1)
+    plain = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
+    for row in plain:
+        infer.generate_plainly(model, [row], ids, settings)
+    assert sum(len(row.frames) for row in plain) > 20
+    assert same(spoken(model, tokenizer, ids, TEXTS, settings), plain)
+    assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), plain)
+    together = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
+    infer.generate_plainly(model, together, ids, settings)
+    assert same(together, plain)
+    for n, text in enumerate(TEXTS[:2]):
+        row = begun(model, tokenizer, ids, [text], settings, (("rms", "awb")[n],))
+        infer.speak_rows(model, row, ids, settings)
+        assert same(row, plain[n : n + 1])
+
+
+def test_a_wav_is_the_same_by_seed_alone_and_in_any_batch(model, tokenizer, ids):
+    settings = demo(temperature=0.9, max_seconds=1.5)
+    together = spoken(model, tokenizer, ids, TEXTS, settings)
+    assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), together)
+    alone = begun(model, tokenizer, ids, TEXTS[2:3], settings)
+    infer.speak_rows(model, alone, ids, settings)
+    assert same(alone, together[2:3])
+    other = begun(model, tokenizer, ids, TEXTS[2:3], demo(temperature=0.9, seed=1))
+    infer.speak_rows(model, other, ids, demo(temperature=0.9, max_seconds=1.5, seed=1))
+    assert not same(other, alone)
+
+
+def test_a_row_that_is_ended_from_outside_leaves_the_others_as_they_were(model, tokenizer, ids):
+    settings = demo(temperature=0, max_seconds=1.5)
+    for static in (False, True):
+        whole = spoken(model, tokenizer, ids, TEXTS, settings, static)
+        rows = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
+        for n, _ in enumerate(infer.speak_frames(model, rows, ids, settings, static), 1):
+            if n == 3:
+                rows[1].end = "enough"
+        assert (rows[1].end, len(rows[1].frames)) == ("enough", 3)
+        assert same([rows[0], *rows[2:]], [whole[0], *whole[2:]])
+
+
+def test_a_head_that_is_not_plain_is_used_whole(model, tokenizer, ids):
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    settings, head = demo(temperature=0, max_seconds=1), model.lm_head
+    plain = spoken(model, tokenizer, ids, TEXTS, settings)
+    model.lm_head = Wrapped(*head.weight.shape[::-1], bias=False)
+    model.lm_head.weight = head.weight
+    try:
+        assert same(spoken(model, tokenizer, ids, TEXTS, settings), plain)
+    finally:
+        model.lm_head = head
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "penalty"), [(0.6, 0.8, 1.3), (1.5, 1.0, 1.0)])
+def test_draws_are_spread_as_transformers_spreads_them(temperature, top_p, penalty):
+    """Over 20,000 evenly spaced chances each choice comes as often as its probability says."""
+    from transformers import generation
+
+    torch.manual_seed(0)
+    scores, drawn = torch.randn(1, 60) * 2, torch.arange(0, 60, 7)[None]
+    shares = generation.RepetitionPenaltyLogitsProcessor(penalty)(drawn, scores.clone())
+    shares = generation.TemperatureLogitsWarper(temperature)(drawn, shares)
+    shares = generation.TopPLogitsWarper(top_p)(drawn, shares).softmax(-1)[0]
+    settings = demo(temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+    used = torch.zeros(1, 60, dtype=torch.bool).scatter_(1, drawn, True)
+    chances = (torch.arange(20_000) + 0.5) / 20_000
+    many = (scores.expand(20_000, -1), used.expand(20_000, -1))
+    counts = torch.bincount(infer.draw(*many, settings, chances), minlength=60) / 20_000
+    assert (counts - shares).abs().max() < 3e-4
+    assert (counts[shares == 0] == 0).all()
+
+
+# ---------------------------------------------------------------- streams
+
+
+def noisy_codec():
+    """SNAC's shape with random weights, with the noise blocks that the full-size decoder has."""
+    from snac import SNAC
+
+    torch.manual_seed(0)
+    keys = json.loads((ROOT / "data/demo/codec/config.json").read_text())
+    return SNAC(**keys | {"noise": True, "decoder_dim": 32}).eval()
+
+
+def test_every_frame_comes_once_in_every_chunking():
+    """A codec that says which frame it was given: each comes out once, in order, code 0 kept."""
+
+    class Naming:
+        def parameters(self):
+            yield torch.zeros(1)
+
+        def decode(self, levels):  # the coarse code, over the frame's samples
+            return levels[0].repeat_interleave(infer.FRAME_SAMPLES, dim=-1)[:, None].float()
+
+    for length in range(1, 41):
+        codes = np.zeros((length, 7), dtype=np.int64)
+        codes[:, 0] = np.arange(length)
+        for size in range(1, 42):
+            pieces = list(infer.decode_stream(Naming(), iter(codes), size))
+            heard = np.concatenate(pieces)[:: infer.FRAME_SAMPLES]
+            assert heard.tolist() == list(range(length)), (length, size)
+            assert sum(map(len, pieces)) == length * infer.FRAME_SAMPLES
+
+
+def test_a_piece_comes_as_soon_as_its_context_is_there(codec):
+    taken = []
+
+    def frames():
+        for n in range(20):
+            taken.append(n)
+            yield np.zeros(7, np.int64)
+
+    next(infer.decode_stream(codec, frames(), 4))
+    assert len(taken) == 4 + infer.CONTEXT
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 12, 40])
+def test_a_stream_equals_the_whole(codec, length):
+    """But for float32's last digit: in which order torch adds up depends on the length."""
+    codes = np.random.default_rng(length).integers(0, codec.codebook_size, (length, 7))
+    whole = infer.decode(codec, codes)
+    for size in (1, 4, 9):
+        pieces = np.concatenate(list(infer.decode_stream(codec, iter(codes), size)))
+        assert pieces.shape == whole.shape and abs(pieces - whole).max() < 1e-6, size
+
+
+def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
+    """≥ 90 dB where every sample has the noise of its place, whatever piece it is decoded in."""
+    codec, done = noisy_codec(), {}
+    field = torch.randn(8, 1, 90 * infer.FRAME_SAMPLES, generator=torch.Generator().manual_seed(0))
+    first = [0]  # sample of the whole where the piece at hand begins
+
+    def noise(shape, **_):
+        length = shape[-1]
+        rate = done["samples"] // length  # samples of sound a step of this block
+        start = first[0] // rate
+        return field[len(str(rate)), :, start : start + length][None]
+
+    monkeypatch.setattr("snac.layers.torch.randn", noise)
+    decode = infer.decode
+
+    def placed(codec, codes):
+        first[0] = int(codes[0][0]) * infer.FRAME_SAMPLES  # the coarse code counts the frames
+        done["samples"] = len(codes) * infer.FRAME_SAMPLES
+        return decode(codec, codes)
+
+    monkeypatch.setattr(infer, "decode", placed)
+    codes = np.random.default_rng(0).integers(0, codec.codebook_size, (40, 7))
+    codes[:, 0] = np.arange(40)
+    whole = infer.decode(codec, codes)
+    for size in (1, 4, 9):
+        pieces = np.concatenate(list(infer.decode_stream(codec, iter(codes), size)))
+        error = np.sqrt(((pieces - whole) ** 2).mean() / (whole**2).mean())
+        assert 20 * np.log10(error + 1e-12) < -90, size
+
+
+def say(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
+    infer.main()
+
+
+SHORT = ["--model", "data/demo/base", "--codec", "data/demo/codec", "--max_seconds", "0.9"]
+
+
+def test_stream_pipe_and_file_are_bit_for_bit_the_same(tmp_path, monkeypatch, capfdbinary):
+    words = ["seven two nine", *SHORT, "--voice", "rms"]
+    say(monkeypatch, *words, "--out", tmp_path / "whole.wav")
+    whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
+    assert len(whole) > 0
+    say(monkeypatch, *words, "--stream", "--out", tmp_path / "grown.wav")
+    printed = capfdbinary.readouterr().out
+    assert b"first audio after" in printed and b"real-time factor" in printed
+    assert np.array_equal(soundfile.read(tmp_path / "grown.wav", dtype="int16")[0], whole)
+    for name, header in (("-", 44), ("pcm", 0)):
+        say(monkeypatch, *words, "--out", name)
+        sys.__stdout__.flush()
+        piped = capfdbinary.readouterr()
+        assert np.array_equal(np.frombuffer(piped.out[header:], "<i2"), whole), name
+        assert b"first audio after" in piped.err
+
+
+def test_a_growing_wav_is_a_whole_wav_at_any_time(tmp_path):
+    with infer.growing_audio(tmp_path / "a.wav") as write:
+        for n in range(1, 4):
+            write(np.full(1000, 0.25, np.float32))
+            heard, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+            assert (len(heard), rate, heard[-1]) == (1000 * n, 24_000, 8192)
+
+
+# ---------------------------------------------------------------- long texts, voices
+
+
+def test_long_text_is_split_at_sentences_then_at_words():
+    text = "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he? Yes, e.g. today! " + "word " * 30
+    parts = infer.split_text(text, 60)
+    assert " ".join(parts) == " ".join(text.split())
+    assert parts[:2] == [
+        "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he?",
+        "Yes, e.g. today!",
+    ] or (all(part.endswith((".", "?", "!")) for part in parts[:2]))
+    assert all(len(part) <= 60 for part in parts)
+    assert infer.split_text(" short.  one ", 60) == ["short. one"]
+    assert infer.split_text("one. " + "x" * 99, 60) == ["one.", "x" * 99]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3, 99])
+def test_parts_are_joined_with_a_pause_and_no_click(count, size):
+    """Whatever the pieces: all samples but the faded edges as they were, a pause between."""
+    parts = [np.full(4 * infer.FRAME_SAMPLES, n + 1, np.float32) for n in range(count)]
+    pieces = [np.split(part, range(size * 2048, len(part), size * 2048)) for part in parts]
+    heard = np.concatenate(list(infer.joined(pieces)))
+    pause = int(infer.PAUSE * infer.SAMPLE_RATE)
+    assert len(heard) == count * 4 * 2048 + (count - 1) * pause
+    assert abs(np.diff(heard)).max() <= count / (infer.FADE - 1) + 1e-6 if count > 1 else True
+    for n, part in enumerate(parts):
+        start = n * (len(part) + pause)
+        fades = (infer.FADE if n else 0, infer.FADE if n < count - 1 else 0)
+        inner = slice(start + fades[0], start + len(part) - fades[1])
+        assert (heard[inner] == n + 1).all()
+        assert n == count - 1 or not heard[start + len(part) : start + len(part) + pause].any()
+
+
+def test_a_long_text_streamed_and_not(tmp_path, monkeypatch, capsys):
+    """Parts in batches of two: as if each were spoken alone, with pauses."""
+    text = "one two three four. three. seven eight nine. zero five."
+    words = [text, *SHORT, "--speak_batch_size", "2", "--out"]
+    say(monkeypatch, *words, tmp_path / "whole.wav")
+    printed = capsys.readouterr().out
+    say(monkeypatch, *words, tmp_path / "grown.wav", "--stream")
+    whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
+    assert np.array_equal(soundfile.read(tmp_path / "grown.wav", dtype="int16")[0], whole)
+    parts = infer.split_text(text, 20)
+    frames = int(re.search(r"(\d+) frames", printed)[1])
+    pause = int(infer.PAUSE * infer.SAMPLE_RATE)
+    assert len(parts) == 4 and len(whole) == frames * 2048 + 3 * pause
+    say(monkeypatch, parts[0], *SHORT, "--out", tmp_path / "first.wav")
+    first = soundfile.read(tmp_path / "first.wav", dtype="int16")[0][: -infer.FADE]
+    assert np.array_equal(whole[: len(first)], first)
+
+
+def test_several_texts_are_each_as_alone(tmp_path, model, tokenizer, ids, codec):
+    settings = demo(temperature=0.8, max_seconds=1, speak_batch_size=3)
+    paths = [tmp_path / f"{n}.wav" for n in range(4)]
+    infer.speak(TEXTS, paths, model, tokenizer, codec, settings, "rms")
+    infer.speak(TEXTS[2:3], [tmp_path / "alone.wav"], model, tokenizer, codec, settings, "rms")
+    assert (tmp_path / "alone.wav").read_bytes() == paths[2].read_bytes()
+    assert (tmp_path / "alone.wav").read_bytes() != paths[1].read_bytes()
+
+
+def test_a_voice_that_was_not_trained_is_told(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(ROOT / "data/demo/base" / name)
+    (tmp_path / infer.SAVED_CONFIG).write_text((ROOT / "data/demo/config.json").read_text())
+    (tmp_path / infer.SAVED_REPORT).write_text('{"voices": {"slt": 9, "rms": 4}}')
+    line = one_line(infer.main, monkeypatch, "hi", "--model", tmp_path, "--voice", "stl")
+    assert line == f"--voice stl: {tmp_path} was trained on slt, rms"
+
+
+def test_mistakes_in_speaking_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    cases = [
+        (["--stream", "--out", tmp_path / "a.flac"], "a stream goes to a .wav"),
+        (["--out", "speakers"], "speakers: "),
+        (["--stream", "--best_of", "2"], "leave out --best_of"),
+        (["--out", "-", "again"], "a wav holds one text"),
+        (["--out", tmp_path / "file/a.wav"], "cannot be written"),
+        (["--stream", "--out", tmp_path / "file/a.wav"], "cannot be written"),
+        (["--best_of", "0"], "best_of"),
+    ]
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    for words, line in cases:
+        assert line in one_line(infer.main, monkeypatch, *SHORT, *words, "hi"), words
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def told_fault(coarse, text="x" * 30, pace=0.07):
+    row = infer.Utterance(text, [], 999, frames=[np.array([code, *range(6)]) for code in coarse])
+    return infer.fault(row, pace)
+
+
+def test_loops_and_runaways_are_told_from_speech():
+    speech = np.random.default_rng(0).integers(0, 50, 48).tolist()
+    assert told_fault(speech) == ""
+    assert told_fault(speech[:20] + [7] * 23) == "" != told_fault(speech[:20] + [7] * 24)
+    assert "loop: 5 frames" in told_fault(speech[:20] + speech[:5] * 5)
+    assert "runaway" in told_fault(speech * 3)
+    assert told_fault(speech * 1 + list(range(90)), pace=None) == ""
+
+
+def test_silence_is_measured():
+    tone = np.sin(np.arange(24_000) / 10).astype(np.float32)
+    assert infer.longest_silence(tone) < 0.1
+    gap = np.concatenate([tone, np.zeros(36_000, np.float32), tone])
+    assert infer.longest_silence(gap) == pytest.approx(1.5, abs=0.05)
+    assert infer.longest_silence(np.concatenate([tone, 0.001 * tone])) == pytest.approx(1, abs=0.1)
+    assert infer.longest_silence(np.zeros(48_000, np.float32)) > 1.9
+
+
+def test_the_best_of_several_is_kept_and_the_faults_told(model, tokenizer, ids, codec, capsys):
+    """Candidates that loop leave early; one that ends by itself at the voice's pace is kept."""
+    settings = demo(temperature=0.9, max_seconds=4, best_of=3)
+    text = "seven two nine"
+    begin = [infer.begin(model, tokenizer, ids, text, settings, "rms", n) for n in range(3)]
+
+    def frames(model, rows, ids, settings):
+        for n in range(40):
+            for row in rows:
+                loops = row.candidate == 0
+                code = 5 if loops else (n * 37) % 251
+                if not row.end:
+                    row.frames.append(np.full(7, code))
+                if row.candidate == 2 and n == 14:
+                    row.end = infer.BY_ITSELF
+            if all(row.end for row in rows):
+                return
+            yield
+        for row in rows:
+            row.end = row.end or infer.CUT_OFF
+
+    original, infer.speak_frames = infer.speak_frames, frames
+    try:
+        kept = infer.speak_best([begin], model, codec, ids, settings, 0.09, ())
+    finally:
+        infer.speak_frames = original
+    printed = capsys.readouterr().out
+    assert kept == [begin[2]]
+    assert len(begin[0].frames) == 24 and "loop" in begin[0].end
+    assert "runaway" in begin[1].end or begin[1].end == infer.CUT_OFF
+    assert "kept candidate 3 of 3, 2 at fault" in printed and "1 loop: 1 frames" in printed
+
+
+def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
+    model, tokenizer, ids, codec
+):
+    plain, several = (demo(temperature=0.9, max_seconds=1, best_of=n) for n in (1, 3))
+    rows = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
+    infer.speak_best([rows], model, codec, ids, several, None, ())
+    alone = infer.begin(model, tokenizer, ids, "nine", plain, "rms")
+    infer.speak_rows(model, [alone], ids, plain)
+    assert same([rows[0]], [alone])
+    assert not same([rows[1]], [alone]) and not same([rows[1]], [rows[2]])
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, out = infer.read_run(str(finished[0]), {}), tmp_path / "merged"
+    assert infer.merge(run, "slt", out), capsys.readouterr().out
+    assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
+    weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert weights.dtype == torch.float16 and not (out / "adapter_config.json").exists()
+    plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
+    adapter, _ = infer.load_model(str(finished[0]))
+    ids = infer.read_speech_ids(tokenizer, 256)
+    row = infer.read_greedily(adapter, tokenizer, ids, run.settings, "slt")[0]
+    prompt = torch.tensor([infer.prompt_ids(tokenizer, ids, row.text, "slt")])
+    speech = plain.generate(
+        prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
+        logits_processor=[infer.SlotProcessor(ids, prompt.shape[1])],
+    )[0, prompt.shape[1] :]  # fmt: skip
+    assert speech.tolist() == infer.codes_to_ids(row.codes, ids).tolist()
+    again = infer.read_run(str(out), {})
+    assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
+    card = (out / "README.md").read_text()
+    assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
+
+
+def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
+    tmp_path, finished, monkeypatch, capsys
+):
+    load = infer.load_model
+
+    def worse(path, in_4bit=False, merged=False):
+        model, tokenizer = load(path, in_4bit, merged)
+        if merged:
+            model.model.norm.weight.data.neg_()
+        return model, tokenizer
+
+    monkeypatch.setattr(infer, "load_model", worse)
+    with pytest.raises(SystemExit) as stopped:
+        say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
+    assert stopped.value.code == 1
+    assert "parity  FAILED" in capsys.readouterr().out
+    line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
+    assert "nothing to merge" in line
+    words = ("--merge", tmp_path / "merged", "--model", finished[0])
+    assert "is there already" in one_line(infer.main, monkeypatch, *words)
+
+
+# ---------------------------------------------------------------- scores, pages
+
+
+def test_scores_tell_what_could_be_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    say(monkeypatch, "seven", *SHORT, "--score", "--out", tmp_path / "a.wav")
+    printed = capsys.readouterr().out
+    assert "scores  silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
+    assert re.search(r"\n +silence \d\.\d\d\n", printed)  # no pace: the base's is not known
+
+
+def test_judges_are_asked_and_the_better_candidate_is_kept(tmp_path, monkeypatch, capsys):
+    """Of two that end alike the one with fewer wrong words is kept, whatever its pace."""
+    heard = {"good": {"wer": 0.0, "pace": 2.0}, "bad": {"wer": 0.5, "pace": 1.0}}
+    row = infer.Utterance("x", [], 9, end=infer.BY_ITSELF)
+    ranks = {name: infer.rank(row, {"silence": 0.1} | told) for name, told in heard.items()}
+    assert ranks["good"] < ranks["bad"]
+    cut = infer.Utterance("x", [], 9, end=infer.CUT_OFF)
+    assert infer.rank(cut, {"silence": 0.1, "wer": 0.0}) > ranks["bad"]
+    assert infer.rank(row, {"silence": 2.0, "wer": 0.0}) > ranks["bad"]
+
+
+@pytest.fixture
+def listening_page(tmp_path, monkeypatch):
+    """page(*words): index.html of two lines, one of them hostile, with recordings."""
+    text = '<script>alert(1)</script> & "seven" </section>'
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, np.sin(np.arange(12_000) / 20), 24_000)
+    rows = f'file_name,text\na.wav,"{text.replace(chr(34), chr(34) * 2)}"\nb.wav,two\n'
+    (tmp_path / "lines.csv").write_text(rows)
+
+    def page(*words):
+        names = ["--file", tmp_path / "lines.csv", "--page", tmp_path / "page", "--score"]
+        say(monkeypatch, *names, *SHORT, *words)
+        return text, (tmp_path / "page/index.html").read_text()
+
+    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    return page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+FLAGS += " --disable-background-networking --disable-component-update"
+FLAGS += " --autoplay-policy=no-user-gesture-required --remote-debugging-pipe"
+LOADED = "document.readyState === 'complete' && document.querySelectorAll('audio').length"
+PLAY = """(async () => {
+  for (const button of document.querySelectorAll("figcaption button")) button.click();
+  const played = [];
+  for (const audio of document.querySelectorAll("audio")) {
+    await audio.play();
+    await new Promise((resolve) => (audio.onended = resolve));
+    played.push([audio.duration, audio.currentTime]);
+  }
+  const texts = (tag) => [...document.querySelectorAll(tag)].map((e) => e.textContent);
+  const images = [...document.images].map((image) => image.naturalHeight);
+  return { played, images, lines: texts("h2"), names: texts("figcaption"), scores: texts("p") };
+})()"""
+
+
+def in_browser(folder, url, expression):
+    """What JavaScript answers on a page in headless Chromium, asked through its debugging pipe."""
+    (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
+    flags = f"{FLAGS} --user-data-dir={folder / 'profile'} {url}"
+    command = f"exec {CHROMIUM} {flags} 3<&{their_in} 4>&{their_out}"
+    browser = subprocess.Popen(
+        ["bash", "-c", command], pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL
+    )
+    os.close(their_in), os.close(their_out)
+    replies = os.fdopen(our_in, "rb", buffering=0)
+
+    def ask(method, session=None, **parameters):
+        message = {"id": 1, "method": method, "params": parameters}
+        message |= {"sessionId": session} if session else {}
+        os.write(our_out, json.dumps(message).encode() + b"\0")
+        while True:
+            raw = b"".join(iter(lambda: replies.read(1), b"\0"))
+            if "id" in (reply := json.loads(raw)):
+                return reply.get("result", {})
+
+    try:
+        pages = []
+        while not pages:
+            pages = [t for t in ask("Target.getTargets")["targetInfos"] if t["url"] == url]
+        found = pages[0]["targetId"]
+        session = ask("Target.attachToTarget", targetId=found, flatten=True)["sessionId"]
+        asked = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        loaded = asked | {"expression": LOADED}
+        while not ask("Runtime.evaluate", session, **loaded).get("result", {}).get("value"):
+            time.sleep(0.2)
+        return ask("Runtime.evaluate", session, **asked)["result"]["value"]
+    finally:
+        browser.kill()
+        browser.wait()
+        os.close(our_out), replies.close()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here (apt-get install chromium)")
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_page_plays_in_a_browser(tmp_path, listening_page, blind):
+    text, _ = listening_page("--model", "data/demo/base", *["--blind"] * blind)
+    url = (tmp_path / "page/index.html").as_uri()
+    before = in_browser(tmp_path, url, "document.body.innerText")
+    assert ("recording" not in before) == blind and ("silence" not in before) == blind
+    seen = in_browser(tmp_path, url, PLAY)
+    assert seen["images"] == [80] * 4
+    assert all(length == at > 0 for length, at in seen["played"]), seen
+    assert len(seen["played"]) == 4 and [0.5, 0.5] in seen["played"]
+    assert seen["lines"] == [text, "two"]
+    assert sorted(seen["names"]) == ["data/demo/base"] * 2 + ["recording"] * 2
+    assert sum(words.startswith("silence 0.") for words in seen["scores"]) == 4
+
+
+def test_a_page_holds_all_and_no_text_is_markup(tmp_path, listening_page):
+    text, page = listening_page("--model", "data/demo/base", "--model", "data/demo/base/")
+    assert "<script>alert" not in page and "https://" not in page
+    told = json.loads(re.search(r'id="page">(.*?)</script>', page, re.S)[1])
+    assert told["lines"][0]["text"] == text
+    assert told["columns"] == ["recording", "data/demo/base", "data/demo/base/"]
+    cells = told["lines"][1]["cells"]
+    wav = base64.b64decode(cells[0]["audio"].removeprefix("data:audio/wav;base64,"))
+    assert soundfile.info(io.BytesIO(wav)).frames == 12_000
+    assert cells[1]["audio"] == cells[2]["audio"] and cells[1]["scores"].startswith("silence")
