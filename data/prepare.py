@@ -824,9 +824,8 @@ def draw_report(report: Report, path: Path) -> None:
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if report.voices:
         right.legend()
-    part = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
-    figure.savefig(part, dpi=100)
-    os.replace(part, path)
+    with infer.whole_file(path) as part:
+        figure.savefig(part, dpi=100, format="png")
     pyplot.close(figure)
 
 

@@ -1,26 +1,26 @@
 """Build the demo from nothing but Debian's flite: sample clips, tiny SNAC codec, tiny Llama base.
 
-python data/demo/make_demo.py                                 # everything: an hour or so, a guess
+python data/demo/make_demo.py                                 # everything
 python data/demo/make_demo.py --stage train                   # one stage; a killed one goes on
-DEMO_WORK=/tmp/work python data/demo/make_demo.py             # clips and checkpoints elsewhere
+DEMO_WORK=/tmp/work python data/demo/make_demo.py             # codes and checkpoints elsewhere
 
-To make a demo of your own, change VOICES, WORDS and `speak`. Seeds are fixed, so the clips come out
-the same; floating point differs from machine to machine, so codebooks and weights come out alike,
-not bit by bit. Stages: clips, codec, encode, train (decoder and base in parallel). The weights
-beside this file were made in several sittings, while its settings changed: see data/README.md.
+To make a demo of your own, change VOICES, WORDS and `say_word`. Seeds are fixed, so the clips come
+out the same; floating point differs from machine to machine, so codebooks and weights come out
+alike, not bit by bit. Stages: numbers, codec, encode, train (decoder and base in parallel).
 """
 
 import argparse
 import copy
 import csv
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
-import threading
+import tempfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,30 +33,16 @@ RATE = 24_000  # Hz
 FRAME = 2_048  # samples
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
-# name: (flite's voice, size of the formants, pitch in Hz, tempo, clips). The base learns the first
-# three to speak them, and their disguises to learn what may differ from voice to voice. slt is the
-# new voice: the codec hears it, the base never does. They speak in monotone, at multiples of the
-# codec's 46.875 latents a second: its small decoder then need not follow a pitch, only repeat one.
-# (rms goes its own way: flite cannot set its pitch.)
-VOICES = {
-    "rms": ("rms", 1.0, None, 1.0, 4000),
-    "awb": ("awb", 1.0, 140.625, 1.0, 4000),
-    "kal16": ("kal16", 1.0, 93.75, 1.0, 4000),
-    "slt": ("slt", 1.0, 187.5, 1.0, 400),
-    "amy": ("awb", 1.15, 187.5, 1.0, 150),
-    "bea": ("awb", 1.2, 234.375, 1.0, 150),
-    "cat": ("kal16", 1.16, 187.5, 1.0, 150),
-    "dot": ("awb", 1.08, 187.5, 1.1, 150),
-    "eve": ("kal16", 1.12, 187.5, 1.1, 150),
-    "fay": ("kal16", 1.2, 187.5, 1.1, 150),
-    "gus": ("awb", 0.92, 93.75, 0.95, 150),
-    "hal": ("rms", 0.92, None, 1.05, 150),
-    "ian": ("kal16", 0.94, 93.75, 0.95, 150),
-    "jim": ("awb", 1.0, 93.75, 1.1, 150),
-    "kim": ("rms", 1.06, None, 1.1, 150),
-    "leo": ("kal16", 1.06, 140.625, 1.05, 150),
+# name: (flite's voice, how much its formants and pitch are raised). The base learns the first three
+# to speak them, and disguises of theirs to learn what may differ from voice to voice. slt is the
+# new voice: the codec hears it, the base never does.
+VOICES = {name: (name, 1.0) for name in ("rms", "awb", "kal16", "slt")}
+NEW = "slt"
+RAISED = (0.86, 0.93, 1.07, 1.14, 1.22)
+VOICES |= {
+    f"{name}{raised}": (name, raised) for name in ("rms", "awb", "kal16") for raised in RAISED
 }
-SHARES = {"rms": 0.2, "awb": 0.2, "kal16": 0.2, "slt": 0.34}  # of the decoder's attention
+CLIPS = 500  # of each voice
 
 # As the full-size codec sees at most 4,096 samples ahead and three frames around, so does this one.
 CODEC = {
@@ -102,25 +88,32 @@ def test_texts(seed: int, count: int, lengths=(3, 6)) -> list[str]:
 
 
 def speak(voice: str, text: str) -> np.ndarray:
-    """(samples,) float32 at 24 kHz: flite's wav, resampled and trimmed."""
+    """(samples,) float32 at 24 kHz: the words one after the other, as a speaking clock says them.
+
+    Each word was said once, alone, and fills whole frames: its codes are the same wherever it
+    stands, which a base of four million parameters can learn in minutes.
+    """
+    return np.concatenate([say_word(voice, word) for word in text.split()])
+
+
+@functools.cache
+def say_word(voice: str, word: str) -> np.ndarray:
+    """(frames x 2,048,) float32: flite's wav of one word, trimmed, with an RMS of 0.1."""
     import soundfile
     import soxr
 
-    flite, formants, pitch, tempo, _ = VOICES[voice]
-    path = WORK / f"{os.getpid()}-{threading.get_ident()}.wav"
-    command = ["flite", "-voice", flite, "-t", text, "-o", str(path)]
-    command += ["--setf", f"duration_stretch={formants / tempo}"]
-    if pitch:
-        command += ["--setf", f"int_f0_target_mean={pitch / formants}"]
-        command += ["--setf", "int_f0_target_stddev=0.01"]
-    subprocess.run(command, check=True)
-    audio, rate = soundfile.read(path, dtype="float32")
-    path.unlink()
-    # taken as if recorded `formants` times faster, which moves pitch and formants up alike
-    return trim(soxr.resample(audio, rate * formants, RATE).astype(np.float32))
+    flite, raised = VOICES[voice]
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        command = ["flite", "-voice", flite, "-t", word, "-o", file.name]
+        subprocess.run([*command, "--setf", f"duration_stretch={raised}"], check=True)
+        audio, rate = soundfile.read(file.name, dtype="float32")
+    # taken as if recorded `raised` times faster, which moves pitch and formants up alike
+    audio = trim(soxr.resample(audio, rate * raised, RATE))
+    audio = np.pad(audio, (0, -len(audio) % FRAME))
+    return np.clip(audio, -0.99, 0.99).astype(np.float32)
 
 
-def trim(audio: np.ndarray, keep: float = 0.05) -> np.ndarray:
+def trim(audio: np.ndarray, keep: float = 0.03) -> np.ndarray:
     """Fade `keep` seconds of silence at both ends, cut the rest; speech gets an RMS of 0.1."""
     step, margin = RATE // 100, int(keep * RATE)
     loudness = np.sqrt((audio[: len(audio) // step * step].reshape(-1, step) ** 2).mean(axis=1))
@@ -130,25 +123,7 @@ def trim(audio: np.ndarray, keep: float = 0.05) -> np.ndarray:
     ramp = np.linspace(0, 1, margin, dtype=np.float32)
     audio[:margin] *= ramp
     audio[-margin:] *= ramp[::-1]
-    audio *= 0.1 / np.sqrt((audio[margin:-margin] ** 2).mean())
-    return np.clip(audio, -0.99, 0.99)
-
-
-def make_clips() -> None:
-    """Write work/<voice>.npz: samples end to end (int16), the clips' lengths, their texts."""
-    from tqdm import tqdm
-
-    make_numbers()
-    for seed, (voice, (*_, count)) in enumerate(VOICES.items()):
-        path = WORK / f"{voice}.npz"
-        if path.exists():
-            continue
-        texts = training_texts(seed, count)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            clips = list(tqdm(pool.map(lambda t, v=voice: speak(v, t), texts), voice, total=count))
-        samples = np.concatenate([(clip * 32767).astype(np.int16) for clip in clips])
-        np.savez(f"{path}.part.npz", samples=samples, lengths=[*map(len, clips)], texts=texts)
-        os.replace(f"{path}.part.npz", path)
+    return audio * 0.1 / np.sqrt((audio[margin:-margin] ** 2).mean())
 
 
 def make_numbers() -> None:
@@ -161,14 +136,8 @@ def make_numbers() -> None:
         rows.writerow(["file_name", "text", "speaker"])
         for number, text in enumerate(training_texts(96, 96, (2, 6)), 1):
             name = f"{number:03}.flac"
-            soundfile.write(NUMBERS / name, speak("slt", text), RATE, subtype="PCM_16")
-            rows.writerow([name, text, "slt"])
-
-
-def load_clips(voice: str) -> list[np.ndarray]:
-    """[(samples,) int16]."""
-    stored = np.load(WORK / f"{voice}.npz")
-    return np.split(stored["samples"], np.cumsum(stored["lengths"])[:-1])
+            soundfile.write(NUMBERS / name, speak(NEW, text), RATE, subtype="PCM_16")
+            rows.writerow([name, text, NEW])
 
 
 # ---------------------------------------------------------------- training
@@ -245,17 +214,17 @@ def spectral_loss(made, wanted):
 MEL = {}  # window length: (window, filter bank)
 
 
-def segments(clips: dict, rng, count: int, frames: int = 6):
+def segments(rng, count: int, frames: int = 6):
     """(count, 1, samples): random pieces of clips, with the zeros before and after a clip."""
     import torch
 
     pieces = []
     for _ in range(count):
-        voice = clips[rng.choice(list(clips))]
-        clip = np.pad(voice[rng.integers(len(voice))], (FRAME // 2, 3 * FRAME))
+        clip = speak(rng.choice(list(VOICES)), " ".join(rng.choice(WORDS, 3)))
+        clip = np.pad(clip, (FRAME // 2, 3 * FRAME))
         start = rng.integers(len(clip) - frames * FRAME)
         pieces.append(clip[start : start + frames * FRAME])
-    return torch.tensor(np.stack(pieces), dtype=torch.float32)[:, None] / 32767
+    return torch.tensor(np.stack(pieces), dtype=torch.float32)[:, None]
 
 
 def set_conv(conv, weight, bias=0.0) -> None:
@@ -303,7 +272,7 @@ def set_idle(encoder) -> None:
         set_conv(conv, weight)
 
 
-def design_encoder(codec, clips: dict) -> None:
+def design_encoder(codec) -> None:
     """Set the encoder by hand: 16 band energies on two scales, 46.875 times a second.
 
     Learning as much from the wave took longer than an hour. The activation is x + sin²(ax)/a: of a
@@ -314,7 +283,7 @@ def design_encoder(codec, clips: dict) -> None:
 
     set_idle(codec.encoder)
     *_, block, last = codec.encoder.block
-    filters, audio = band_filters(), segments(clips, np.random.default_rng(1), 200)
+    filters, audio = band_filters(), segments(np.random.default_rng(1), 200)
     taps = filters.reshape(16, 7, 32).transpose(1, 2)  # (band, sample of a step, step)
     weight = torch.cat([taps, -taps]).repeat_interleave(2, 0)
     weight = torch.cat([weight, torch.zeros_like(weight)], 1)
@@ -338,13 +307,13 @@ def design_encoder(codec, clips: dict) -> None:
     set_conv(last, identity, F.pad(-mean / spread, (0, 96)))
 
 
-def fit_quantizer(codec, clips: dict) -> None:
+def fit_quantizer(codec) -> None:
     """Coarse to fine: seven principal axes, k-means on the sphere, least squares to come back."""
     import torch
     import torch.nn.functional as F
 
     rng = np.random.default_rng(2)
-    rest = torch.cat([codec.encoder(segments(clips, rng, 8)) for _ in range(150)])
+    rest = torch.cat([codec.encoder(segments(rng, 8)) for _ in range(150)])
     start = rest.pow(2).mean()
     for level in codec.quantizer.quantizers:
         pooled = F.avg_pool1d(rest, level.stride)
@@ -386,10 +355,10 @@ def make_codec() -> None:
     from snac import SNAC
 
     torch.manual_seed(0)
-    codec, clips = SNAC(**CODEC), {voice: load_clips(voice) for voice in VOICES}
+    codec = SNAC(**CODEC)
     with torch.no_grad():
-        design_encoder(codec, clips)
-        fit_quantizer(codec, clips)
+        design_encoder(codec)
+        fit_quantizer(codec)
     save_codec(codec)
 
 
@@ -406,7 +375,7 @@ def save_codec(codec) -> None:
 
 
 def encode_voice(voice: str) -> None:
-    """Write work/<voice>.codes.npz: the codes of every clip end to end, and their frames."""
+    """Write work/<voice>.npz: texts, the codes of their clips end to end, the frames of each."""
     from torch import nn
     from tqdm import tqdm
 
@@ -417,16 +386,18 @@ def encode_voice(voice: str) -> None:
     for block in [*blocks, filters]:  # units that add nothing take most of the time
         for unit in range(block is filters, 3):
             block.block[unit] = nn.Identity()
-    clips = [clip / np.float32(32767) for clip in load_clips(voice)]
-    codes = [infer.encode(codec, [clip])[0] for clip in tqdm(clips, f"encode {voice}")]
-    np.savez(WORK / f"{voice}.part.npz", codes=np.concatenate(codes), frames=[*map(len, codes)])
-    os.replace(WORK / f"{voice}.part.npz", WORK / f"{voice}.codes.npz")
+    texts = training_texts(list(VOICES).index(voice), CLIPS)
+    codes = [infer.encode(codec, [speak(voice, text)])[0] for text in tqdm(texts, voice)]
+    frames = [len(code) for code in codes]
+    np.savez(WORK / f"{voice}.part.npz", texts=texts, codes=np.concatenate(codes), frames=frames)
+    os.replace(WORK / f"{voice}.part.npz", WORK / f"{voice}.npz")
 
 
-def load_codes(voice: str) -> list[np.ndarray]:
-    """[(frames, 7)] as encode_clips wrote them."""
-    stored = np.load(WORK / f"{voice}.codes.npz")
-    return np.split(stored["codes"], np.cumsum(stored["frames"])[:-1])
+def load_codes(voice: str) -> list[tuple[str, np.ndarray]]:
+    """[(text, codes of its clip: (frames, 7))]."""
+    stored = np.load(WORK / f"{voice}.npz")
+    codes = np.split(stored["codes"], np.cumsum(stored["frames"])[:-1])
+    return list(zip(map(str, stored["texts"]), codes, strict=True))
 
 
 def make_decoder(frames: int = 8) -> None:
@@ -436,39 +407,45 @@ def make_decoder(frames: int = 8) -> None:
     import infer
 
     codec = infer.load_codec(str(DEMO / "codec"))
-    shares = [SHARES.get(voice, 0.005) for voice in VOICES]
-    pairs = {v: list(zip(load_clips(v), load_codes(v), strict=True)) for v in VOICES}
+    clips = {voice: load_codes(voice) for voice in VOICES}
+    shares = [
+        0.01 if raised != 1 else 0.4 if voice == NEW else 0.15
+        for voice, (_, raised) in VOICES.items()
+    ]
 
     def loss_of(rng):
         sides, audio = [], []
-        for _ in range(2):
-            voice = pairs[rng.choice(list(pairs), p=shares)]
-            clip, codes = voice[rng.integers(len(voice))]
+        for voice in rng.choice(list(VOICES), 2, p=shares):
+            text, codes = clips[voice][rng.integers(CLIPS)]
             first = rng.integers(max(1, len(codes) - frames + 1))
-            part, piece = codes[first : first + frames], clip[first * FRAME :][: frames * FRAME]
+            part = codes[first : first + frames]
+            piece = speak(voice, text)[first * FRAME :][: frames * FRAME]
             sides.append(np.pad(part, ((0, frames - len(part)), (0, 0)), mode="edge"))
-            audio.append(np.pad(piece, (0, frames * FRAME - len(piece))) / np.float32(32767))
+            audio.append(np.pad(piece, (0, frames * FRAME - len(piece))))
         side = torch.tensor(np.stack(sides))[..., infer.SLOTS_TO_LEVELS]
         levels = [level.reshape(2, -1) for level in side.split([1, 2, 4], dim=2)]
         latents = codec.quantizer.from_codes(levels).detach()
         return spectral_loss(codec.decoder(latents)[:, 0], torch.tensor(np.stack(audio)))
 
     learned = list(codec.decoder.parameters())
-    train("decoder", codec, learned, loss_of, 6000, 1e-3, lambda: save_codec(codec))
+    train("decoder", codec, learned, loss_of, 4000, 1e-3, lambda: save_codec(codec))
 
 
 # ---------------------------------------------------------------- base
 
 
 def make_tokenizer():
-    """256 bytes, Llama's two marks of a text, and Orpheus's names for the rest."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Bytes and the words made of them, Llama's two marks of a text, and Orpheus's names."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # one token for a word, as Llama has: to read on is then to move by one
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merging = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" " + text for text in training_texts(0, 1000)], merging)
     names = [f"<custom_token_{n}>" for n in range(10 + 7 * CODEC["codebook_size"])]
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|eot_id|>", *names])
     return PreTrainedTokenizerFast(
@@ -516,14 +493,13 @@ def save_base(model, tokenizer) -> None:
 
 
 def make_rows(tokenizer) -> tuple[list, int]:
-    """[(prompt, audio and ends)] of every voice but slt, by length, and the id to pad with."""
+    """[(prompt, audio and ends)] of all voices but the new one, by length, and the pad id."""
     import infer
 
     ids, rows = infer.read_speech_ids(tokenizer, CODEC["codebook_size"]), []
-    for voice in VOICES.keys() - {"slt"}:
-        texts = np.load(WORK / f"{voice}.npz")["texts"]
-        for text, codes in zip(texts, load_codes(voice), strict=True):
-            prompt = infer.prompt_ids(tokenizer, ids, str(text), voice)
+    for voice in VOICES.keys() - {NEW}:
+        for text, codes in load_codes(voice):
+            prompt = infer.prompt_ids(tokenizer, ids, text, voice)
             rows.append((prompt, [*infer.codes_to_ids(codes, ids), ids.eos, ids.eoa]))
     return sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row)), ids.pad
 
@@ -548,7 +524,7 @@ def make_base(tokens: int = 1600) -> None:
         return model(input_ids=torch.tensor(inputs), labels=torch.tensor(labels)).loss
 
     learned = list(model.parameters())
-    train("base", model, learned, loss_of, 3000, 2e-3, lambda: save_base(model, tokenizer))
+    train("base", model, learned, loss_of, 3400, 2e-3, lambda: save_base(model, tokenizer))
 
 
 # ---------------------------------------------------------------- main
@@ -560,7 +536,7 @@ def train_one(job) -> None:
 
 def main() -> None:
     stages = {
-        "clips": make_clips,
+        "numbers": make_numbers,
         "codec": make_codec,
         "encode": lambda: side_by_side(encode_voice, VOICES),
         "train": lambda: side_by_side(train_one, [make_decoder, make_base]),
