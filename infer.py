@@ -1405,7 +1405,7 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
     texts, clips, source = arguments.texts, [], arguments.file or "command line"
     if arguments.file and arguments.file.lower().endswith(".csv"):
-        rows = list(csv.DictReader(read_text(source).splitlines()))
+        rows = list(csv.DictReader(io.StringIO(read_text(source))))
         if not all(row.get("file_name") and row.get("text") for row in rows):
             raise Mistake(f"{source}: every row needs a file_name and a text")
         texts = [row["text"] for row in rows]
