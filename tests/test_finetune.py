@@ -265,8 +265,20 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_an_exploding_loss_stops_the_run(tmp_path, monkeypatch):
-    with pytest.raises(infer.Mistake, match=r"at step \d explodes, it was .* lower learning_rate"):
-        run_here(monkeypatch, tmp_path, learning_rate="100", max_grad_norm="0")
+    from trl import SFTTrainer
+
+    step = SFTTrainer.training_step
+
+    def spoil(self, model, *words, **more):
+        if self.state.global_step == 2:
+            for name, weight in model.named_parameters():
+                if name.endswith("model.norm.weight"):
+                    weight.data.mul_(20)
+        return step(self, model, *words, **more)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", spoil)
+    with pytest.raises(infer.Mistake, match=r"at step 3 explodes, it was .* lower learning_rate"):
+        run_here(monkeypatch, tmp_path)
 
 
 def test_a_log_that_smells_of_wrong_tokens_is_named():
