@@ -626,7 +626,7 @@ def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
     folder_of(tmp_path, [("short.wav", "one", "me"), ("long.wav", "two", "me")])
     rows, report = rows_of(tmp_path, tokenizer, max_length=100)
     assert len(rows) == 1 and report.voices == {"me": 1}
-    assert report.dropped == ["metadata.csv row 3: 183 tokens, 2.0 s"]
+    assert report.dropped == ["metadata.csv row 3: 180 tokens, 2.0 s"]
     with pytest.raises(infer.Mistake, match="no rows left of 2 clips"):
         rows_of(tmp_path, tokenizer, max_length=40)
 

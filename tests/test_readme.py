@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 
+import pytest
 import soundfile
 from conftest import DEMO, ROOT, script
 
@@ -27,6 +28,7 @@ def made_by(target):
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.xdist_group("demo")  # one run of it for both
 def test_the_quick_start_runs(tmp_path, demo_run):
     """make demo's commands, then infer.py's, in another folder."""
     quick = commands("Quick start")

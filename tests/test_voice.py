@@ -47,6 +47,7 @@ def test_the_base_speaks_its_voices(voice):
     says_all(ROOT / "data/demo/base", voice, infer.read_settings("data/demo/config.json"))
 
 
+@pytest.mark.xdist_group("demo")  # one run of it for both
 def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     out, _ = demo_run
     settings = infer.read_settings(out / infer.SAVED_CONFIG)
