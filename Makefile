@@ -16,7 +16,7 @@ train: .venv/ready
 
 test: .venv/ready
 	.venv/bin/ruff check .
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
+	.venv/bin/python -m pytest
 
 .venv/ready: $(REQUIREMENTS) Makefile
 	$(PYTHON) -m venv .venv
