@@ -90,3 +90,7 @@ def demo_run(tmp_path_factory):
     code, printed, errors = script("finetune.py", *words, timeout=1200)
     assert code == 0, errors
     return out, printed
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "demo_run" not in item.fixturenames)  # the longest begins first
