@@ -234,12 +234,7 @@ def load_with_transformers(settings: Settings, arguments):
     if arguments.fp16 and not settings.full_finetuning:  # fp16's scaler wants fp32 gradients
         dtype = torch.float16
     config = {
-        "4bit": lambda: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+        "4bit": lambda: infer.nf4(dtype),
         "8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     }.get(settings.weights, lambda: None)()
     folder = infer.fetch(settings.model, infer.MODEL_FILES)
@@ -568,7 +563,9 @@ def save_checks(trainer, out: Path) -> None:
 def clips_in(rows, tokenizer) -> str:
     """What a batch says, be its rows a clip each or packed: the start of every prompt in it."""
     flat = rows.flatten().tolist()
-    bos, eot = map(tokenizer.convert_tokens_to_ids, ("<|begin_of_text|>", "<|eot_id|>"))
+    bos, eot = map(
+        tokenizer.convert_tokens_to_ids, (infer.TOKEN_NAMES["bos"], infer.TOKEN_NAMES["eot"])
+    )
     heads = [flat[n + 1 : n + 60] for n, token in enumerate(flat) if token == bos]
     heads = [head[: head.index(eot)] if eot in head else head for head in heads]
     return "; ".join(tokenizer.batch_decode(heads))[:500]
@@ -729,9 +726,7 @@ def tell_batches(trainer, lengths: list[int]) -> None:
         how, slots = "padded to max_length", len(lengths) * trainer.args.max_length
     else:
         how = "padded to the longest row"
-        order = prepare.length_batches(lengths, size, trainer.args.seed)
-        batches = [order[n : n + size] for n in range(0, len(order), size)]
-        slots = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+        slots = prepare.count_padded(lengths, size, trainer.args.seed)
     used = f"{100 * sum(lengths) / slots:.1f} % of their slots used"
     print(f"batches {how}, {size} rows × {steps} for a step; {used}")
 

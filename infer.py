@@ -351,6 +351,18 @@ LEVELS_TO_SLOTS = [0, 1, 3, 4, 2, 5, 6]
 SLOTS_TO_LEVELS = [0, 1, 4, 2, 3, 5, 6]
 
 
+def levels_to_slots(levels: list[np.ndarray]) -> np.ndarray:
+    """SNAC's three levels, (…, T), (…, 2T) and (…, 4T) → (…, T, 7) codes in slot order."""
+    side = [level.reshape(*levels[0].shape, -1) for level in levels]
+    return np.concatenate(side, axis=-1)[..., LEVELS_TO_SLOTS]
+
+
+def slots_to_levels(codes):
+    """A (batch, T, 7) tensor of codes in slot order → SNAC's levels, (batch, T), 2T and 4T."""
+    parts = codes[..., SLOTS_TO_LEVELS].split([1, 2, 4], dim=-1)
+    return [part.flatten(1) for part in parts]
+
+
 def load_codec(path: str, device: str = "cpu"):
     """A `snac.SNAC` at 24 kHz with levels of 1, 2 and 4 codes a frame."""
     folder = fetch(path, ["config.json", "pytorch_model.bin"])
@@ -387,9 +399,8 @@ def encode(codec, clips: list[np.ndarray]) -> list[np.ndarray]:
         row[0, : len(clip)] = clip
     where = next(codec.parameters()).device
     with torch.inference_mode():
-        first, *finer = codec.encode(torch.from_numpy(batch).to(where))  # (clips, T), 2T, 4T
-    side = torch.cat([level.reshape(*first.shape, -1) for level in (first, *finer)], dim=-1)
-    codes = side[..., LEVELS_TO_SLOTS].cpu().numpy()  # (clips, T, 7)
+        levels = codec.encode(torch.from_numpy(batch).to(where))
+    codes = levels_to_slots([level.cpu().numpy() for level in levels])  # (clips, T, 7)
     return [row[:n] for row, n in zip(codes, frames, strict=True)]
 
 
@@ -401,8 +412,7 @@ def decode(codec, codes: np.ndarray) -> np.ndarray:
     import torch
 
     where = next(codec.parameters()).device
-    side = torch.as_tensor(np.asarray(codes)[:, SLOTS_TO_LEVELS], device=where)
-    levels = [part.reshape(1, -1) for part in side.split([1, 2, 4], dim=1)]
+    levels = slots_to_levels(torch.as_tensor(np.asarray(codes), device=where)[None])
     with torch.inference_mode():
         return codec.decode(levels)[0, 0].float().cpu().numpy()
 
@@ -509,11 +519,6 @@ def audio_file(path: Path):
             yield lambda audio: file.write(sixteen_bit(audio))
     except soundfile.LibsndfileError as error:
         raise Mistake(f"{path}: cannot be written: {error.error_string}") from None
-
-
-def write_audio(path: Path, audio: np.ndarray) -> None:
-    with audio_file(path) as write:
-        write(audio)
 
 
 def wav_header(size: int) -> bytes:
@@ -801,13 +806,25 @@ def load_tokenizer(folder: Path):
         raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
 
 
+def nf4(dtype):
+    """QLoRA's 4-bit weights (arXiv 2305.14314), computed with in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def load_model(path: str, in_4bit: bool = False, merged: bool = False):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
     16-bit or 4-bit where there is a GPU, else fp32; `merged`: its adapter merged, in fp16.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     folder = fetch(path, MODEL_FILES)
     whole = folder
@@ -822,12 +839,7 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False):
         fine = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not stored
         keys = {"dtype": torch.bfloat16 if fine else torch.float16, "device_map": device()}
     if gpu and in_4bit and not merged:
-        keys["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=keys["dtype"],
-        )
+        keys["quantization_config"] = nf4(keys["dtype"])
     try:
         model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
         if whole != folder:

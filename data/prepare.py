@@ -481,8 +481,7 @@ def read_codes(codes, size: int) -> np.ndarray:
         if len(codes) == 3 and [len(level) for level in codes] == [
             len(codes[0]) * n for n in (1, 2, 4)
         ]:
-            side = [np.asarray(level).reshape(len(codes[0]), -1) for level in codes]
-            codes = np.concatenate(side, axis=1)[:, infer.LEVELS_TO_SLOTS]
+            codes = infer.levels_to_slots([np.asarray(level) for level in codes])
         codes = np.asarray(codes, dtype=np.int64).reshape(-1, SLOTS)
     except (TypeError, ValueError, OverflowError):
         raise Mistake(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
@@ -650,6 +649,13 @@ def count_packed(lengths: list[int], room: int) -> int:
     return len(left)
 
 
+def count_padded(lengths: list[int], size: int, seed: int) -> int:
+    """The slots of one epoch's batches of `size` rows, each padded to its longest."""
+    order = length_batches(lengths, size, seed)
+    batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
 def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
     """Share of the slots of a run's batches that hold a token of a row, by `batching`."""
     name, longest = "per_device_train_batch_size", settings.max_length
@@ -657,11 +663,9 @@ def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
     size = int(value) if str(value).isdecimal() else 0
     if not size:
         raise Mistake(f"{source}: {name} is {value!r}: a whole number over 0 is wanted")
-    order = length_batches(lengths, size, settings.seed)
-    batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
     slots = {
         "pack": count_packed(lengths, longest) * longest,
-        "pad": sum(len(batch) * max(batch) for batch in batches),
+        "pad": count_padded(lengths, size, settings.seed),
         "pad_to_max": len(lengths) * longest,
     }
     return {name: sum(lengths) / count for name, count in slots.items()}

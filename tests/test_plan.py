@@ -1,34 +1,20 @@
 """--plan and --fit: the memory a run needs, told from the base's config.json alone."""
 
-import json
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import DEMO, one_line, script
+from conftest import DEMO, ROOT, one_line, script
 
 import finetune
 import infer
-
-ORPHEUS = {  # Orpheus-3B's config.json, which is Llama-3.2-3B's with more words
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "vocab_size": 156940,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture
 def orpheus(tmp_path):
     """A folder with Orpheus-3B's config.json and nothing else."""
-    (tmp_path / "config.json").write_text(json.dumps(ORPHEUS))
+    shutil.copy(ROOT / "tests/orpheus-3b/config.json", tmp_path)
     return tmp_path
 
 
@@ -131,6 +117,10 @@ WORDS = [*DEMO, "--backend", "transformers", "--cache_dir", "null", "--limit", "
 WORDS += ["--held_out", "0", "--sample_texts", "[]", "--max_steps", "2"]
 
 
+def full(*_, **__):
+    raise torch.cuda.OutOfMemoryError("out of memory")
+
+
 def run(monkeypatch, out, *words):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *WORDS, "--output_dir", str(out), *words])
     finetune.main()
@@ -142,9 +132,6 @@ def test_fit_sets_rows_and_steps_down_where_the_first_step_is_too_much(
 ):
     """Eight rows at once are planned; the first step runs out; the next process plans for less."""
     from trl import SFTTrainer
-
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError("out of memory")
 
     def start(program, words):
         raise SystemExit(" ".join(words[-2:]))
@@ -165,9 +152,6 @@ def test_fit_sets_rows_and_steps_down_where_the_first_step_is_too_much(
 
 def test_without_fit_a_full_gpu_is_one_line(tmp_path, monkeypatch):
     from trl import SFTTrainer
-
-    def full(*_, **__):
-        raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(SFTTrainer, "training_step", full)
     words = [*WORDS, "--output_dir", tmp_path / "out"]

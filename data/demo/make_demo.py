@@ -403,10 +403,11 @@ def load_codes(voice: str) -> list[tuple[str, np.ndarray]]:
 def make_decoder(frames: int = 8) -> None:
     """The decoder alone, on the codes as they now are."""
     import torch
+    from snac import SNAC
 
     import infer
 
-    codec = infer.load_codec(str(DEMO / "codec"))
+    codec = SNAC.from_pretrained(str(DEMO / "codec"))  # infer.load_codec's has no weight norm
     clips = {voice: load_codes(voice) for voice in VOICES}
     shares = [
         0.01 if raised != 1 else 0.4 if voice == NEW else 0.15
@@ -422,8 +423,7 @@ def make_decoder(frames: int = 8) -> None:
             piece = speak(voice, text)[first * FRAME :][: frames * FRAME]
             sides.append(np.pad(part, ((0, frames - len(part)), (0, 0)), mode="edge"))
             audio.append(np.pad(piece, (0, frames * FRAME - len(piece))))
-        side = torch.tensor(np.stack(sides))[..., infer.SLOTS_TO_LEVELS]
-        levels = [level.reshape(2, -1) for level in side.split([1, 2, 4], dim=2)]
+        levels = infer.slots_to_levels(torch.tensor(np.stack(sides)))
         latents = codec.quantizer.from_codes(levels).detach()
         return spectral_loss(codec.decoder(latents)[:, 0], torch.tensor(np.stack(audio)))
 
@@ -512,7 +512,7 @@ def make_base(tokens: int = 1600) -> None:
     model, (rows, pad) = new_base(tokenizer), make_rows(tokenizer)
 
     def loss_of(rng):
-        first = rng.integers(len(rows))
+        first = rng.integers(len(rows), size=2).max()  # long rows are the hard ones
         count = max(1, tokens // sum(map(len, rows[first])))
         near = rows[max(0, first - 10 * count) : first + 10 * count]
         batch = [near[i] for i in rng.permutation(len(near))[:count]]
@@ -524,7 +524,7 @@ def make_base(tokens: int = 1600) -> None:
         return model(input_ids=torch.tensor(inputs), labels=torch.tensor(labels)).loss
 
     learned = list(model.parameters())
-    train("base", model, learned, loss_of, 3400, 2e-3, lambda: save_base(model, tokenizer))
+    train("base", model, learned, loss_of, 8000, 2e-3, lambda: save_base(model, tokenizer))
 
 
 # ---------------------------------------------------------------- main
