@@ -16,6 +16,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import math
@@ -370,6 +371,7 @@ def load_codec(path: str, device: str = "cpu"):
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC
+    from snac.layers import Snake1d
     from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
     try:
@@ -377,6 +379,8 @@ def load_codec(path: str, device: str = "cpu"):
         for module in codec.modules():  # fold the weight norm, else every call computes it anew
             if is_parametrized(module):
                 remove_parametrizations(module, "weight")
+            if isinstance(module, Snake1d) and device == "cpu":
+                module.forward = functools.partial(snake, module.alpha)
     except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise Mistake(f"{folder}: no codec that loads: {str(error).splitlines()[0]}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
@@ -385,21 +389,30 @@ def load_codec(path: str, device: str = "cpu"):
     return codec
 
 
+def snake(alpha, x):
+    """SNAC's x + sin²(αx)/α, bit for bit, in place: on a CPU it saves a sixth of a codec's time."""
+    wave = (alpha * x).sin_()
+    return wave.mul_(wave).mul_((alpha + 1e-9).reciprocal()).add_(x)
+
+
+LOOKAHEAD = 4757  # samples behind a frame that its codes depend on, in the full-size encoder
+
+
 def encode(codec, clips: list[np.ndarray]) -> list[np.ndarray]:
     """Clips of (samples,) at 24 kHz → codes of (frames, 7) each, frames = ⌈samples / 2048⌉.
 
-    A clip gets the same codes alone and in any batch: every clip is followed by at least 4,096
-    zero samples, more than the encoder sees ahead, and the frames of those zeros are cut off.
+    A clip gets the same codes alone and in any batch: zeros follow it as far as the encoder sees.
     """
     import torch
 
     frames = [-(-len(clip) // FRAME_SAMPLES) for clip in clips]
-    batch = np.zeros((len(clips), 1, (max(frames) + 2) * FRAME_SAMPLES), dtype=np.float32)
+    batch = np.zeros((len(clips), 1, max(frames) * FRAME_SAMPLES + LOOKAHEAD), dtype=np.float32)
     for row, clip in zip(batch, clips, strict=True):
         row[0, : len(clip)] = clip
     where = next(codec.parameters()).device
     with torch.inference_mode():
-        levels = codec.encode(torch.from_numpy(batch).to(where))
+        latents = codec.encoder(torch.from_numpy(batch).to(where))[..., : 4 * max(frames)]
+        _, levels = codec.quantizer(latents)
     codes = levels_to_slots([level.cpu().numpy() for level in levels])  # (clips, T, 7)
     return [row[:n] for row, n in zip(codes, frames, strict=True)]
 

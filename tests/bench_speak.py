@@ -21,17 +21,6 @@ sys.path.insert(0, str(ROOT))
 import infer  # noqa: E402
 
 # The full-size codec's shape; the Llama's is orpheus-3b/config.json.
-SNAC_24KHZ = {
-    "encoder_dim": 48,
-    "encoder_rates": [2, 4, 8, 8],
-    "decoder_dim": 1024,
-    "decoder_rates": [8, 8, 4, 2],
-    "attn_window_size": None,
-    "codebook_size": 4096,
-    "vq_strides": [4, 2, 1],
-    "noise": True,
-    "depthwise": True,
-}
 
 
 def load(shape: str):
@@ -52,7 +41,7 @@ def load(shape: str):
     with torch.device(infer.device()):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    codec = SNAC(**SNAC_24KHZ).eval().to(infer.device())
+    codec = SNAC.from_config(str(ROOT / "tests/snac_24khz/config.json")).eval().to(infer.device())
     first = 128_257
     ids = infer.SpeechIds(128_000, 128_009, *range(first, first + 7), first + 9, 4096)
     return model, codec, ids._replace(eos=ids.pad)

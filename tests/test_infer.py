@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import one_line, script
+from snac import SNAC
 
 import infer
 
@@ -114,6 +115,26 @@ def test_encode_is_the_same_alone_and_in_any_batch(codec):
     together = infer.encode(codec, [clips[n] for n in order])
     for n, codes in zip(order, together, strict=True):
         assert (codes == alone[n]).all(), lengths[n]
+
+
+def test_the_encoder_sees_as_far_as_encode_adds_zeros():
+    """In the full size and the demo's: of the samples behind a frame, up to LOOKAHEAD matter."""
+    for folder, ahead in ("tests/snac_24khz", infer.LOOKAHEAD), ("data/demo/codec", 3888):
+        encoder = SNAC.from_config(f"{folder}/config.json").encoder
+        audio = torch.randn(1, 1, 7 * infer.FRAME_SAMPLES, requires_grad=True)
+        latents = encoder(audio)[..., : 4 * 3]  # three frames
+        (slope,) = torch.autograd.grad(latents.square().sum(), audio)
+        assert int(slope.nonzero()[-1, 2]) + 1 - 3 * infer.FRAME_SAMPLES == ahead
+
+
+def test_a_codec_for_speaking_is_snac_bit_for_bit(codec):
+    """Weight norm folded, activations in place."""
+    plain = SNAC.from_pretrained("data/demo/codec").eval()
+    audio = torch.randn(1, 1, 4 * infer.FRAME_SAMPLES) / 10
+    with torch.inference_mode():
+        levels = plain.encode(audio)
+        assert all(a.equal(b) for a, b in zip(codec.encode(audio), levels, strict=True))
+        assert codec.decode(levels).equal(plain.decode(levels))
 
 
 def test_decode_gives_whole_frames_and_repeats(codec):

@@ -44,7 +44,7 @@ VOICES |= {
 }
 CLIPS = 500  # of each voice
 
-# As the full-size codec sees at most 4,096 samples ahead and three frames around, so does this one.
+# Sees no further than the full-size codec, in encoding (infer.LOOKAHEAD) and in decoding.
 CODEC = {
     "sampling_rate": RATE,
     "encoder_dim": 8,
@@ -410,7 +410,7 @@ def make_decoder(frames: int = 8) -> None:
     codec = SNAC.from_pretrained(str(DEMO / "codec"))  # infer.load_codec's has no weight norm
     clips = {voice: load_codes(voice) for voice in VOICES}
     shares = [
-        0.01 if raised != 1 else 0.4 if voice == NEW else 0.15
+        0.01 if raised != 1 else 0.25 if voice == NEW else 0.2
         for voice, (_, raised) in VOICES.items()
     ]
 
@@ -428,7 +428,7 @@ def make_decoder(frames: int = 8) -> None:
         return spectral_loss(codec.decoder(latents)[:, 0], torch.tensor(np.stack(audio)))
 
     learned = list(codec.decoder.parameters())
-    train("decoder", codec, learned, loss_of, 4000, 1e-3, lambda: save_codec(codec))
+    train("decoder", codec, learned, loss_of, 5000, 1e-3, lambda: save_codec(codec))
 
 
 # ---------------------------------------------------------------- base
