@@ -78,6 +78,7 @@ def last_checkpoint(out: Path) -> Path | None:
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
 FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "max_seconds", "plan", "fit")
 FREE_KEYS += ("temperature", "top_p", "repetition_penalty", "speak_batch_size", "best_of")
+FREE_KEYS += ("cuda_graph",)  # how it speaks
 FREE_PARTS = ("logging_", "save_", "eval_")
 
 

@@ -136,6 +136,7 @@ class Settings:
     max_seconds: float = key("speech longer than this is cut off", gt=0)
     speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0)
     best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0)
+    cuda_graph: bool = key("speak by one CUDA graph a frame, where there is a GPU")
     trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
 
     def flat(self) -> dict[str, Any]:
@@ -652,7 +653,7 @@ def draw(scores, used, settings: Settings, chance):
     if settings.temperature == 0:
         return scores.argmax(-1)
     shares, order = (scores / settings.temperature).softmax(-1).sort(descending=True)
-    shares[shares.cumsum(-1) - shares >= settings.top_p] = 0
+    shares.masked_fill_(shares.cumsum(-1) - shares >= settings.top_p, 0)
     edges = shares.cumsum(-1)
     at = torch.searchsorted(edges, chance[:, None] * edges[:, -1:], right=True)
     at = at.minimum((shares > 0).sum(-1, keepdim=True) - 1)  # rounding may step past the last
@@ -693,34 +694,61 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
     decoder, score, size = model.get_decoder(), slot_scores(model, ids), ids.codebook_size
     tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
     used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
-    for frame in range(chances.shape[1]):
-        drawn = []  # of each slot, (rows,) codes
+
+    def next_frame(tokens, positions, chances):
+        """(rows, n) tokens and their places, (rows, 7) → (rows, 7) codes, next tokens, places."""
+        drawn = []
         for slot in range(SLOTS):
-            with torch.no_grad():
-                inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
-                hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-                scores = score(hidden[:, -1], slot)
+            inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+            hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            scores = score(hidden[:, -1], slot)
             if slot or not frame:
                 scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
-            codes = draw(scores, used[:, slot], settings, chances[:, frame, slot])
-            if slot == 0:
-                for row, code in zip(rows, codes.tolist(), strict=True):
-                    row.end = row.end or (BY_ITSELF if code == size else "")
-                    row.end = row.end or (CUT_OFF if frame == row.most else "")
-                keep = [n for n, row in enumerate(rows) if not row.end]
-                if not keep:
-                    return
-                if len(keep) < len(rows) and not static:
-                    rows = [rows[n] for n in keep]
-                    parts = (mask, positions, chances, used, codes)
-                    mask, positions, chances, used, codes = (part[keep] for part in parts)
-                    cache.batch_select_indices(keep)
+            drawn.append(codes := draw(scores, used[:, slot], settings, chances[:, slot]))
             used[:, slot].scatter_(1, codes[:, None], True)
-            drawn.append(codes)
             tokens, positions = codes[:, None] + ids.audio + slot * size, positions[:, -1:] + 1
-        for row, codes in zip(rows, torch.stack(drawn, 1).cpu().numpy(), strict=True):
-            row.frames += [] if row.end else [codes]
-        yield
+        return torch.stack(drawn, 1), tokens, positions
+
+    for frame in range(chances.shape[1]):
+        keep = [n for n, row in enumerate(rows) if not row.end]
+        if not keep:
+            return
+        if len(keep) < len(rows) and not static:
+            rows = [rows[n] for n in keep]
+            parts = (tokens, mask, positions, chances, used)
+            tokens, mask, positions, chances, used = (part[keep] for part in parts)
+            cache.batch_select_indices(keep)
+        inputs = tokens, positions, chances[:, frame]
+        with torch.no_grad():
+            if frame == 2 and static and settings.cuda_graph:
+                next_frame = captured(next_frame, inputs)
+            codes, tokens, positions = next_frame(*inputs)
+        for row, spoken in zip(rows, codes.cpu().numpy(), strict=True):
+            row.end = row.end or (BY_ITSELF if spoken[0] == size else "")
+            row.end = row.end or (CUT_OFF if frame == row.most else "")
+            row.frames += [] if row.end else [spoken]
+        if not all(row.end for row in rows):
+            yield
+
+
+def captured(work, inputs):
+    """`work` as a CUDA graph, one launch instead of thousands: work(*inputs), at this one shape.
+
+    What it returns is overwritten by the next call.
+    """
+    import torch
+
+    places, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work(*places)
+
+    def replay(*inputs):
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return results
+
+    return replay
 
 
 class SlotProcessor:

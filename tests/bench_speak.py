@@ -8,6 +8,7 @@ Ends are switched off, so that all speak equally long; every way takes its turn 
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -55,7 +56,7 @@ def utterances(ids, count: int, frames: int) -> list:
     return [infer.Utterance("", prompt, frames) for prompt in prompts]
 
 
-def generate(model, codec, ids, rows, settings, static=None) -> float:
+def generate(model, codec, ids, rows, settings, static) -> float:
     """model.generate, then the codec over each whole row; seconds to the first sound."""
     started = time.perf_counter()
     infer.generate_plainly(model, rows, ids, settings)
@@ -66,7 +67,7 @@ def generate(model, codec, ids, rows, settings, static=None) -> float:
     return first
 
 
-def ours(model, codec, ids, rows, settings, static=None) -> float:
+def ours(model, codec, ids, rows, settings, static) -> float:
     """Our loop, the first row streamed; seconds to the first sound."""
     started, first = time.perf_counter(), None
     frames = infer.speak_frames(model, rows, ids, settings, static)
@@ -75,6 +76,11 @@ def ours(model, codec, ids, rows, settings, static=None) -> float:
     for row in rows[1:]:
         list(infer.decode_stream(codec, row.frames))
     return first
+
+
+def graphed(model, codec, ids, rows, settings, static) -> float:
+    """The same with `cuda_graph` on; its capture counts."""
+    return ours(model, codec, ids, rows, dataclasses.replace(settings, cuda_graph=True), static)
 
 
 def main() -> None:
@@ -92,6 +98,8 @@ def main() -> None:
     settings = infer.read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
     frames = int(arguments.seconds * infer.SAMPLE_RATE / infer.FRAME_SAMPLES)
     ways = {"generate": (generate, None), "ours": (ours, False), "ours, static": (ours, True)}
+    if torch.cuda.is_available():
+        ways["ours, graph"] = graphed, True
     for speak, static in ways.values():  # warm
         speak(model, codec, ids, utterances(ids, 1, 3), settings, static)
     print(f"{arguments.shape} on {infer.device()}, {frames} frames a row; median (least to most)")

@@ -105,3 +105,29 @@ def test_a_remedy_trains_and_speaks_on_the_gpu(name, tmp_path):
     assert float(last) < float(first)
     run("infer.py", "one two", "--model", tmp_path, "--out", tmp_path / "one.wav")
     shutil.rmtree(tmp_path)
+
+
+GRAPH = """
+import json, sys
+from pathlib import Path
+import infer
+overrides = dict(zip(("cuda_graph", "temperature"), sys.argv[1:]))
+settings = infer.read_settings("data/demo/config.json", overrides)
+model, tokenizer = infer.load_model("data/demo/base")
+ids = infer.read_speech_ids(tokenizer, 256)
+texts = "one two", "seven", "three nine nine four"
+rows = [infer.begin(model.float(), tokenizer, ids, text, settings, "rms") for text in texts]
+infer.speak_rows(model, rows, ids, settings)
+print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
+"""
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_cuda_graph_speaks_the_same_codes(temperature):
+    plain, graph = (
+        json.loads(run("-c", GRAPH, way, temperature).splitlines()[-1]) for way in ("false", "true")
+    )
+    assert sum(len(codes) for _, codes in plain) > 30
+    assert graph == plain

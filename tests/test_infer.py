@@ -62,6 +62,13 @@ class LevelsCodec:
     def parameters(self):
         yield torch.zeros(1)
 
+    def encoder(self, audio):
+        return audio[..., ::512]
+
+    def quantizer(self, latents):
+        assert latents.shape[-1] == self.levels[2].shape[-1]  # the zeros' are cut off
+        return latents, self.levels
+
     def decode(self, levels):
         self.decoded = levels
         return torch.zeros(1, 1, 1)
@@ -72,11 +79,6 @@ def test_layout_equals_the_literal_loop():
     first, second, third = (draw.integers(0, 4096, 13 * n) for n in (1, 2, 4))
     first[0], third[5], second[1] = 0, 4095, 0
     codec = LevelsCodec([torch.from_numpy(x)[None] for x in (first, second, third)])
-    # two frames more, as the zeros behind a clip give
-    codec.encode = lambda audio: [
-        torch.nn.functional.pad(torch.from_numpy(x)[None], (0, 2 * n))
-        for x, n in ((first, 1), (second, 2), (third, 4))
-    ]
     codes = infer.encode(codec, [np.zeros(13 * infer.FRAME_SAMPLES, np.float32)])[0]
     orpheus = infer.SpeechIds(*range(8), 0, 128_266, 4096)
     assert infer.codes_to_ids(codes, orpheus).tolist() == literal_ids(
