@@ -1410,7 +1410,7 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
 # ---------------------------------------------------------------- command line
 
 RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
-RUN_KEYS += ("speak_batch_size", "best_of")
+RUN_KEYS += ("speak_batch_size", "best_of", "cuda_graph")
 SWITCHES = {
     "stream": "let it be heard while it is made",
     "score": "tell how well it came out, by every judge that is installed",

@@ -92,24 +92,23 @@ def recordings(voice: str, texts: list[str]) -> list[np.ndarray]:
     return [make_demo.speak(voice, text) for text in texts]
 
 
-def spoken(folder: Path, settings, codec, lines: list[tuple[str, str]]):
-    """([wav of each (voice, text)], share that ended by itself)."""
+def spoken(folder: Path, settings, codec, voice: str, texts: list[str]):
+    """([wav of each text], share that ended by itself)."""
     from tqdm import tqdm
 
     model, tokenizer = infer.load_model(str(folder))
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    wavs, ends = [], []
-    for voice, text in tqdm(lines, folder.name):
-        codes, ended = infer.generate(model, tokenizer, ids, text, settings, voice)
-        wavs.append(infer.decode(codec, codes))
-        ends.append(ended)
-    return wavs, float(np.mean(ends))
+    rows = [infer.begin(model, tokenizer, ids, text, settings, voice) for text in texts]
+    for first in tqdm(range(0, len(rows), 10), f"{folder.name} {voice}"):
+        infer.speak_rows(model, rows[first : first + 10], ids, settings)
+    ends = [row.end == infer.BY_ITSELF for row in rows]
+    return [infer.decode(codec, row.codes) for row in rows], float(np.mean(ends))
 
 
 # ---------------------------------------------------------------- the table
 
 
-def report(name: str, whisper, wavs, texts, ended=None, likeness=None, show=False) -> None:
+def report(name: str, whisper, own, texts, show: bool, wavs, ended=None) -> None:
     wrong, total = 0, 0
     for wav, text in zip(wavs, texts, strict=True):
         errors, heard = errors_of(whisper, wav, text)
@@ -118,9 +117,9 @@ def report(name: str, whisper, wavs, texts, ended=None, likeness=None, show=Fals
             print(f"    said {text!r}, heard {heard.strip()!r}")
     seconds = [len(wav) / 24_000 for wav in wavs]
     end = "" if ended is None else f"{ended:.0%}"
-    like = "" if likeness is None else f"{likeness:.3f}"
     span = f"{min(seconds):.1f}-{max(seconds):.1f}"
-    print(f"{name:28} {wrong / total:7.1%} {end:>6} {span:>9} {like:>10}", flush=True)
+    like = similarity(wavs, own)
+    print(f"{name:28} {wrong / total:7.1%} {end:>6} {span:>9} {like:10.3f}", flush=True)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -140,45 +139,24 @@ def main() -> None:
     arguments = read_arguments()
     settings = infer.read_settings(arguments.config)
     codec, whisper = infer.load_codec(settings.codec), load_whisper()
-    voices, texts = [*BASE_VOICES, arguments.voice], make_demo.test_texts(7, arguments.strings)
-    share = texts[: -(-len(texts) // 3)]
+    new, texts = arguments.voice, make_demo.test_texts(7, arguments.strings)
+    own = recordings(new, texts)
     print(f"{'':28} {'errors':>7} {'ended':>6} {'seconds':>9} {'similarity':>10}")
-    heard = {
-        voice: recordings(voice, texts if voice == arguments.voice else share) for voice in voices
-    }
-    own = heard[arguments.voice]
-    everything = arguments.only is None
-    for voice, wavs in heard.items():
-        if everything or arguments.only == "codec":
-            likeness = similarity(wavs, own)
-            report(
-                f"recordings {voice}",
-                whisper,
-                wavs,
-                texts[: len(wavs)],
-                None,
-                likeness,
-                arguments.show,
-            )
-            again = [infer.decode(codec, codes) for codes in infer.encode(codec, wavs)]
-            likeness = similarity(again, own)
-            report(
-                f"codec {voice}", whisper, again, texts[: len(wavs)], None, likeness, arguments.show
-            )
-    if everything or arguments.only == "base":
+
+    def tell(name, *spoken):
+        report(name, whisper, own, texts, arguments.show, *spoken)
+
+    if arguments.only in (None, "codec"):
+        for voice in [*BASE_VOICES, new]:
+            tell(f"recordings {voice}", wavs := recordings(voice, texts))
+            codes = infer.encode(codec, wavs)
+            tell(f"codec {voice}", [infer.decode(codec, each) for each in codes])
+    if arguments.only in (None, "base"):
         for voice in BASE_VOICES:
-            wavs, ended = spoken(Path(settings.model), settings, codec, [(voice, t) for t in share])
-            report(
-                f"base {voice}", whisper, wavs, share, ended, similarity(wavs, own), arguments.show
-            )
-    if everything or arguments.only == "tuned":
+            tell(f"base {voice}", *spoken(Path(settings.model), settings, codec, voice, texts))
+    if arguments.only in (None, "tuned"):
         saved = infer.read_settings(Path(arguments.model) / infer.SAVED_CONFIG)
-        lines = [(arguments.voice, text) for text in texts]
-        wavs, ended = spoken(Path(arguments.model), saved, codec, lines)
-        likeness = similarity(wavs, own)
-        report(
-            f"fine-tuned {arguments.voice}", whisper, wavs, texts, ended, likeness, arguments.show
-        )
+        tell(f"fine-tuned {new}", *spoken(Path(arguments.model), saved, codec, new, texts))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 
 DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO.parents[1]))  # for infer.py
+sys.path.insert(0, str(DEMO.parents[1]))
+import infer  # noqa: E402
+
 NUMBERS = DEMO.parent / "numbers"
 WORK = Path(os.environ.get("DEMO_WORK", DEMO / "work"))
-RATE = 24_000  # Hz
-FRAME = 2_048  # samples
+RATE, FRAME = infer.SAMPLE_RATE, infer.FRAME_SAMPLES  # Hz, samples
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 # name: (flite's voice, how much its formants and pitch are raised). The base learns the first three
@@ -182,8 +183,8 @@ def train(name: str, model, learned: list, loss_of, steps: int, rate: float, kee
         bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.3f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": model.state_dict()}
-            torch.save(state | {"optimizer": optimizer.state_dict()}, f"{checkpoint}.part")
-            os.replace(f"{checkpoint}.part", checkpoint)
+            with infer.whole_file(checkpoint) as part:
+                torch.save(state | {"optimizer": optimizer.state_dict()}, part)
             keep()
 
 
@@ -367,10 +368,9 @@ def save_codec(codec) -> None:
     import torch
 
     folder = DEMO / "codec"
-    folder.mkdir(exist_ok=True)
     weights = {name: weight.half() for name, weight in codec.state_dict().items()}
-    torch.save(weights, folder / "part")
-    os.replace(folder / "part", folder / "pytorch_model.bin")
+    with infer.whole_file(folder / "pytorch_model.bin") as part:
+        torch.save(weights, part)
     (folder / "config.json").write_text(json.dumps(CODEC, indent=2) + "\n")
 
 
@@ -378,8 +378,6 @@ def encode_voice(voice: str) -> None:
     """Write work/<voice>.npz: texts, the codes of their clips end to end, the frames of each."""
     from torch import nn
     from tqdm import tqdm
-
-    import infer
 
     codec = infer.load_codec(str(DEMO / "codec"))
     *blocks, filters = list(codec.encoder.block)[1:5]
@@ -389,8 +387,8 @@ def encode_voice(voice: str) -> None:
     texts = training_texts(list(VOICES).index(voice), CLIPS)
     codes = [infer.encode(codec, [speak(voice, text)])[0] for text in tqdm(texts, voice)]
     frames = [len(code) for code in codes]
-    np.savez(WORK / f"{voice}.part.npz", texts=texts, codes=np.concatenate(codes), frames=frames)
-    os.replace(WORK / f"{voice}.part.npz", WORK / f"{voice}.npz")
+    with infer.whole_file(WORK / f"{voice}.npz") as part, part.open("wb") as file:
+        np.savez(file, texts=texts, codes=np.concatenate(codes), frames=frames)
 
 
 def load_codes(voice: str) -> list[tuple[str, np.ndarray]]:
@@ -404,8 +402,6 @@ def make_decoder(frames: int = 8) -> None:
     """The decoder alone, on the codes as they now are."""
     import torch
     from snac import SNAC
-
-    import infer
 
     codec = SNAC.from_pretrained(str(DEMO / "codec"))  # infer.load_codec's has no weight norm
     clips = {voice: load_codes(voice) for voice in VOICES}
@@ -478,12 +474,23 @@ def new_base(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def save_base(model, tokenizer) -> None:
-    """What from_pretrained reads, in bf16; each file is whole or not there."""
+def save_base(model, tokenizer, rows: list, ids) -> None:
+    """What from_pretrained reads, in bf16; each file is whole or not there.
+
+    Codes that no row has get embeddings as long as the others', as in a large base: short ones
+    cap what a LoRA can make of them, at a loss of two nats.
+    """
     import torch
 
+    weight = (model := copy.deepcopy(model)).get_input_embeddings().weight.data
+    heard = {token for _, audio in rows for token in audio}
+    every = range(ids.audio, ids.audio + 7 * ids.codebook_size)
+    unheard = [token for token in every if token not in heard]
+    drawn = torch.randn(len(unheard), 256, generator=torch.Generator().manual_seed(0))
+    length = weight[sorted(heard)].norm(dim=1).mean()
+    weight[unheard] = torch.nn.functional.normalize(drawn) * length
     folder, part = DEMO / "base", DEMO / "base.part"
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     folder.mkdir(exist_ok=True)
     for file in part.iterdir():
@@ -492,16 +499,14 @@ def save_base(model, tokenizer) -> None:
     part.rmdir()
 
 
-def make_rows(tokenizer) -> tuple[list, int]:
-    """[(prompt, audio and ends)] of all voices but the new one, by length, and the pad id."""
-    import infer
-
+def make_rows(tokenizer):
+    """[(prompt, audio and ends)] of all voices but the new one, by length, and the SpeechIds."""
     ids, rows = infer.read_speech_ids(tokenizer, CODEC["codebook_size"]), []
     for voice in VOICES.keys() - {NEW}:
         for text, codes in load_codes(voice):
             prompt = infer.prompt_ids(tokenizer, ids, text, voice)
             rows.append((prompt, [*infer.codes_to_ids(codes, ids), ids.eos, ids.eoa]))
-    return sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row)), ids.pad
+    return sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row)), ids
 
 
 def make_base(tokens: int = 1600) -> None:
@@ -509,7 +514,7 @@ def make_base(tokens: int = 1600) -> None:
     import torch
 
     tokenizer = make_tokenizer()
-    model, (rows, pad) = new_base(tokenizer), make_rows(tokenizer)
+    model, (rows, ids) = new_base(tokenizer), make_rows(tokenizer)
 
     def loss_of(rng):
         first = rng.integers(len(rows), size=2).max()  # long rows are the hard ones
@@ -517,14 +522,16 @@ def make_base(tokens: int = 1600) -> None:
         near = rows[max(0, first - 10 * count) : first + 10 * count]
         batch = [near[i] for i in rng.permutation(len(near))[:count]]
         width = max(len(prompt) + len(audio) for prompt, audio in batch)
-        inputs, labels = np.full((len(batch), width), pad), np.full((len(batch), width), -100)
+        inputs, labels = np.full((len(batch), width), ids.pad), np.full((len(batch), width), -100)
         for row, (prompt, audio) in enumerate(batch):
             inputs[row, : len(prompt) + len(audio)] = prompt + audio
             labels[row, len(prompt) : len(prompt) + len(audio)] = audio
         return model(input_ids=torch.tensor(inputs), labels=torch.tensor(labels)).loss
 
-    learned = list(model.parameters())
-    train("base", model, learned, loss_of, 8000, 2e-3, lambda: save_base(model, tokenizer))
+    def keep():
+        save_base(model, tokenizer, rows, ids)
+
+    train("base", model, list(model.parameters()), loss_of, 8000, 2e-3, keep)
 
 
 # ---------------------------------------------------------------- main
