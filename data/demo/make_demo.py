@@ -1,6 +1,6 @@
 """Build the demo from nothing but Debian's flite: sample clips, tiny SNAC codec, tiny Llama base.
 
-python data/demo/make_demo.py                                 # everything: a guess is 45 minutes
+python data/demo/make_demo.py                                 # everything: 90 minutes on two cores
 python data/demo/make_demo.py --stage train                   # one stage; a killed one goes on
 DEMO_WORK=/tmp/work python data/demo/make_demo.py             # codes and checkpoints elsewhere
 
