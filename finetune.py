@@ -76,9 +76,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
-FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "max_seconds", "plan", "fit")
-FREE_KEYS += ("temperature", "top_p", "repetition_penalty", "speak_batch_size", "best_of")
-FREE_KEYS += ("cuda_graph",)  # how it speaks
+FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "plan", "fit", *infer.SPEAKING)
 FREE_PARTS = ("logging_", "save_", "eval_")
 
 
@@ -564,9 +562,7 @@ def save_checks(trainer, out: Path) -> None:
 def clips_in(rows, tokenizer) -> str:
     """What a batch says, be its rows a clip each or packed: the start of every prompt in it."""
     flat = rows.flatten().tolist()
-    bos, eot = map(
-        tokenizer.convert_tokens_to_ids, (infer.TOKEN_NAMES["bos"], infer.TOKEN_NAMES["eot"])
-    )
+    bos, eot = (tokenizer.convert_tokens_to_ids(infer.TOKEN_NAMES[n]) for n in ("bos", "eot"))
     heads = [flat[n + 1 : n + 60] for n, token in enumerate(flat) if token == bos]
     heads = [head[: head.index(eot)] if eot in head else head for head in heads]
     return "; ".join(tokenizer.batch_decode(heads))[:500]

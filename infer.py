@@ -1,6 +1,6 @@
 """The speech language of Orpheus (prompt, slots, codec), and speaking with it: text → tokens → wav.
 
-python infer.py "Hello there"                                 # the voice that finetune.py made last
+python infer.py "Hello there"                                 # the run of config.json
 python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wav
 python infer.py --file lines.txt --out lines/                 # lines/001.wav, lines/002.wav, …
 python infer.py --wav recording.flac --out heard.wav          # what the codec alone does to it
@@ -396,7 +396,7 @@ def snake(alpha, x):
     return wave.mul_(wave).mul_((alpha + 1e-9).reciprocal()).add_(x)
 
 
-LOOKAHEAD = 4757  # samples behind a frame that its codes depend on, in the full-size encoder
+LOOKAHEAD = 4864  # samples that follow a frame: the full size sees 4,757, in 256s is quicker
 
 
 def encode(codec, clips: list[np.ndarray]) -> list[np.ndarray]:
@@ -637,7 +637,8 @@ def slot_scores(model, ids: SpeechIds):
         if plain:
             parts = [torch.nn.functional.linear(hidden, head.weight[s]) for s in (codes, end)]
         else:
-            parts = [head(hidden)[:, s] for s in (codes, end)]
+            whole = head(hidden)
+            parts = [whole[:, s] for s in (codes, end)]
         return torch.cat(parts, dim=-1).float()
 
     return score
@@ -695,6 +696,9 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
     tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
     used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
 
+    def over(row, code):
+        return code == size or frame == row.most
+
     def next_frame(tokens, positions, chances):
         """(rows, n) tokens and their places, (rows, 7) → (rows, 7) codes, next tokens, places."""
         drawn = []
@@ -705,6 +709,8 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
             if slot or not frame:
                 scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
             drawn.append(codes := draw(scores, used[:, slot], settings, chances[:, slot]))
+            if not static and slot == 0 and all(map(over, rows, codes.tolist())):
+                break
             used[:, slot].scatter_(1, codes[:, None], True)
             tokens, positions = codes[:, None] + ids.audio + slot * size, positions[:, -1:] + 1
         return torch.stack(drawn, 1), tokens, positions
@@ -1409,8 +1415,9 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
 
 # ---------------------------------------------------------------- command line
 
-RUN_KEYS = ("codec", "temperature", "top_p", "repetition_penalty", "max_seconds", "seed")
-RUN_KEYS += ("speak_batch_size", "best_of", "cuda_graph")
+SPEAKING = ("temperature", "top_p", "repetition_penalty", "max_seconds", "speak_batch_size")
+SPEAKING += ("best_of", "cuda_graph")
+RUN_KEYS = ("codec", "seed", *SPEAKING)
 SWITCHES = {
     "stream": "let it be heard while it is made",
     "score": "tell how well it came out, by every judge that is installed",
@@ -1434,10 +1441,13 @@ def read_arguments() -> argparse.Namespace:
         "voice": "voice name (the adapter's first)",
         "merge": "new folder for the adapter merged into its base, in 16 bits",
         "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
-        **{name: f"{OWN_KEYS[name].metadata['description']} (the run's)" for name in RUN_KEYS},
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
-    words = "adapter, checkpoint, merged folder or hub id (the last run's); of a --page several"
+    for name in RUN_KEYS:
+        kind = {"action": "store_const", "const": "true"} if OWN_KEYS[name].type is bool else {}
+        words = f"{OWN_KEYS[name].metadata['description']} (the run's)"
+        parser.add_argument(f"--{name}", help=words, **kind or {"metavar": "…"})
+    words = "adapter, checkpoint, merged folder or hub id (config.json's run); of a --page several"
     parser.add_argument("--model", metavar="…", action="append", help=words)
     for name, words in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=words)

@@ -845,6 +845,8 @@ def main() -> None:
     _, report = make_rows(clips, settings, tokenizer)
     report.tell(settings, full=True)
     out = Path(settings.output_dir)
+    if (out / infer.SAVED_CONFIG).is_file():  # a run is there, whose report names its voices
+        out /= "doctor"
     out.mkdir(parents=True, exist_ok=True)
     report.save(out)
     draw_report(report, out / "data_report.png")

@@ -51,7 +51,7 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         keys |= {"report_to": "none", "save_steps": "9999", "sample_steps": "9999"}
         settings = infer.read_settings(ROOT / "data/demo/config.json", keys)
         arguments, _ = finetune.trainer_arguments(settings)
-        rows = make_rows(settings, tokenizer, ids, 6 * steps)
+        rows = make_rows(settings, tokenizer, ids, 8 * steps)
         model = finetune.load_model(settings, arguments)
         trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
         used = slots = 0

@@ -26,6 +26,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench_batching import make_rows  # noqa: E402
+
 import finetune  # noqa: E402
 import infer  # noqa: E402
 from data import prepare  # noqa: E402
@@ -53,7 +55,7 @@ def make_models(shape: str) -> dict[str, str]:
     """Writes base and codec once, with random weights on the GPU; {"model": …, "codec": …}."""
     import torch
     from snac import SNAC
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if shape == "demo":
@@ -68,8 +70,10 @@ def make_models(shape: str) -> dict[str, str]:
         names = {128_000: "<|begin_of_text|>", 128_009: "<|eot_id|>"}
         names |= {128_256 + n: f"<custom_token_{n}>" for n in range(28_684)}
         words = {names.get(n, f"word{n}"): n for n in range(156_940)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="word1"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="word1")),
+            tokenizer_object=tokenizer,
             bos_token="<|begin_of_text|>",
             eos_token="<custom_token_2>",
             pad_token="<custom_token_7>",
@@ -79,19 +83,8 @@ def make_models(shape: str) -> dict[str, str]:
         shape = ROOT / "tests/snac_24khz/config.json"
         (codec / "config.json").write_bytes(shape.read_bytes())
         torch.save(SNAC.from_config(str(shape)).state_dict(), codec / "pytorch_model.bin")
+        torch.cuda.empty_cache()  # the runs have the card to themselves
     return {"model": str(base), "codec": str(codec)}
-
-
-def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
-    """`count` rows as long as LJSpeech's, or of max_length alone where that is over 10 s."""
-    draw = np.random.default_rng(0)
-    seconds = np.clip(draw.lognormal(np.log(6.2), 0.4, count), 1, 10)
-    rows = []
-    for n, length in enumerate(seconds):
-        codes = draw.integers(0, ids.codebook_size, (prepare.frames_of(length), infer.SLOTS))
-        prompt = infer.prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
-        rows.append(prepare.make_row(prompt, codes, ids, settings))
-    return rows
 
 
 # ---------------------------------------------------------------- one run, a process of its own
@@ -102,7 +95,7 @@ def one_run(keys: dict) -> dict:
     steps, cap = int(keys.pop("bench_steps")), float(keys.pop("bench_cap", 0))  # GiB
     keys |= {"output_dir": str(WORK / "run"), "overwrite": "true", "max_steps": str(steps + 2)}
     keys |= {"report_to": "none", "save_strategy": "no", "sample_steps": "9999", "held_out": "0"}
-    settings = infer.read_settings(ROOT / "config.json", keys)
+    settings = infer.read_settings(None, keys)
     if settings.backend == "unsloth":
         import unsloth  # noqa: F401
     import torch
@@ -114,6 +107,8 @@ def one_run(keys: dict) -> dict:
     if cap and gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * finetune.GIB / total)
+        free = lambda *_: (cap * finetune.GIB - torch.cuda.memory_reserved(), total)  # noqa: E731
+        torch.cuda.mem_get_info = free  # Unsloth sizes its loss by it
     arguments, _ = finetune.settle(settings, None)
     tokenizer = infer.load_tokenizer(Path(settings.model))
     size = json.loads(Path(settings.codec, "config.json").read_text())["codebook_size"]
@@ -122,6 +117,8 @@ def one_run(keys: dict) -> dict:
     most = at_once * (settings.max_length // 200 if settings.batching == "pack" else 1)
     rows = make_rows(settings, tokenizer, ids, (steps + 2) * most)
     model, moments = finetune.load_model(settings, arguments), []
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()  # a 16-bit base is read before it is quantised
     no_checks = lambda *_: ({"eval_score": 0.0}, [])  # noqa: E731
     trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, no_checks)
     each = arguments.gradient_accumulation_steps  # batches a step
@@ -138,15 +135,16 @@ def one_run(keys: dict) -> dict:
     trainer.train()
     base, plan = finetune.read_base(settings), finetune.plan_keys(settings, arguments)
     by_slot, by_pair = operations(settings, base)
+    parts = finetune.memory_plan(plan, base)
+    parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory
     return {
         "seconds": (seconds := moments[-1] - moments[1]),
         "useful": used / seconds,  # tokens a second
         "slots": slots / seconds,
         "operations": (by_slot * slots + by_pair * pairs) / seconds,
         "peak": finetune.peak_memory() / finetune.GIB,
-        "planned": finetune.needed(plan, base) / finetune.GIB,
+        "planned": sum(parts.values()) / finetune.GIB,
         "took": [plan[name] for name in finetune.FIT_KEYS],
-        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
     }
 
 
@@ -175,17 +173,20 @@ def operations(settings, base) -> tuple[float, float]:
 
 def run(keys: dict) -> dict | str:
     """What one_run makes of `keys` in a new process, or the last line it said."""
-    done = subprocess.run(
-        [sys.executable, __file__, "one", json.dumps(keys)], capture_output=True, text=True
-    )
-    last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
+    command = [sys.executable, __file__, "one", json.dumps(keys)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        return "over four minutes"
+    last = (done.stdout if done.returncode == 0 else done.stderr).strip().split("\n")[-1]
+    print(f"    {last[:300]}", file=sys.stderr, flush=True)
     return json.loads(last) if done.returncode == 0 else last[:100]
 
 
 # ---------------------------------------------------------------- tables
 
 
-def matmul_ceiling(shape: str) -> float:
+def matmul_ceiling() -> float:
     """Operations a second of a large product of random numbers, in bf16 on a GPU; the median."""
     import torch
 
@@ -199,6 +200,8 @@ def matmul_ceiling(shape: str) -> float:
         if gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
+    if gpu:
+        torch.cuda.empty_cache()
     return 2 * size**3 / statistics.median(times[5:])
 
 
@@ -206,7 +209,7 @@ MEDIANS = ("useful", "slots", "operations", "peak")
 
 
 def tell_speed(keys: dict, arguments) -> None:
-    ceiling = matmul_ceiling(arguments.shape)
+    ceiling = matmul_ceiling()
     print(f"matmul ceiling {ceiling / 1e12:.2f} TFLOP/s\n")
     print("| way | useful tokens/s (least, most) | slots/s | of the ceiling | GiB | ratio |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -298,6 +301,8 @@ def main() -> None:
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     keys = make_models(arguments.shape) | {"bench_steps": str(arguments.steps)}
+    if arguments.shape == "demo":
+        print("toy size: one setting under every name, which shows that it runs, no more\n")
     tables[arguments.table](keys | (TOY if arguments.shape == "demo" else {}), arguments)
 
 

@@ -4,7 +4,8 @@ python tests/bench_speak.py                                       # the demo's b
 python tests/bench_speak.py --shape orpheus-3b                    # random bf16 weights, on a GPU
 python tests/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
 
-Ends are switched off, so that all speak equally long; every way takes its turn in every round.
+The end is a token that a model hardly ever writes, so that all speak about equally long; every way
+takes its turn in every round.
 """
 
 import argparse
@@ -20,8 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import infer  # noqa: E402
-
-# The full-size codec's shape; the Llama's is orpheus-3b/config.json.
 
 
 def load(shape: str):
@@ -71,7 +70,7 @@ def ours(model, codec, ids, rows, settings, static) -> float:
     """Our loop, the first row streamed; seconds to the first sound."""
     started, first = time.perf_counter(), None
     frames = infer.speak_frames(model, rows, ids, settings, static)
-    for _ in infer.decode_stream(codec, (rows[0].frames[-1] for _ in frames)):
+    for _ in infer.decode_stream(codec, (rows[0].frames[-1] for _ in frames if not rows[0].end)):
         first = first or time.perf_counter() - started
     for row in rows[1:]:
         list(infer.decode_stream(codec, row.frames))
@@ -105,22 +104,21 @@ def main() -> None:
     print(f"{arguments.shape} on {infer.device()}, {frames} frames a row; median (least to most)")
     print(f"{'batch':>5} {'way':14} {'tokens/s':>24} {'real-time factor':>18} {'first audio':>12}")
     for count in arguments.batch:
-        spent, firsts = {name: [] for name in ways}, {name: [] for name in ways}
+        runs = {name: [] for name in ways}  # (tokens/s, real-time factor, first audio)
         for _ in range(arguments.rounds):
             for name, (speak, static) in ways.items():
                 rows = utterances(ids, count, frames)
                 started = time.perf_counter()
-                firsts[name].append(speak(model, codec, ids, rows, settings, static))
+                first = speak(model, codec, ids, rows, settings, static)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                spent[name].append(time.perf_counter() - started)
-                assert all(len(row.frames) == frames for row in rows)
-        for name, seconds in spent.items():
-            tokens = sorted(count * frames * infer.SLOTS / s for s in seconds)
-            rate = f"{statistics.median(tokens):,.0f} ({tokens[0]:,.0f} to {tokens[-1]:,.0f})"
-            sound = count * frames * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
-            factor = statistics.median(seconds) / sound
-            first = statistics.median(firsts[name])
+                spent, made = time.perf_counter() - started, sum(len(row.frames) for row in rows)
+                sound = made * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
+                runs[name].append((made * infer.SLOTS / spent, spent / sound, first))
+        for name, told in runs.items():
+            rates, factors, firsts = map(sorted, zip(*told, strict=True))
+            rate = f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
+            factor, first = statistics.median(factors), statistics.median(firsts)
             print(f"{count:5} {name:14} {rate:>24} {factor:18.3f} {first:10.2f} s", flush=True)
 
 

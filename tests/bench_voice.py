@@ -148,7 +148,8 @@ def main() -> None:
 
     if arguments.only in (None, "codec"):
         for voice in [*BASE_VOICES, new]:
-            tell(f"recordings {voice}", wavs := recordings(voice, texts))
+            wavs = own if voice == new else recordings(voice, texts)
+            tell(f"recordings {voice}", wavs)
             codes = infer.encode(codec, wavs)
             tell(f"codec {voice}", [infer.decode(codec, each) for each in codes])
     if arguments.only in (None, "base"):

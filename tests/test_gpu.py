@@ -111,12 +111,19 @@ GRAPH = """
 import json, sys
 from pathlib import Path
 import infer
-overrides = dict(zip(("cuda_graph", "temperature"), sys.argv[1:]))
+graph, temperature, weights = sys.argv[1:]
+overrides = {"cuda_graph": graph, "temperature": temperature}
 settings = infer.read_settings("data/demo/config.json", overrides)
-model, tokenizer = infer.load_model("data/demo/base")
+model, tokenizer = infer.load_model("data/demo/base", weights == "4bit")
+if weights == "4bit":
+    from peft import LoraConfig, get_peft_model
+    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=True)
+    model = get_peft_model(model, lora).eval()
+else:
+    model = model.float()
 ids = infer.read_speech_ids(tokenizer, 256)
 texts = "one two", "seven", "three nine nine four"
-rows = [infer.begin(model.float(), tokenizer, ids, text, settings, "rms") for text in texts]
+rows = [infer.begin(model, tokenizer, ids, text, settings, "rms") for text in texts]
 infer.speak_rows(model, rows, ids, settings)
 print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
 """
@@ -124,10 +131,10 @@ print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
 
 @GPU
 @pytest.mark.gpu
-@pytest.mark.parametrize("temperature", ["0", "0.8"])
-def test_a_cuda_graph_speaks_the_same_codes(temperature):
+@pytest.mark.parametrize("words", [("0", "fp32"), ("0.8", "fp32"), ("0", "4bit")])
+def test_a_cuda_graph_speaks_the_same_codes(words):
     plain, graph = (
-        json.loads(run("-c", GRAPH, way, temperature).splitlines()[-1]) for way in ("false", "true")
+        json.loads(run("-c", GRAPH, way, *words).splitlines()[-1]) for way in ("false", "true")
     )
     assert sum(len(codes) for _, codes in plain) > 30
     assert graph == plain

@@ -610,6 +610,17 @@ def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
     assert names == ["data_report.json", "data_report.png"]
 
 
+def test_the_doctor_leaves_a_run_its_report(tmp_path, monkeypatch):
+    """Which names the voices that the run was trained on."""
+    (tmp_path / infer.SAVED_CONFIG).write_text("{}")
+    (tmp_path / infer.SAVED_REPORT).write_text("the run's")
+    words = [*DEMO, "--limit", "2", "--cache_dir", "null", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
+    prepare.main()
+    assert (tmp_path / infer.SAVED_REPORT).read_text() == "the run's"
+    assert json.loads((tmp_path / "doctor" / infer.SAVED_REPORT).read_text())["rows"] == 2
+
+
 def test_packed_rows_are_counted_as_trl_packs_them():
     from datasets import Dataset
     from trl import pack_dataset

@@ -486,7 +486,7 @@ def save_base(model, tokenizer, rows: list, ids) -> None:
     heard = {token for _, audio in rows for token in audio}
     every = range(ids.audio, ids.audio + 7 * ids.codebook_size)
     unheard = [token for token in every if token not in heard]
-    drawn = torch.randn(len(unheard), 256, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(len(unheard), weight.shape[1], generator=torch.Generator().manual_seed(0))
     length = weight[sorted(heard)].norm(dim=1).mean()
     weight[unheard] = torch.nn.functional.normalize(drawn) * length
     folder, part = DEMO / "base", DEMO / "base.part"
