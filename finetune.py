@@ -232,10 +232,9 @@ def load_with_transformers(settings: Settings, arguments):
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     if arguments.fp16 and not settings.full_finetuning:  # fp16's scaler wants fp32 gradients
         dtype = torch.float16
-    config = {
-        "4bit": lambda: infer.nf4(dtype),
-        "8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    }.get(settings.weights, lambda: None)()
+    config = infer.nf4(dtype) if settings.weights == "4bit" else None
+    if settings.weights == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
     folder = infer.fetch(settings.model, infer.MODEL_FILES)
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype, quantization_config=config, device_map=settings.device_map

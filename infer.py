@@ -365,10 +365,13 @@ def slots_to_levels(codes):
     return [part.flatten(1) for part in parts]
 
 
+CODEC_FILES = ["config.json", "pytorch_model.bin"]
+
+
 def load_codec(path: str, device: str = "cpu"):
     """A `snac.SNAC` at 24 kHz with levels of 1, 2 and 4 codes a frame."""
-    folder = fetch(path, ["config.json", "pytorch_model.bin"])
-    for name in ("config.json", "pytorch_model.bin"):
+    folder = fetch(path, CODEC_FILES)
+    for name in CODEC_FILES:
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
     from snac import SNAC

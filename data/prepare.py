@@ -307,9 +307,6 @@ def measure(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, dict]
 # ---------------------------------------------------------------- codes, and their cache
 
 
-CODEC_FILES = ["config.json", "pytorch_model.bin"]
-
-
 @dataclass
 class Heard:
     """What is known of a clip's sound once it is read, and its codes as soon as they are made."""
@@ -332,9 +329,9 @@ def open_cache(settings: Settings) -> Path | None:
         return None
     trimming = settings.keep_silence, settings.silence_db
     digest = hashlib.sha256(repr((trimming, Measures._fields)).encode())
-    folder = infer.fetch(settings.codec, CODEC_FILES)
+    folder = infer.fetch(settings.codec, infer.CODEC_FILES)
     try:
-        for name in CODEC_FILES:
+        for name in infer.CODEC_FILES:
             digest.update((folder / name).read_bytes())
         home = Path(settings.cache_dir, digest.hexdigest()[:16])
         home.mkdir(parents=True, exist_ok=True)
@@ -533,7 +530,7 @@ def make_rows(clips: Clips, settings: Settings, tokenizer) -> tuple[list, "Repor
     """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named."""
     if unknown := set(settings.leave_out) - FINDINGS.keys():
         raise infer.unknown_key(min(unknown), FINDINGS, "leave_out")
-    config = infer.fetch(settings.codec, CODEC_FILES) / "config.json"
+    config = infer.fetch(settings.codec, infer.CODEC_FILES) / "config.json"
     size = infer.read_json(config).get("codebook_size")
     if not isinstance(size, int):
         raise Mistake(f"{config}: no codebook_size: not a SNAC codec")
@@ -583,9 +580,8 @@ def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[
         found, out = examine(report.measures), np.zeros(len(rows), bool)
         for name, over in found.items():
             worst = np.argsort(-over, kind="stable")[: (over > 0).sum()]
-            report.findings |= (
-                {name: [report.measures[n].told() for n in worst]} if len(worst) else {}
-            )
+            if len(worst):
+                report.findings[name] = [report.measures[n].told() for n in worst]
             out |= (over > 0) & (name in settings.leave_out)
         for n in np.flatnonzero(out):
             names = ", ".join(name for name in settings.leave_out if found[name][n] > 0)
