@@ -699,8 +699,8 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
     tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
     used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
 
-    def over(row, code):
-        return code == size or frame == row.most
+    def ending(row, code):
+        return BY_ITSELF if code == size else CUT_OFF if frame == row.most else ""
 
     def next_frame(tokens, positions, chances):
         """(rows, n) tokens and their places, (rows, 7) → (rows, 7) codes, next tokens, places."""
@@ -712,7 +712,7 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
             if slot or not frame:
                 scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
             drawn.append(codes := draw(scores, used[:, slot], settings, chances[:, slot]))
-            if not static and slot == 0 and all(map(over, rows, codes.tolist())):
+            if not static and slot == 0 and all(map(ending, rows, codes.tolist())):
                 break
             used[:, slot].scatter_(1, codes[:, None], True)
             tokens, positions = codes[:, None] + ids.audio + slot * size, positions[:, -1:] + 1
@@ -733,8 +733,7 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
                 next_frame = captured(next_frame, inputs)
             codes, tokens, positions = next_frame(*inputs)
         for row, spoken in zip(rows, codes.cpu().numpy(), strict=True):
-            row.end = row.end or (BY_ITSELF if spoken[0] == size else "")
-            row.end = row.end or (CUT_OFF if frame == row.most else "")
+            row.end = row.end or ending(row, spoken[0])
             row.frames += [] if row.end else [spoken]
         if not all(row.end for row in rows):
             yield

@@ -32,11 +32,13 @@ MODES = {  # 4 × 1,024 slots or so to a step; packed rows go one by one, as att
 }
 
 
+def clip_seconds(draw, count: int) -> np.ndarray:
+    return np.clip(draw.lognormal(np.log(6.2), 0.4, count), 1, 10)
+
+
 def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
-    draw = np.random.default_rng(0)
-    seconds = np.clip(draw.lognormal(np.log(6.2), 0.4, count), 1, 10)
-    rows = []
-    for n, length in enumerate(seconds):
+    draw, rows = np.random.default_rng(0), []
+    for n, length in enumerate(clip_seconds(draw, count)):
         codes = draw.integers(0, ids.codebook_size, (prepare.frames_of(length), infer.SLOTS))
         prompt = infer.prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
         rows.append(prepare.make_row(prompt, codes, ids, settings))

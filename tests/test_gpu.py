@@ -109,7 +109,6 @@ def test_a_remedy_trains_and_speaks_on_the_gpu(name, tmp_path):
 
 GRAPH = """
 import json, sys
-from pathlib import Path
 import infer
 graph, temperature, weights = sys.argv[1:]
 overrides = {"cuda_graph": graph, "temperature": temperature}
@@ -117,7 +116,7 @@ settings = infer.read_settings("data/demo/config.json", overrides)
 model, tokenizer = infer.load_model("data/demo/base", weights == "4bit")
 if weights == "4bit":
     from peft import LoraConfig, get_peft_model
-    lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=True)
+    lora = LoraConfig(r=8, target_modules="all-linear")
     model = get_peft_model(model, lora).eval()
 else:
     model = model.float()
