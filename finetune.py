@@ -172,15 +172,45 @@ def check_remedies(settings: Settings, arguments) -> None:
 # ---------------------------------------------------------------- model
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+@contextlib.contextmanager
+def library_output(settings: Settings):
+    """What the libraries print goes to library_output.txt in output_dir, not to the console.
+
+    Warnings, which they send to standard error, stay; so does the traceback of an error.
+    """
+    out = Path(settings.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    path = os.devnull if RANK else out / LIBRARY_LOG
+    with open(path, "a") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+LIBRARY_LOG = "library_output.txt"
 QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
+
+
+def resolve_dtype(settings: Settings, arguments):
+    """The dtype of the weights and of the computation, for both backends.
+
+    Never left to a library: Unsloth would take bfloat16 wherever the machine has it. Full
+    fine-tuning in fp16 keeps fp32 weights, because the gradient scaler wants fp32 gradients.
+    """
+    import torch
+
+    if arguments.bf16:
+        return torch.bfloat16
+    return torch.float16 if arguments.fp16 and not settings.full_finetuning else torch.float32
 
 
 def load_model(settings: Settings, arguments):
     """The base with its weights held as asked, and a LoRA on every linear layer."""
-    import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
-    model = load(settings, arguments)
+    dtype = resolve_dtype(settings, arguments)
+    with library_output(settings):
+        model = load(settings, dtype)
     classes = {type(module).__name__ for module in model.modules()}
     wanted = QUANTISED.get(settings.weights)
     if wanted and wanted not in classes:
@@ -188,14 +218,16 @@ def load_model(settings: Settings, arguments):
     if not settings.full_finetuning:
         # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked.
         model.peft_config["default"].base_model_name_or_path = infer.local(settings.model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtype = next(p.dtype for p in model.parameters() if p.dtype != torch.uint8)
-    print(f"model   {settings.model}: {wanted or dtype}, {trained:,} parameters to train")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    weights = str(dtype).removeprefix("torch.")
+    if settings.weights != "16bit":
+        weights = f"{settings.weights.replace('bit', '-bit')}, {weights}"
+    method = "all weights" if settings.full_finetuning else f"LoRA r={settings.lora_r}"
+    print(f"model    {settings.model}, {weights}; {method}: {trained:.3g} M parameters to train")
     return model
 
 
-def load_with_unsloth(settings: Settings, arguments):
-    import torch
+def load_with_unsloth(settings: Settings, dtype):
     from unsloth import FastLanguageModel
 
     optional = {"load_in_fp8": True} if settings.weights == "fp8" else {}  # unknown on its CPU side
@@ -203,7 +235,7 @@ def load_with_unsloth(settings: Settings, arguments):
     model, _ = FastLanguageModel.from_pretrained(
         settings.model,
         max_seq_length=settings.max_length,
-        dtype=torch.float16 if arguments.fp16 else None,  # None: bf16 where the card has it
+        dtype=dtype,
         load_in_4bit=settings.weights == "4bit",
         load_in_8bit=settings.weights == "8bit",
         load_in_16bit=settings.weights == "16bit",
@@ -224,14 +256,11 @@ def load_with_unsloth(settings: Settings, arguments):
     )
 
 
-def load_with_transformers(settings: Settings, arguments):
+def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    if arguments.fp16 and not settings.full_finetuning:  # fp16's scaler wants fp32 gradients
-        dtype = torch.float16
     config = infer.nf4(dtype) if settings.weights == "4bit" else None
     if settings.weights == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -441,9 +470,9 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
         told = f"{needed(keys, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
         raise Mistake(f"out of memory: {told}; {in_words(smallest_change(keys, base, free))}")
     total = needed(keys | change, base)
-    print(f"memory  {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {in_words(change)}")
+    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {in_words(change)}")
     if total > free:
-        print(f"        it may not fit; {in_words(smallest_change(keys, base, free))} would")
+        print(f"         it may not fit; {in_words(smallest_change(keys, base, free))} would")
     settings.gradient_checkpointing = change[FIT_KEYS[0]]
     for name in FIT_KEYS[1:]:
         settings.trainer[name] = change[name], "fit"
@@ -508,19 +537,24 @@ def make_listener(tokenizer, codec, settings: Settings, report: prepare.Report, 
         infer.prompt_ids(tokenizer, ids, text, voice)  # an empty one is told now, not at the end
 
     def listen(model, step: int, dtype=None) -> tuple[dict, list]:
-        folder = Path(settings.output_dir) / f"samples/step-{step:06}"
+        folder = sample_folder(settings, step)
         paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
         for_inference, for_training = model.eval, model.train
         if settings.backend == "unsloth":
             for_inference, for_training = model.for_inference, model.for_training
         for_inference()
         with torch.random.fork_rng():  # training goes on as if nobody had listened
-            spoken = infer.speak(texts, paths, model, tokenizer, codec, settings, voice)
+            more = {"quiet": True}
+            spoken = infer.speak(texts, paths, model, tokenizer, codec, settings, voice, **more)
         metrics = held_out_metrics(model, held, ids, dtype)
         for_training()
         return metrics | ear_metrics(texts, spoken, report, metrics.get("eval_loss", 0)), spoken
 
     return listen
+
+
+def sample_folder(settings: Settings, step: int) -> Path:
+    return Path(settings.output_dir) / f"samples/step-{step:06}"
 
 
 def ear_metrics(texts: list[str], spoken: list, report: prepare.Report, loss: float) -> dict:
@@ -552,7 +586,7 @@ def save_checks(trainer, out: Path) -> None:
     best = max(checks, key=lambda log: log["eval_score"])
     told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
     kept = ", kept" if (out / f"checkpoint-{best['step']}").is_dir() else ""
-    print(f"best    step {best['step']} of {len(checks)} checks: {told}{kept}")
+    print(f"best     step {best['step']} of {len(checks)} checks: {told}{kept}")
 
 
 # ---------------------------------------------------------------- training
@@ -586,45 +620,110 @@ def length_sampler(lengths: list[int], size: int, seed: int):
     return LengthSampler()
 
 
-def watcher(settings: Settings, stop: dict):
-    """Calls for checks; ends the run on Ctrl-C or a kill, and on an exploding loss."""
+def training_monitor(settings: Settings, stop: dict):
+    """Console, checks and stopping: one line for each logging step and for each check."""
     from accelerate.utils import gather_object
+    from tqdm import tqdm
     from transformers import TrainerCallback
 
-    class Watcher(TrainerCallback):
+    class TrainingMonitor(TrainerCallback):
+        bar = None
+
+        def on_train_begin(self, args, state, control, **_):
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                leave=False,
+                disable=True if RANK else None,  # None: only on a terminal
+            )
+
+        def close(self):
+            """Removes the bar, so that the next line starts at the margin."""
+            if self.bar is not None:
+                self.bar.close()
+
         def on_step_end(self, args, state, control, **_):
+            self.bar.update()
             last = state.global_step >= state.max_steps
             due = last or state.global_step % settings.sample_steps == 0
             control.should_evaluate = due and not args.fsdp  # its weights lie in parts
+            control.should_log |= last
             if any(gather_object([bool(stop)])):  # a signal may reach one rank a step earlier
                 stop.setdefault("signal", None)
                 control.should_save = control.should_training_stop = True
             return control
 
         def on_log(self, args, state, control, logs, model=None, **_):
-            least = min((log["loss"] for log in state.log_history if "loss" in log), default=0)
-            if logs.get("loss", 0) > least + 2:  # nats: e² times less likely, token for token
-                told = f"loss {logs['loss']:.2f} at step {state.global_step}"
-                raise Mistake(f"{told} explodes, it was {least:.2f}: lower learning_rate")
-            for told in suspicions(logs, state.global_step, model.config.vocab_size):
-                print(f"note    step {state.global_step}: {told}")
+            if "loss" in logs:
+                self.bar.write(format_step(logs, state))
+            elif "eval_score" in logs:
+                self.bar.write(format_check(logs, state.global_step, settings))
+            for message in loss_warnings(logs, state, model.config.vocab_size):
+                self.bar.write(f"warning  step {state.global_step}: {message}")
 
-    return Watcher()
+    return TrainingMonitor()
 
 
-def suspicions(logs: dict, step: int, vocabulary: int) -> list[str]:
-    """What a log tells of rows that were tokenised wrongly, as a person would look for it."""
-    told, guess = [], math.log(vocabulary)
-    if step >= 20 and logs.get("loss", 0) > 0.9 * guess:
-        remedy = "is the codec the one that the base was trained with, and the base an Orpheus?"
-        told.append(f"loss {logs['loss']:.1f} is no better than guessing ({guess:.1f}): {remedy}")
+def format_step(logs: dict, state) -> str:
+    """The console's line for one logging step."""
+    parts = [f"step     {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.3f}"]
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}".replace("e-0", "e-"))
+    if "train_tokens_per_second" in logs:
+        parts.append(f"{logs['train_tokens_per_second']:,.0f} tok/s")
+        parts.append(f"{logs['audio_hours']:.2f} h heard")
+    parts.append(f"{logs['peak_gib']:.1f} GiB")
+    parts.append(f"{format_minutes(logs['seconds_left'])} left")
+    return "   ".join(parts)
+
+
+def format_minutes(seconds: float) -> str:
+    """1 h 02, 12 min, or 40 s."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
+
+
+def format_check(logs: dict, step: int, settings: Settings) -> str:
+    """The console's line for one check; checks.csv and TensorBoard have all of its values."""
+    parts = [f"check    step {step}"]
+    if "eval_loss" in logs:
+        parts.append(f"held-out {logs['eval_loss']:.2f}")
+        losses = [logs.get(f"eval_loss_slot{n}", math.nan) for n in range(infer.SLOTS)]
+        parts.append(f"slots 0–6: {' '.join(f'{loss:.1f}' for loss in losses)}")
+    if "eval_ended" in logs:
+        count = len(settings.sample_texts)
+        parts += [f"ended {round(logs['eval_ended'] * count)}/{count}"]
+        parts += [f"pace {logs['eval_pace']:.2f}", f"samples: {sample_folder(settings, step)}/"]
+    return "   ".join(parts)
+
+
+STALLED_STEPS = 50  # a loss near that of guessing is normal at first, if it falls
+
+
+def loss_warnings(logs: dict, state, vocab_size: int) -> list[str]:
+    """Signs of rows that were tokenised wrongly, or of a learning rate that is too high."""
+    messages, guess, step = [], math.log(vocab_size), state.global_step
+    earlier = [log for log in state.log_history if "loss" in log and log["step"] < step]
+    if "loss" in logs and earlier:
+        lowest = min(log["loss"] for log in earlier)
+        if logs["loss"] > lowest + 2 >= earlier[-1]["loss"]:  # nats; said once for each rise
+            rise = f"loss rose from {lowest:.2f} to {logs['loss']:.2f}"
+            messages.append(f"{rise}: if it does not fall again, lower learning_rate")
+        before = [log["loss"] for log in earlier if log["step"] <= step - STALLED_STEPS]
+        if before and logs["loss"] > max(0.9 * guess, 0.95 * before[-1]):
+            stalled = f"loss {logs['loss']:.1f} is no better than guessing ({guess:.1f})"
+            remedy = "check that model is an Orpheus and that codec is the one it was trained with"
+            messages.append(f"{stalled} and has not fallen in {STALLED_STEPS} steps: {remedy}")
     slots = {n: logs.get(f"eval_loss_slot{n}") for n in range(infer.SLOTS)}
     if None not in slots.values():
         usual = float(np.median(list(slots.values())))
         for slot in (n for n, loss in slots.items() if loss > usual + 2.5):
             far = f"slot {slot}'s loss {slots[slot]:.1f} is far above the others' {usual:.1f}"
-            told.append(f"{far}: its codes are likely in the wrong place, or another codec's")
-    return told
+            messages.append(f"{far}: its codes are misplaced, or come from another codec")
+    return messages
 
 
 def trainer_class(lengths: list[int], seconds: float, listen):
@@ -638,6 +737,8 @@ def trainer_class(lengths: list[int], seconds: float, listen):
 
     class SpeechTrainer(SFTTrainer):
         slots = 0  # of all batches so far, padding included
+        check_seconds = 0.0  # spent in evaluate, which is no training
+        started = first_step = None  # time and number of this process's first step
 
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
@@ -645,6 +746,8 @@ def trainer_class(lengths: list[int], seconds: float, listen):
             return length_sampler(lengths, self._train_batch_size, self.args.seed)
 
         def training_step(self, model, inputs, *args, **kwargs):
+            if self.started is None:
+                self.started, self.first_step = time.perf_counter(), self.state.global_step
             rows = inputs["input_ids"]
             size = torch.tensor([rows.numel()], device=rows.device)
             self.slots += self.accelerator.gather(size).sum().item()
@@ -658,16 +761,31 @@ def trainer_class(lengths: list[int], seconds: float, listen):
 
         def log(self, logs, start_time=None):
             if "loss" in logs:
-                seen = self.state.num_input_tokens_seen
-                logs["audio_hours"] = seen * seconds / sum(lengths) / 3600
-                logs["useful_share"] = (seen - self._initial_num_input_tokens_seen) / self.slots
+                seen, state = self.state.num_input_tokens_seen, self.state
+                if self.args.include_num_input_tokens_seen != "no":
+                    logs["audio_hours"] = seen * seconds / sum(lengths) / 3600
+                    trained = seen - self._initial_num_input_tokens_seen
+                    logs["useful_share"] = trained / self.slots
                 logs["peak_gib"] = peak_memory() / GIB
-            super().log(logs, start_time)
+                pace = self.training_seconds() / (state.global_step - self.first_step)
+                logs["seconds_left"] = pace * (state.max_steps - state.global_step)
+            if "train_runtime" in logs:  # transformers' figures for the whole run
+                logs["check_runtime"] = self.check_seconds
+                for name in [name for name in logs if name.endswith("_per_second")]:
+                    logs[name] *= logs["train_runtime"] / self.training_seconds()
+                logs["train_runtime"] = self.training_seconds()
+            super().log(logs, start_time and start_time + self.check_seconds)
+
+        def training_seconds(self) -> float:
+            """Seconds since the first step began, without those of the checks."""
+            return time.perf_counter() - self.started - self.check_seconds
 
         def evaluate(self, *_, **__):
+            started = time.perf_counter()
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
             heard = ({}, []) if RANK else listen(self.model, self.state.global_step, dtype)
             metrics, spoken = broadcast_object_list([heard[0]])[0], heard[1]
+            self.check_seconds += time.perf_counter() - started
             self.model.eval()  # TRL files what is logged now under evaluation
             self.log(metrics)
             self.model.train()
@@ -692,39 +810,58 @@ def log_audio(trainer, spoken: list) -> None:
 
 def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: dict, listen):
     """The trainer over ready rows; says how its batches are made."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback, ProgressCallback
 
     tokenizer.pad_token = infer.TOKEN_NAMES["pad"]
+    align_special_tokens(model, tokenizer)
+    disable_progress_bars()  # nothing is downloaded from here on
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     lengths = [len(row) for row in columns["input_ids"]]
     frames = sum(int((np.asarray(row) != -100).sum()) // infer.SLOTS for row in columns["labels"])
     seconds = frames * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
     try:
-        trainer = trainer_class(lengths, seconds, listen)(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=tokenizer,
-            callbacks=[watcher(settings, stop)],
-        )
+        with library_output(settings):
+            trainer = trainer_class(lengths, seconds, listen)(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_dict(columns),
+                processing_class=tokenizer,
+            )
     except ValueError as error:
         raise Mistake(f"settings: {' '.join(str(error).split())}") from None
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.monitor = training_monitor(settings, stop)
+    trainer.add_callback(trainer.monitor)
     tell_batches(trainer, lengths)
     return trainer
 
 
+def align_special_tokens(model, tokenizer) -> None:
+    """Sets the model's special tokens to the tokenizer's, as transformers' Trainer wants them."""
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+        config.eos_token_id = [tokenizer.eos_token_id, *ends] if ends else tokenizer.eos_token_id
+
+
 def tell_batches(trainer, lengths: list[int]) -> None:
     """How the batches are made, and the share of their slots that hold a token of a row."""
-    size, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-    if trainer.args.packing:
-        how, slots = "packed", len(trainer.train_dataset) * trainer.args.max_length
-    elif trainer.args.pad_to_multiple_of:
-        how, slots = "padded to max_length", len(lengths) * trainer.args.max_length
+    args, size = trainer.args, trainer.args.per_device_train_batch_size
+    if args.packing:
+        how, slots = "packed", len(trainer.train_dataset) * args.max_length
+        how += f", {args.max_length:,} tokens a row"
+    elif args.pad_to_multiple_of:
+        how, slots = f"padded to {args.max_length:,} tokens", len(lengths) * args.max_length
     else:
-        how = "padded to the longest row"
-        slots = prepare.count_padded(lengths, size, trainer.args.seed)
-    used = f"{100 * sum(lengths) / slots:.1f} % of their slots used"
-    print(f"batches {how}, {size} rows × {steps} for a step; {used}")
+        how, slots = "padded to their longest row", prepare.count_padded(lengths, size, args.seed)
+    rows = size * args.gradient_accumulation_steps * RANKS
+    batches = math.ceil(len(trainer.train_dataset) / (size * RANKS))
+    epoch = math.ceil(batches / args.gradient_accumulation_steps)  # optimiser steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    used = f"{100 * sum(lengths) / slots:.1f} % used"
+    print(f"batches  {how}, {used}; {rows} rows a step; {steps} steps")
 
 
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
@@ -773,6 +910,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        trainer.monitor.close()
     state = trainer.state
     if stop and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
@@ -837,13 +975,15 @@ def end_block(settings: Settings, trainer, tokens: float, started: float) -> Non
     import torch
 
     logs = trainer.state.log_history
-    losses = [log["loss"] for log in logs if "loss" in log] or [logs[-1]["train_loss"]]
-    trained, whole = logs[-1]["train_runtime"], time.perf_counter() - started  # seconds
+    losses = [log["loss"] for log in logs if "loss" in log]
+    training, checks = logs[-1]["train_runtime"], logs[-1]["check_runtime"]  # seconds
+    whole = time.perf_counter() - started
     where = "GPU memory" if torch.cuda.is_available() else "RAM"
+    times = f"training {training / 60:.1f}, checks {checks / 60:.1f}"
     print("---")
     print(f"steps    {trainer.state.global_step}, loss {losses[0]:.3f} → {losses[-1]:.3f}")
-    print(f"minutes  {whole / 60:.1f}, of which training {trained / 60:.1f}")
-    print(f"speed    {tokens / trained:,.0f} tokens/s")
+    print(f"minutes  {whole / 60:.1f}: {times}, setting up {(whole - training - checks) / 60:.1f}")
+    print(f"speed    {tokens / training:,.0f} tokens/s in training")
     print(f"memory   {peak_memory() / GIB:.2f} GiB of {where} at its peak")
     print(f"adapter  {settings.output_dir}")
     print(f'say more: python infer.py "…" --model {shlex.quote(settings.output_dir)}')
@@ -863,7 +1003,8 @@ def settle(settings: Settings, checkpoint: Path | None):
     """(SFTConfig, what it was asked for), once machine, backend and memory allow the settings."""
     infer.check_machine(settings.model)
     if settings.backend == "unsloth":
-        import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
+        with library_output(settings):
+            import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
     arguments, _ = trainer_arguments(settings)
     check_remedies(settings, arguments)
     check_memory(settings, arguments, read_base(settings), checkpoint)

@@ -19,6 +19,7 @@ import difflib
 import functools
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -36,6 +37,9 @@ from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+# bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent
 SAMPLE_RATE = 24_000  # Hz
@@ -1177,7 +1181,7 @@ def joined(parts: list):
         yield held
 
 
-def save_speech(lines, path: Path, stream: bool = False, keep: bool = True):
+def save_speech(lines, path: Path, stream: bool = False, keep: bool = True, quiet: bool = False):
     """The next of `lines` to `path`, and a line on what came of it: (samples where kept, rows).
 
     The file is opened first: one that cannot be written is told before anything is spoken.
@@ -1194,7 +1198,8 @@ def save_speech(lines, path: Path, stream: bool = False, keep: bool = True):
     told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how_ended(rows)}"
     if stream:
         told += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
-    print(told, flush=True)
+    if not quiet:
+        print(told, flush=True)
     return np.concatenate(kept), rows
 
 
@@ -1243,11 +1248,11 @@ def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str 
 
     `more`: as `spoken` takes it, and `keep`: False where the samples are not wanted again.
     """
-    keep, results = more.pop("keep", True), []
+    keep, quiet, results = more.pop("keep", True), more.pop("quiet", False), []
     stream, pace, judges = (more.get(name) for name in ("stream", "pace", "judges"))
     lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
     for text, path in zip(texts, paths, strict=True):
-        audio, rows = save_speech(lines, path, stream, keep)
+        audio, rows = save_speech(lines, path, stream, keep, quiet)
         if judges is not None:
             print(f"        {tell_scores(measure(audio, text, pace, judges))}")
         results.append((audio, all(row.end == BY_ITSELF for row in rows)))
