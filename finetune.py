@@ -670,8 +670,8 @@ def format_step(logs: dict, state) -> str:
     parts = [f"step     {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.3f}"]
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}".replace("e-0", "e-"))
-    if "train_tokens_per_second" in logs:
-        parts.append(f"{logs['train_tokens_per_second']:,.0f} tok/s")
+    if "audio_hours" in logs:  # tokens are counted
+        parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
         parts.append(f"{logs['audio_hours']:.2f} h heard")
     parts.append(f"{logs['peak_gib']:.1f} GiB")
     parts.append(f"{format_minutes(logs['seconds_left'])} left")
@@ -738,7 +738,8 @@ def trainer_class(lengths: list[int], seconds: float, listen):
     class SpeechTrainer(SFTTrainer):
         slots = 0  # of all batches so far, padding included
         check_seconds = 0.0  # spent in evaluate, which is no training
-        started = first_step = None  # time and number of this process's first step
+        started = None  # time at which this process's first step began
+        logged = None  # training seconds, tokens and steps up to the last line of the log
 
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
@@ -747,7 +748,8 @@ def trainer_class(lengths: list[int], seconds: float, listen):
 
         def training_step(self, model, inputs, *args, **kwargs):
             if self.started is None:
-                self.started, self.first_step = time.perf_counter(), self.state.global_step
+                self.started = time.perf_counter()
+                self.logged = 0.0, self.state.num_input_tokens_seen, self.state.global_step
             rows = inputs["input_ids"]
             size = torch.tensor([rows.numel()], device=rows.device)
             self.slots += self.accelerator.gather(size).sum().item()
@@ -767,8 +769,11 @@ def trainer_class(lengths: list[int], seconds: float, listen):
                     trained = seen - self._initial_num_input_tokens_seen
                     logs["useful_share"] = trained / self.slots
                 logs["peak_gib"] = peak_memory() / GIB
-                pace = self.training_seconds() / (state.global_step - self.first_step)
-                logs["seconds_left"] = pace * (state.max_steps - state.global_step)
+                now = self.training_seconds(), seen, state.global_step
+                spent, tokens, steps = np.subtract(now, self.logged).tolist()
+                self.logged = now
+                logs["tokens_per_second"] = tokens / spent
+                logs["seconds_left"] = spent / steps * (state.max_steps - state.global_step)
             if "train_runtime" in logs:  # transformers' figures for the whole run
                 logs["check_runtime"] = self.check_seconds
                 for name in [name for name in logs if name.endswith("_per_second")]:
