@@ -389,8 +389,11 @@ def load_codec(path: str, device: str = "cpu"):
                 remove_parametrizations(module, "weight")
             if isinstance(module, Snake1d) and device == "cpu":
                 module.forward = functools.partial(snake, module.alpha)
-    except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
-        raise Mistake(f"{folder}: no codec that loads: {str(error).splitlines()[0]}") from None
+    except UnpicklingError:
+        weights = folder / "pytorch_model.bin"
+        raise Mistake(f"{weights}: not plain weights: damaged, or unsafe to load") from None
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError) as error:
+        raise Mistake(f"{folder}: not a codec that loads: {first_reason(error)}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
@@ -849,14 +852,22 @@ def is_model(folder: Path) -> bool:
     return is_adapter(folder) or (folder / "config.json").is_file()
 
 
+def first_reason(error: Exception) -> str:
+    """The first line of an exception's message, and the second where that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
+    return lines[0] if lines else type(error).__name__
+
+
 def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; `Mistake` where there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(f"{folder}: no tokenizer that loads: {first_reason(error)}") from None
 
 
 def nf4(dtype):
@@ -871,37 +882,85 @@ def nf4(dtype):
     )
 
 
-def load_model(path: str, in_4bit: bool = False, merged: bool = False):
+def find_base(adapter: Path) -> Path:
+    """The folder of the base that an adapter names; `Mistake` for an adapter that is damaged."""
+    config = adapter / "adapter_config.json"
+    values = read_json(config)
+    base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
+    if not isinstance(base, str) or not base:
+        raise Mistake(f"{config}: base_model_name_or_path must name the base; set it")
+    if kind != "LORA":
+        raise Mistake(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise Mistake(f"{config}: no folder {base}; correct base_model_name_or_path")
+    return fetch(base, MODEL_FILES)
+
+
+def check_weights(folder: Path) -> None:
+    """`Mistake` where weights are missing or damaged, or where the model is not a Llama."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        name = "adapter_model.safetensors" if is_adapter(folder) else "model.safetensors"
+        raise Mistake(f"{folder}: no {name}: the weights are missing")
+    for file in files:
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise Mistake(f"{file}: damaged or cut short: {first_reason(error)}") from None
+    if not is_adapter(folder):
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind != "llama":
+            raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
+
+
+def choose_dtype(folder: Path, fp32: bool):
+    """The dtype to speak in: 16-bit on a GPU; on a CPU bfloat16 if stored so and not `fp32`."""
+    import torch
+
+    config = read_json(folder / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) and stored != "float16"
+        return torch.bfloat16 if bf16 else torch.float16
+    return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
+
+
+def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: bool = True):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
-    16-bit or 4-bit where there is a GPU, else fp32; `merged`: its adapter merged, in fp16.
+    Args:
+        in_4bit: quantise the base to NF4, on a GPU.
+        merged: merge the adapter into its base, in fp16.
+        fp32: on a CPU, compute in fp32 even where the base is stored in bfloat16.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    folder = fetch(path, MODEL_FILES)
-    whole = folder
-    if is_adapter(folder):
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")
-        if os.path.isabs(base) and not os.path.isdir(base):
-            raise Mistake(f"{folder}: its base {base} is gone; mend adapter_config.json")
-        whole = fetch(base, MODEL_FILES)
-    gpu, keys = torch.cuda.is_available(), {"dtype": torch.float32}
-    if gpu or merged:
-        stored = read_json(whole / "config.json").get("dtype") == "float16" or merged
-        fine = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not stored
-        keys = {"dtype": torch.bfloat16 if fine else torch.float16, "device_map": device()}
-    if gpu and in_4bit and not merged:
+    folder, broken = fetch(path, MODEL_FILES), (StrictDataclassError, SafetensorError)
+    whole = find_base(folder) if is_adapter(folder) else folder
+    for part in {folder, whole}:
+        check_weights(part)
+    keys = {"dtype": torch.float16 if merged else choose_dtype(whole, fp32)}
+    if torch.cuda.is_available() or merged:
+        keys["device_map"] = device()
+    if torch.cuda.is_available() and in_4bit and not merged:
         keys["quantization_config"] = nf4(keys["dtype"])
+    loading = whole
     try:
         model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
         if whole != folder:
             from peft import PeftModel
 
+            loading = folder
             model = PeftModel.from_pretrained(model, str(folder))
             model = model.merge_and_unload() if merged else model
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Mistake(f"{folder}: does not load: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, *broken) as error:
+        raise Mistake(f"{loading}: does not load: {first_reason(error)}") from None
     return model.eval(), load_tokenizer(folder)
 
 
@@ -927,17 +986,36 @@ def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FIL
         if not made and patterns is TOKENIZER_FILES:
             return Run(plain)
         model = plain.output_dir if made else plain.model
-        print(f"model   {model}" + ("" if made else ", the base: no run in output_dir yet"))
+        print(f"model    {model}" + ("" if made else ", the base: no run in output_dir yet"))
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
-            report = read_json(home / SAVED_REPORT)
-            pace = report.get("seconds", 0) / report.get("characters", 1)
+            voices, pace = read_report(home / SAVED_REPORT)
             settings = read_settings(home / SAVED_CONFIG, overrides)
-            return Run(settings, folder, list(report["voices"]), pace or None, home)
+            if os.path.isabs(settings.codec) and not os.path.isdir(settings.codec):
+                place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
+                raise Mistake(f"{place}; correct codec there, or give --codec")
+            return Run(settings, folder, voices, pace, home)
     return Run(plain, folder)
+
+
+def read_report(path: Path) -> tuple[list[str], float | None]:
+    """The voices of a run's data, and their seconds a character."""
+    report = read_json(path)
+    voices, sizes = report.get("voices"), (report.get("seconds"), report.get("characters"))
+    if not isinstance(voices, dict) or not all(isinstance(size, int | float) for size in sizes):
+        raise Mistake(f"{path}: damaged: voices, seconds and characters are needed")
+    return list(voices), sizes[0] / sizes[1] if all(size > 0 for size in sizes) else None
+
+
+def load_run(run: Run):
+    """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
+    fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
+    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
+    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}")
+    return model, tokenizer
 
 
 def choose_voice(asked: str | None, run: Run) -> str | None:
@@ -964,17 +1042,37 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
     words = named or re.sub(r"[\[\],]", " ", text).split()
     if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
         raise Mistake(f"{path}: neither a list of ids nor <custom_token_N> text")
-    numbers = [int(word) + (first if named else 0) for word in words]
-    if ids.sos in numbers:
-        numbers = numbers[numbers.index(ids.sos) + 1 :]
-    if ids.eos in numbers:
-        numbers = numbers[: numbers.index(ids.eos)]
-    whole = len(numbers) // SLOTS * SLOTS
-    if not whole:
+    numbers = np.array([int(word) + (first if named else 0) for word in words], dtype=np.int64)
+    started = np.flatnonzero(numbers == ids.sos)
+    begin = int(started[0]) + 1 if started.size else 0
+    ended = np.flatnonzero(numbers[begin:] == ids.eos)
+    speech = numbers[begin : begin + int(ended[0])] if ended.size else numbers[begin:]
+    codes, left_out = whole_frames(speech, ids)
+    if not len(codes):
         raise Mistake(f"{path}: no whole frame of {SLOTS} audio ids in it")
-    if whole < len(numbers):
-        print(f"{path}: left out {len(numbers) - whole} ids after the last whole frame")
-    return ids_to_codes(np.array(numbers[:whole]), ids)
+    if left_out.size:
+        places = ", ".join(map(str, left_out[:10] + begin)) + (", …" if left_out.size > 10 else "")
+        print(f"{path}: left out {left_out.size} ids that belong to no whole frame, at {places}")
+    return codes
+
+
+def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.ndarray]:
+    """The whole frames among ids that a model wrote without constraint.
+
+    Args:
+        speech: (n,) ids.
+
+    Returns:
+        (frames, 7) codes of every run of seven ids of slots 0 to 6, and the positions in `speech`
+        of all other ids.
+    """
+    slots = (speech - ids.audio) // ids.codebook_size  # no id but those of audio is in 0 to 6
+    if len(slots) < SLOTS:
+        return np.empty((0, SLOTS), dtype=np.int64), np.arange(len(slots))
+    windows = np.lib.stride_tricks.sliding_window_view(slots, SLOTS)
+    starts = np.flatnonzero((windows == np.arange(SLOTS)).all(axis=1))  # these cannot overlap
+    inside = starts[:, None] + np.arange(SLOTS)
+    return ids_to_codes(speech[inside].ravel(), ids), np.setdiff1d(np.arange(len(slots)), inside)
 
 
 # ---------------------------------------------------------------- judging without ears
@@ -1404,7 +1502,7 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
         run = read_run(model, overrides(arguments))
         voice, pace = choose_voice(arguments.voice, run), run.pace or pace
         codec = load_codec(run.settings.codec, device())
-        loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+        loaded = load_run(run)
         lines = spoken(texts, *loaded, codec, run.settings, voice, run.pace, judges)
         columns[model or str(run.folder)] = [np.concatenate(list(pieces)) for _, pieces in lines]
     lines = [
@@ -1531,7 +1629,7 @@ def say(arguments: argparse.Namespace) -> None:
     if given:
         decode_given(arguments, run, codec, paths[0])
         return
-    loaded = load_model(str(run.folder), run.settings.weights == "4bit")
+    loaded = load_run(run)
     keep = arguments.score
     more = {"pace": run.pace, "stream": arguments.stream, "judges": judges, "keep": keep}
     speak(texts, paths, *loaded, codec, run.settings, voice, **more)

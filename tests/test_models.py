@@ -1,0 +1,153 @@
+"""Model folders: damaged ones are named in one line, and the dtype that a model speaks in."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+import infer
+
+BASE = ROOT / "data/demo/base"
+
+
+def change(path, **values):
+    config = json.loads(path.read_text())
+    config.update(values)
+    path.write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.fixture
+def base(tmp_path):
+    return shutil.copytree(BASE, tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(finished, tmp_path):
+    out = tmp_path / "adapter"
+    return shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+BROKEN_BASES = {
+    "weights cut short": (
+        lambda d: cut(d / "model.safetensors", 5000),
+        "model.safetensors: damaged",
+    ),
+    "weights cut late": (lambda d: cut(d / "model.safetensors", -9), "model.safetensors: damaged"),
+    "empty weights": (lambda d: cut(d / "model.safetensors", 0), "model.safetensors: damaged"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+    "wrong type": (lambda d: change(d / "config.json", hidden_size="x"), "hidden_size"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
+    "a list": (lambda d: (d / "config.json").write_text("[]"), "must be one JSON object"),
+    "BERT": (lambda d: change(d / "config.json", model_type="bert"), "model_type is 'bert'"),
+    "other shapes": (lambda d: change(d / "config.json", hidden_size=128), "base: does not load"),
+    "empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "no tokenizer"),
+    "cut tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "no tokenizer that loads"),
+    "no tokenizer": (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BASES)
+def test_a_broken_base_is_named_in_one_line(name, base):
+    spoil, line = BROKEN_BASES[name]
+    spoil(base)
+    with pytest.raises(infer.Mistake, match=line) as caught:
+        infer.load_model(str(base))
+    assert len(str(caught.value)) < 400 and str(base) in str(caught.value)
+
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BROKEN_ADAPTERS = {
+    "weights cut short": (lambda d: cut(d / ADAPTER, 5000), f"{ADAPTER}: damaged"),
+    "empty weights": (lambda d: cut(d / ADAPTER, 0), f"{ADAPTER}: damaged"),
+    "no weights": (lambda d: (d / ADAPTER).unlink(), f"no {ADAPTER}: the weights"),
+    "no base": (
+        lambda d: change(d / CONFIG, base_model_name_or_path=None),
+        f"{CONFIG}: base_model",
+    ),
+    "base moved": (
+        lambda d: change(d / CONFIG, base_model_name_or_path="/gone/x"),
+        "no folder /gone",
+    ),
+    "odd type": (lambda d: change(d / CONFIG, peft_type="WARP"), "peft_type is 'WARP'"),
+    "other rank": (lambda d: change(d / CONFIG, r=3), "size mismatch"),
+    "not an object": (lambda d: (d / CONFIG).write_text("[]"), f"{CONFIG}: must be one JSON"),
+    "torn": (lambda d: cut(d / CONFIG, 20), f"{CONFIG}: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_a_broken_adapter_is_named_in_one_line(name, adapter):
+    spoil, line = BROKEN_ADAPTERS[name]
+    spoil(adapter)
+    with pytest.raises(infer.Mistake, match=line) as caught:
+        infer.load_model(str(adapter))
+    assert len(str(caught.value)) < 400
+
+
+REPORT, SETTINGS = infer.SAVED_REPORT, infer.SAVED_CONFIG
+BROKEN_RUNS = {
+    "no voices": (lambda d: change(d / REPORT, voices=None), f"{REPORT}: damaged: voices"),
+    "voices a list": (lambda d: change(d / REPORT, voices=["anna"]), f"{REPORT}: damaged"),
+    "words for numbers": (lambda d: change(d / REPORT, seconds="many"), f"{REPORT}: damaged"),
+    "no report": (lambda d: (d / REPORT).unlink(), f"{REPORT}: cannot be read"),
+    "codec moved": (
+        lambda d: change(d / SETTINGS, codec="/gone/codec"),
+        "codec there, or give --codec",
+    ),
+    "torn settings": (lambda d: cut(d / SETTINGS, 50), f"{SETTINGS}: not JSON"),
+    "odd settings": (lambda d: change(d / SETTINGS, lora_r="many"), f"{SETTINGS}: lora_r"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_RUNS)
+def test_a_broken_run_is_named_in_one_line(name, adapter):
+    spoil, line = BROKEN_RUNS[name]
+    spoil(adapter)
+    with pytest.raises(infer.Mistake, match=line):
+        infer.read_run(str(adapter), {})
+
+
+def test_a_report_without_characters_has_no_pace(adapter):
+    change(adapter / REPORT, characters=0)
+    assert infer.read_run(str(adapter), {}).pace is None
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
+    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
+    torch.save({"x": Evil()}, codec / "pytorch_model.bin")
+    with pytest.raises(infer.Mistake, match="not plain weights") as caught:
+        infer.load_codec(str(codec))
+    assert "weights_only" not in str(caught.value) and capsys.readouterr().out == ""
+    (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(infer.Mistake, match=r"pytorch_model\.bin"):
+        infer.load_codec(str(codec))
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, "float32"), (None, "bfloat16")])
+def test_a_run_speaks_in_the_precision_of_its_training(bf16, dtype, adapter, capsys):
+    """The demo's base is stored in bfloat16; a run that says bf16 false gets fp32 on a CPU."""
+    change(adapter / SETTINGS, bf16=bf16)
+    if bf16 is None:  # change() leaves keys of null out, and config.json says null
+        assert json.loads((ROOT / "config.json").read_text())["bf16"] is None
+    model, _ = infer.load_run(infer.read_run(str(adapter), {}))
+    assert f"model    {adapter}: {dtype}\n" in capsys.readouterr().out
+    kinds = {weight.dtype for name, weight in model.named_parameters() if "lora" not in name}
+    assert kinds == {getattr(torch, dtype)}
+
+
+def test_a_base_stored_in_fp32_stays_fp32(base):
+    change(base / "config.json", dtype="float32")
+    model, _ = infer.load_model(str(base), fp32=False)
+    assert model.dtype == torch.float32
