@@ -498,12 +498,11 @@ def read_samples(file, where) -> tuple[np.ndarray, int, int]:
     file.seek(0)
     with soundfile.SoundFile(file) as sound:
         rate, channels, frames = sound.samplerate, sound.channels, sound.frames
-        unknown = frames == 2**63 - 1  # a FLAC that was written into a pipe
-        if frames > MOST_SECONDS * rate and not unknown:
+        if frames == 2**63 - 1:  # a FLAC that was written into a pipe
+            raise Mistake(f"{where}: its header does not say how long it is; make it a wav")
+        if frames > MOST_SECONDS * rate:
             raise Mistake(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
-        most = min(frames, MOST_SECONDS * rate)
-        audio = sound.read(most, dtype="float32", always_2d=True).mean(axis=1)
-    frames = len(audio) if unknown else frames
+        audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
     frames = round(len(audio) * declared / held) if declared > held > 0 else frames
     if frames - len(audio) > rate / 10:
         sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"

@@ -360,7 +360,7 @@ def find_sound(name: str, home: Path | None, anywhere: bool) -> tuple[Path, str 
     path = Path(name.replace("\\", "/"))
     if home is None or (path.is_absolute() and anywhere):
         return path, None
-    inside = os.path.normpath(home / path).startswith(os.path.join(os.path.normpath(home), ""))
+    inside = os.path.abspath(home / path).startswith(os.path.join(os.path.abspath(home), ""))
     if not inside and not anywhere:
         return path, f"{path} is outside the dataset's folder; --absolute_paths allows it"
     if not path.suffix:
@@ -695,7 +695,7 @@ def check_row(made: dict, ids) -> dict:
 
 
 def check_labels(input_ids: np.ndarray, labels: np.ndarray) -> None:
-    """`Mistake` for a label that is neither −100 nor the id at its place, and where all are −100."""
+    """`Mistake` for a label that is neither −100 nor the id at its place, or if all are −100."""
     if (wrong := np.flatnonzero((labels != -100) & (labels != input_ids))).size:
         place = f"label {labels[wrong[0]]} at position {wrong[0]}"
         raise Mistake(f"{place} is neither -100 nor the input id there, {input_ids[wrong[0]]}")
