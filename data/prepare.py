@@ -81,7 +81,7 @@ def read_clips(settings: Settings) -> Clips:
     else:
         clips, count, note = read_hub(settings)
     if settings.limit is not None:
-        clips = itertools.islice(clips, settings.limit)
+        clips = itertools.islice(clips, min(settings.limit, sys.maxsize))
         count = min(count or settings.limit, settings.limit)
     return Clips(clips, count, note)
 
@@ -91,7 +91,7 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
     for name in TABLES:
         if (folder / name).is_file():
             return read_manifest(folder / name, settings)
-    if parquets := sorted(map(str, folder.rglob("*.parquet"))):
+    if parquets := sorted(str(p) for p in folder.rglob("*.parquet") if p.is_file()):
         return read_parquet(parquets, folder, settings)
     sounds = [p for p in folder.iterdir() if p.suffix.lower() in SOUNDS and p.name[0] != "."]
     if not any(sound.with_suffix(".txt").is_file() for sound in sounds):
@@ -103,14 +103,19 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
 
 def read_pair(sound: Path) -> Clip:
     """A sound and the .txt beside it."""
-    path = sound.with_suffix(".txt")
+    path, where = sound.with_suffix(".txt"), printable(sound.name)
     try:
         if not path.is_file():
             raise Mistake(f"no {path.name} beside it")
         text = infer.read_text(path)
     except Mistake as mistake:
-        return Clip(sound.name, sound, fault=str(mistake))
-    return Clip(sound.name, sound, text, fault=find_text_fault(text))
+        return Clip(where, sound, fault=str(mistake))
+    return Clip(where, sound, text, fault=find_text_fault(text))
+
+
+def printable(name: str) -> str:
+    """The name of a file, which may hold bytes that are no UTF-8, for print and JSON."""
+    return name.encode(errors="replace").decode()
 
 
 def read_manifest(path: Path, settings: Settings) -> Clips:
@@ -152,7 +157,7 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, Setting
         return len([c for c in cells if c in known or column_key(c) in known]), len(cells)
 
     separator = max(",;\t|", key=count_known)
-    if count_known(separator)[0]:
+    if count_known(separator)[0] >= (2 if separator == "|" else 1):  # "|": it may be a text
         return list(csv_rows(path, text, separator)), settings, None
     if "|" in header:
         return read_ljspeech(path, text, settings)
@@ -320,7 +325,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> C
         if made and row.get(made) is None:
             told, fault = None, fault or f"no {made} in this row"
         return Clip(
-            where=f"{where.name} row {n}",
+            where=f"{printable(where.name)} row {n}",
             audio=sound if isinstance(sound, Path | bytes) else None,
             text=None if words is None else str(words),
             voice=None if name is None else str(name),
@@ -333,7 +338,7 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> C
 
 def find_text_fault(text: str, what: str = "text", bare: bool = False) -> str | None:
     """Why a text cannot be trained on; None where it can. A `bare` one may hold no letter."""
-    if text.encode(errors="replace").decode() != text:
+    if printable(text) != text:
         return f"the {what} holds half of a character (a lone surrogate)"
     control = (c for c in text if unicodedata.category(c) == "Cc" and not c.isspace())
     if found := next(control, None):
@@ -409,7 +414,7 @@ def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
     if settings.keep_silence is None:
         return audio
     first, last = edges(audio, settings.silence_db)
-    keep = int(settings.keep_silence * SAMPLE_RATE)
+    keep = int(min(settings.keep_silence, infer.MOST_SECONDS) * SAMPLE_RATE)
     return audio[max(first - keep, 0) : last + keep]
 
 
@@ -719,7 +724,7 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     if not isinstance(size, int):
         raise Mistake(f"{config}: no codebook_size: not a SNAC codec")
     ids = infer.read_speech_ids(tokenizer, size)
-    report, rows = Report(settings.dataset, note=clips.note), []
+    report, rows = Report(printable(settings.dataset), note=clips.note), []
     for clip, heard in hear_all(clips, settings, ids, codec):
         add_row(rows, report, clip, heard, tokenizer, ids, settings)
     return finish_rows(rows, report, settings), report
@@ -988,7 +993,7 @@ class Report:
         return dict(Counter(m.voice for m in self.measures if m.voice).most_common())
 
     def add_left_out(self, where: str, fault: str) -> None:
-        self.left_out.append(f"{where}: {fault}")
+        self.left_out.append(f"{where}: {printable(fault)}")
         names = [words for part, words in REASONS.items() if part in fault]
         self.reasons[names[0] if names else fault if fault in FINDINGS else "broken row"] += 1
 
@@ -1019,12 +1024,11 @@ class Report:
         length = f"{self.seconds / 3600:.2f} h"
         if self.seconds < 360:
             length = f"{self.seconds / 60:.1f} min"
-        named = ", ".join(f"{name} {count}" for name, count in voices.items())
-        if len(voices) > 4:
-            named = str(len(voices))
+        spoken = "voices " + ", ".join(f"{name} {count}" for name, count in voices.items())
         if len(voices) < 2:
-            named = next(iter(voices), "not named")
-        spoken = f"{'voices' if len(voices) > 1 else 'voice'} {named}"
+            spoken = f"voice {next(iter(voices))}" if voices else "no voice named"
+        elif len(voices) > 4:
+            spoken = f"{len(voices)} voices"
         line = f"{self.dataset}: {rows} of {self.clips} clips, {length}, {spoken}"
         if not self.reasons:
             return line

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 
 import numpy as np
@@ -125,6 +126,41 @@ def test_a_bare_folder_leaves_out_one_clip_alone(tmp_path, tokenizer):
     assert "2.txt: cannot be read as UTF-8" in told["2.wav"]
     assert told["3.wav"] == "no 3.txt beside it" and "no letter or digit" in told["4.wav"]
     assert report.clips == 5
+
+
+def test_names_that_are_no_utf_8(tmp_path, tokenizer, capsys):
+    """They are printed and saved with a question mark, and do not end the run."""
+    two_clips(tmp_path, ("a.wav", "b.wav", "c.wav"))
+    (tmp_path / "b.wav").rename(tmp_path / os.fsdecode(b"f\xfcnf.wav"))
+    (tmp_path / "c.wav").rename(tmp_path / os.fsdecode(b"\xfc.wav"))
+    (tmp_path / os.fsdecode(b"f\xfcnf.txt")).write_text("five 5")
+    (tmp_path / "a.txt").write_text("one 1")
+    rows, report = rows_of(tmp_path, tokenizer)
+    report.tell(settings(tmp_path), full=True)
+    report.save(tmp_path / "out")
+    assert len(rows) == 2 and report.left_out == ["?.wav: no ?.txt beside it"]
+    table = [{"file_name": "a.wav", "text": "one"}, {"file_name": "\ud800.wav", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    rows, report = rows_of(tmp_path, tokenizer)
+    assert len(rows) == 1 and report.left_out[0].endswith("?.wav does not exist")
+
+
+def test_tables_in_the_current_folder(tmp_path, tokenizer, monkeypatch):
+    folder_of(tmp_path, [("a.wav", "one", "x")])
+    two_clips(tmp_path)
+    codec = {"codec": infer.ROOT / "data/demo/codec"}
+    chosen = settings(".", **codec)
+    monkeypatch.chdir(tmp_path)
+    for dataset in (".", "metadata.csv"):
+        chosen.dataset = dataset
+        rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
+        assert len(rows) == 1
+
+
+@pytest.mark.parametrize("dataset", ["", " ", "a\0b"])
+def test_a_dataset_that_is_no_name(dataset, tokenizer):
+    with pytest.raises(infer.Mistake, match="set it to a folder of clips"):
+        rows_of(dataset, tokenizer)
 
 
 # ---------------------------------------------------------------- texts and voices
