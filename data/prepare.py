@@ -44,7 +44,7 @@ from infer import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, Mistake, Settings
 AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
 VOICE_COLUMNS = ("speaker", "source", "voice")
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 
@@ -119,7 +119,9 @@ def printable(name: str) -> str:
 
 
 def read_manifest(path: Path, settings: Settings) -> Clips:
-    """Clips of a csv, jsonl or parquet table, paths relative to it; also LJSpeech's `id|text|…`."""
+    """Clips of a csv, tsv, jsonl or parquet table, whose paths are relative to it; or LJSpeech's."""
+    if path.suffix.lower() in SOUNDS:
+        raise Mistake(f"{path}: one sound; set --dataset to a folder or a table (data/README.md)")
     if path.suffix == ".parquet":
         return read_parquet([str(path)], path.parent, settings)
     text = infer.read_text(path)
@@ -174,7 +176,8 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Sett
     A third column is the normalised text if it resembles the second; it could also be a voice.
     """
     columns = ("file_name", "text", "normalized_text")
-    lines = [(n, line.split("|")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    lines = [(n, [cell.strip() for cell in line.split("|")]) for n, line in lines]
     width = Counter(len(cells) for _, cells in lines).most_common(1)[0][0]
     remedy = "add a header line such as file_name|text|voice"
     if width > len(columns):

@@ -78,7 +78,7 @@ def test_a_utf_16_table_is_named(encoding, tmp_path, tokenizer):
 
 
 def test_the_third_column_of_ljspeech(tmp_path, tokenizer, capsys):
-    text = "a|Dr. Who was 9|Doctor Who was nine\nb|He left.|He left.\n"
+    text = "a | Dr. Who was 9 | Doctor Who was nine\nb|He left.|He left.\n"
     rows, report = rows_of(table(tmp_path / "normalised", text), tokenizer)
     assert [row["text"] for row in rows] == ["Doctor Who was nine", "He left."]
     report.tell(settings(tmp_path))
@@ -155,6 +155,11 @@ def test_tables_in_the_current_folder(tmp_path, tokenizer, monkeypatch):
         chosen.dataset = dataset
         rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
         assert len(rows) == 1
+
+
+def test_a_sound_is_no_dataset(tmp_path, tokenizer):
+    with pytest.raises(infer.Mistake, match="one sound; set --dataset to a folder"):
+        rows_of(noise(tmp_path / "a.wav"), tokenizer)
 
 
 @pytest.mark.parametrize("dataset", ["", " ", "a\0b"])
