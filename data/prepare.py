@@ -119,7 +119,7 @@ def printable(name: str) -> str:
 
 
 def read_manifest(path: Path, settings: Settings) -> Clips:
-    """Clips of a csv, tsv, jsonl or parquet table, whose paths are relative to it; or LJSpeech's."""
+    """Clips of a csv, tsv, jsonl or parquet table, whose paths are relative to it."""
     if path.suffix.lower() in SOUNDS:
         raise Mistake(f"{path}: one sound; set --dataset to a folder or a table (data/README.md)")
     if path.suffix == ".parquet":
