@@ -149,17 +149,18 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, Setting
     """
     if "\0" in text:
         raise Mistake(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8")
-    text = text.lstrip("\r\n")  # DictReader would take an empty line for the header
-    header, known = text.split("\n", 1)[0], {*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS}
+    header = text.lstrip("\n").split("\n", 1)[0]
+    known = {*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS}
     known |= {"input_ids", "labels", "codes"}
     known |= {settings.audio_column, settings.text_column, settings.voice_column}
 
     def count_known(separator: str) -> tuple[int, int]:
-        cells = [cell.strip('\r" ') for cell in header.split(separator)]
-        return len([c for c in cells if c in known or column_key(c) in known]), len(cells)
+        cells = [cell.strip('" ') for cell in header.split(separator)]
+        return len(known & {name for cell in cells for name in (cell, column_key(cell))}), len(cells)
 
     separator = max(",;\t|", key=count_known)
-    if count_known(separator)[0] >= (2 if separator == "|" else 1):  # "|": it may be a text
+    least = 2 if "|" in header else 1  # the first line may be a row whose text has one such word
+    if count_known(separator)[0] >= least:
         return list(csv_rows(path, text, separator)), settings, None
     if "|" in header:
         return read_ljspeech(path, text, settings)
@@ -210,22 +211,24 @@ def resemblance(pairs: Iterable[list[str]], most: int = 200) -> float:
 
 def csv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, dict]]:
     """(line on which the row begins, row). Between bars, quotes are characters like others."""
-    spaced = f"{separator} " in text.split("\n", 1)[0]
+    table = text.lstrip("\n")  # DictReader would take an empty line for the header
+    skipped = len(text) - len(table)
+    spaced = f"{separator} " in table.split("\n", 1)[0]
     table = csv.DictReader(
-        io.StringIO(text, newline=""),
+        io.StringIO(table, newline=""),
         delimiter=separator,
         quoting=csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL,
         skipinitialspace=spaced,
         strict=True,
     )
-    begin = 1
+    begin = skipped + 1
     try:
         names = Counter(column_key(name) for name in table.fieldnames if name.strip())
         if twice := [name for name, count in names.items() if count > 1]:
             raise Mistake(f"{path}: two columns are named {twice[0]}; rename one of them")
         for row in table:
             yield begin + 1, row
-            begin = table.line_num
+            begin = skipped + table.line_num
     except csv.Error as error:
         remedy = 'quote a field as a whole, and double the quotes in it: "a ""b"" c"'
         raise Mistake(f"{path} line {begin + 1}: not a csv table: {error}; {remedy}") from None
@@ -250,17 +253,16 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
     from pyarrow import parquet
 
     try:
-        first = set(parquet.read_schema(files[0]).names)
-        for file in files[1:]:
-            if other := first ^ set(parquet.read_schema(file).names):
-                fault = f"its columns differ from those of {Path(files[0]).name}"
-                raise Mistake(f"{file}: {fault}: {', '.join(sorted(other))}; make them the same")
-        table = Dataset.from_parquet(files)
-    except Mistake:
-        raise
+        columns = {file: set(parquet.read_schema(file).names) for file in files}
+        same = all(names == columns[files[0]] for names in columns.values())
+        table = Dataset.from_parquet(files) if same else None
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise Mistake(f"{home}: parquet that does not load: {reason}") from None
+    for file, names in columns.items():
+        if other := ", ".join(sorted(names ^ columns[files[0]])):
+            fault = f"its columns differ from those of {Path(files[0]).name}"
+            raise Mistake(f"{file}: {fault}: {other}; make them the same")
     return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 
@@ -317,13 +319,9 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> C
         if isinstance(sound, str) and sound:
             sound, lost = find_sound(sound, home, settings.absolute_paths)
             fault = fault or lost
-        for column, value in ((text, words), (voice, name)):
-            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-                fault = fault or f"{column} holds {type(value).__name__}, not text"
-            elif isinstance(value, float) and not math.isfinite(value):
-                fault = fault or f"{column} holds {value}, not text"
-        fault = fault or (words is not None and find_text_fault(str(words)))
-        fault = fault or (name is not None and find_text_fault(str(name), "voice", bare=True))
+        fault = fault or find_value_fault(words, text) or find_value_fault(name, voice)
+        fault = fault or find_text_fault(str(words or ""))
+        fault = fault or find_text_fault(str(name or ""), "voice", bare=True)
         told = {key: row[key] for key in ("input_ids", "labels", "codes") if key in row}
         if made and row.get(made) is None:
             told, fault = None, fault or f"no {made} in this row"
@@ -333,10 +331,19 @@ def clip_maker(columns, home: Path | None, settings: Settings, where: Path) -> C
             text=None if words is None else str(words),
             voice=None if name is None else str(name),
             made=told if made else None,
-            fault=fault or None,
+            fault=fault,
         )
 
     return to_clip
+
+
+def find_value_fault(value, column: str) -> str | None:
+    """Why a value of a text's or a voice's column is no text; a number is one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        return f"{column} holds {type(value).__name__}, not text"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{column} holds {value}, not text"
+    return None
 
 
 def find_text_fault(text: str, what: str = "text", bare: bool = False) -> str | None:

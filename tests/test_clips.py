@@ -97,6 +97,14 @@ def test_the_third_column_of_ljspeech(tmp_path, tokenizer, capsys):
     assert "row 3: more columns" in report.left_out[1]
 
 
+def test_lines_are_counted_from_the_first(tmp_path, tokenizer):
+    text = '\n\nfile_name,text\na.wav,"one\ntwo"\ngone.wav,three\n'
+    _, report = rows_of(table(tmp_path, text), tokenizer)
+    assert report.left_out[0].startswith("metadata.csv row 6: ")
+    (tmp_path / "metadata.csv").write_text("a|One, text, or more.|One, text, or more.\n")
+    assert texts_of(tmp_path, tokenizer) == ["One, text, or more."]
+
+
 def test_parquet_files_of_other_columns(tmp_path, tokenizer):
     import datasets
 
