@@ -156,7 +156,7 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, Setting
 
     def count_known(separator: str) -> tuple[int, int]:
         cells = [cell.strip('" ') for cell in header.split(separator)]
-        return len(known & {name for cell in cells for name in (cell, column_key(cell))}), len(cells)
+        return len(known & {*cells, *map(column_key, cells)}), len(cells)
 
     separator = max(",;\t|", key=count_known)
     least = 2 if "|" in header else 1  # the first line may be a row whose text has one such word
@@ -257,7 +257,7 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
         same = all(names == columns[files[0]] for names in columns.values())
         table = Dataset.from_parquet(files) if same else None
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = str(error.__cause__ or error).split("\n")[0]
         raise Mistake(f"{home}: parquet that does not load: {reason}") from None
     for file, names in columns.items():
         if other := ", ".join(sorted(names ^ columns[files[0]])):
@@ -281,7 +281,7 @@ def read_hub(settings: Settings) -> Clips:
             streaming=settings.limit is not None,
         )
     except (ValueError, OSError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = str(error.__cause__ or error).split("\n")[0]
         raise Mistake(f"{name}: no such folder here, and the hub's gives: {reason}") from None
     return read_dataset(table, None, settings, Path(name))
 
@@ -290,8 +290,9 @@ def read_dataset(table, home: Path | None, settings: Settings, where: Path) -> C
     """Clips of a datasets.Dataset or IterableDataset, its audio left undecoded."""
     from datasets import Audio
 
-    to_clip = clip_maker(table.column_names, home, settings, where)
-    for name, feature in table.features.items():
+    columns = table.column_names or next(iter(table), {})  # a streamed csv does not tell them
+    to_clip = clip_maker(columns, home, settings, where)
+    for name, feature in (table.features or {}).items():
         if isinstance(feature, Audio):
             table = table.cast_column(name, Audio(decode=False))
     return Clips(itertools.starmap(to_clip, enumerate(table)), getattr(table, "num_rows", None))

@@ -124,6 +124,17 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
         rows_of(tmp_path, tokenizer)
 
 
+def test_a_streamed_csv(tmp_path, tokenizer):
+    """Its columns are known once a row is read."""
+    import datasets
+
+    table(tmp_path, "file_name,text\na.wav,one\n")
+    files = {"data_files": str(tmp_path / "metadata.csv"), "split": "train"}
+    stream = datasets.load_dataset("csv", streaming=True, **files)
+    clips = prepare.read_dataset(stream, tmp_path, settings("x/y"), tmp_path)
+    assert [clip.text for clip in clips.each] == ["one"]
+
+
 def test_a_bare_folder_leaves_out_one_clip_alone(tmp_path, tokenizer):
     two_clips(tmp_path, ("1.wav", "2.wav", "3.wav", "4.wav", "²³.wav", "._1.wav"))
     for n, text in (("1", "one"), ("2", "fünf"), ("4", "..."), ("²³", "five"), ("._1", "x")):
