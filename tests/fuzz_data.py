@@ -106,7 +106,7 @@ def main() -> None:
         (home / name).write_bytes(seeds[name])
     signal.alarm(0)
     shutil.rmtree(home)
-    assert told["rows"] > count, told  # else it is not the mutations that fail
+    assert told["rows"] > count / 2, told  # else it is not the mutations that fail
     print(f"{count} mutations: {told['rows']} rows made, {told['mistakes']} mistakes told")
 
 
