@@ -187,7 +187,7 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Sett
     for n, cells in lines:
         row = dict(zip(columns, cells, strict=False))
         rows.append((n, row | ({None: cells[width:]} if len(cells) > width else {})))
-    if width < len(columns):
+    if width < len(columns) or not any(row.get("normalized_text") for _, row in rows):
         return rows, settings, None
     chosen = settings.text_column
     if chosen is None:
@@ -1108,8 +1108,8 @@ def main() -> None:
         sys.argv.insert(1, "--dataset")
     settings = infer.read_command_line(__doc__)
     out = Path(settings.output_dir)
-    make_folder(settings.output_dir, "output_dir")
     clips = read_clips(settings)
+    make_folder(settings.output_dir, "output_dir")
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     _, report = make_rows(clips, settings, tokenizer)
     report.tell(settings, full=True)

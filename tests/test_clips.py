@@ -90,6 +90,8 @@ def test_the_third_column_of_ljspeech(tmp_path, tokenizer, capsys):
     named = "file_name|text|voice\na|hello my dear friend|anna\nb|good day to you|anna\n"
     rows, report = rows_of(table(tmp_path / "named", named), tokenizer)
     assert [row["text"] for row in rows] == texts and report.voices == {"anna": 2}
+    without = table(tmp_path / "without", "a|one day|\nb|two days|\n")
+    assert texts_of(without, tokenizer) == ["one day", "two days"]
     uneven = table(tmp_path / "uneven", "b|two\na\nb|one|two|three\na|four\n")
     rows, report = rows_of(uneven, tokenizer)
     assert [row["text"] for row in rows] == ["two", "four"]
