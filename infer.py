@@ -502,7 +502,11 @@ def read_samples(file, where) -> tuple[np.ndarray, int, int]:
             raise Mistake(f"{where}: its header does not say how long it is; make it a wav")
         if frames > MOST_SECONDS * rate:
             raise Mistake(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
-        audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+        try:
+            audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+        except soundfile.LibsndfileError as error:
+            fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
+            raise Mistake(f"{where}: {fault}: {error.error_string}") from None
     frames = round(len(audio) * declared / held) if declared > held > 0 else frames
     if frames - len(audio) > rate / 10:
         sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"

@@ -263,7 +263,7 @@ def test_a_sound_that_is_cut_short(how, tmp_path):
     data = sound_of(**how)
     audio, _, _ = infer.read_audio(data)
     assert abs(len(audio) - 48_000) < 2_400
-    with pytest.raises(infer.Mistake, match=r"cut short: the header says 2\.0 s|lost sync"):
+    with pytest.raises(infer.Mistake, match=r"cut short.*: the header says 2\.0 s"):
         infer.read_audio(data[: len(data) // 2])
     if how["format"] not in ("FLAC", "MP3"):
         assert len(infer.read_audio(data[:-20])[0]) > 47_000  # a few samples do not matter
