@@ -1029,11 +1029,11 @@ def main() -> None:
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     codec = infer.load_codec(settings.codec, infer.device())
     with first_rank_first():
-        rows, report = prepare.make_rows(clips, settings, tokenizer)
+        rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
     report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
-    rows, held = prepare.split_rows(rows, settings)
+    rows, held = report.split
     listen = make_listener(tokenizer, codec, settings, report, held)
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)

@@ -46,6 +46,7 @@ SAMPLE_RATE = 24_000  # Hz
 FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
 SLOTS = 7
 MOST_SECONDS = 600  # of one recording
+LOUDEST = 10  # times full scale; a recording above that was saved with the wrong scale
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
@@ -469,8 +470,55 @@ def decode_stream(codec, frames, size: int = STREAM_FRAMES):
 def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except UnicodeDecodeError as error:
+        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "UTF-16" if utf_16 else f"another encoding ({error})"
+        raise Mistake(f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # a ValueError for a NUL byte in the path
+        raise Mistake(f"{path}: cannot be read: {error}") from None
+
+
+def wav_bytes(file) -> tuple[int, int] | None:
+    """(bytes of samples that a RIFF header declares, bytes that the file holds after it).
+
+    None for other formats, and for the huge sizes that programs write into a pipe.
+    """
+    head = file.read(12)
+    while head[:4] == b"RIFF" and head[8:] == b"WAVE" and len(chunk := file.read(8)) == 8:
+        name, size = struct.unpack("<4sI", chunk)
+        if name == b"data":
+            start = file.tell()
+            return (size, file.seek(0, os.SEEK_END) - start) if size < 0x7FFF0000 else None
+        file.seek(size + size % 2, os.SEEK_CUR)
+    return None
+
+
+def read_samples(file, where) -> tuple[np.ndarray, int, int]:
+    """An open sound file → (samples,) mono at its own rate, the rate, the number of channels.
+
+    Raises `Mistake` for a file that holds less sound than its header declares, as after a
+    download that broke off.
+    """
+    import soundfile
+
+    declared, held = wav_bytes(file) or (0, 0)
+    file.seek(0)
+    with soundfile.SoundFile(file) as sound:
+        rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+        if frames == 2**63 - 1:  # a FLAC that was written into a pipe
+            raise Mistake(f"{where}: its header does not say how long it is; make it a wav")
+        if frames > MOST_SECONDS * rate:
+            raise Mistake(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
+        try:
+            audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+        except soundfile.LibsndfileError as error:
+            fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
+            raise Mistake(f"{where}: {fault}: {error.error_string}") from None
+    frames = round(len(audio) * declared / held) if declared > held > 0 else frames
+    if frames - len(audio) > rate / 10:
+        sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"
+        raise Mistake(f"{where}: cut short: {sizes}")
+    return audio, rate, channels
 
 
 def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
@@ -480,22 +528,22 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
 
     where = "its audio" if isinstance(source, bytes) else source
     if where is source and not os.path.isfile(source):
-        raise Mistake(f"{where} does not exist")
+        fault = "is a folder, not a sound" if os.path.isdir(source) else "does not exist"
+        raise Mistake(f"{where} {fault}")
     if where is source and source.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".wma"):
         made = source.with_suffix(".wav").name
         raise Mistake(f"{where}: not read here; ffmpeg -i {source.name} {made} makes it a wav")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-        with file, soundfile.SoundFile(file) as sound:
-            rate, channels = sound.samplerate, sound.channels
-            if sound.frames > MOST_SECONDS * rate:
-                raise Mistake(f"{where}: {sound.frames / rate:.0f} s long; cut it into sentences")
-            audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            audio, rate, channels = read_samples(file, where)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
         raise Mistake(f"{where}: not audio that libsndfile reads: {reason}") from None
     if not np.isfinite(audio).all():
         raise Mistake(f"{where}: samples that are not numbers (NaN or infinite)")
+    if (peak := np.abs(audio).max(initial=0)) > LOUDEST:
+        fault = f"samples of up to {peak:.3g}, far over full scale (1.0)"
+        raise Mistake(f"{where}: {fault}; scale it down")
     audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if not len(audio):
         raise Mistake(f"{where}: no samples in it")

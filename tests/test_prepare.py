@@ -277,7 +277,7 @@ BAD = {  # file_name, text: what the report says
     ("bytes.wav", "one"): "not audio that libsndfile reads",
     ("nothing.wav", "one"): "not audio that libsndfile reads",
     ("cut.flac", "one"): "not audio that libsndfile reads",
-    ("folder.wav", "one"): "folder.wav does not exist",
+    ("folder.wav", "one"): "folder.wav is a folder",
     ("loop.wav", "one"): "loop.wav does not exist",
     ("none.wav", "one"): "no samples in it",
     ("nan.wav", "one"): "samples that are not numbers",
@@ -448,7 +448,8 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     clip("clipped.wav", level=0.9, text="this one is too loud by far")
     clip("quiet.wav", level=0.005, text="this one can hardly be heard")
     clip("offset.wav", offset=0.1, text="this one is not in the middle")
-    clip("narrow.wav", rate=16_000, text="this one is a telephone line")
+    clip("no_highs.wav", rate=22_050, text="this one lacks its highest tones")
+    clip("narrow.wav", rate=11_025, text="this one is a telephone line")
     clip("narrower.wav", rate=8_000, text="this one is an older telephone")
     clip("stereo.wav", channels=2, text="this one has two channels")
     clip("digits.wav", text="this one costs 99 cents at most")
@@ -672,7 +673,7 @@ def test_prepare_by_itself_reports(tmp_path):
     words = ["data/numbers", "--config", "data/demo/config.json", "--limit", "5"]
     code, printed, errors = script("data/prepare.py", *words, "--output_dir", tmp_path)
     assert code == 0, errors
-    assert "5 of 5 clips" in printed and "slt 5" in printed
+    assert "5 of 5 clips" in printed and "voice slt\n" in printed
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["rows"] == 5 and report["voices"] == {"slt": 5}
     assert (tmp_path / "data_report.png").read_bytes()[:4] == b"\x89PNG"

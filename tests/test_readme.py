@@ -79,4 +79,4 @@ def test_prepare_as_the_readme_has_it(tmp_path):
     words = ["--config", "data/demo/config.json", "--dataset", tmp_path, "--voice", "anna"]
     code, printed, errors = script("data/prepare.py", *words)
     assert code == 0, errors
-    assert "2 of 2 clips" in printed and "anna 2" in printed
+    assert "2 of 2 clips" in printed and "voice anna\n" in printed
