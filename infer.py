@@ -29,6 +29,7 @@ import sys
 import textwrap
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -589,8 +590,9 @@ def audio_file(path: Path):
             soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
         ):
             yield lambda audio: file.write(sixteen_bit(audio))
-    except soundfile.LibsndfileError as error:
-        raise Mistake(f"{path}: cannot be written: {error.error_string}") from None
+    except soundfile.LibsndfileError as error:  # 2: an error of the system, which it does not name
+        reason = "the disk may be full" if error.code == 2 else error.error_string
+        raise Mistake(f"{path}: cannot be written: {reason}") from None
 
 
 def wav_header(size: int) -> bytes:
@@ -663,6 +665,7 @@ class Utterance:
     candidate: int = 0  # each has random numbers of its own
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # (7,) codes each
     end: str = ""  # how it ended, empty while it speaks; whoever looks on may end it, too
+    audio: np.ndarray | None = None  # (samples,) of its frames, once they are decoded
 
     @property
     def codes(self) -> np.ndarray:
@@ -1052,9 +1055,9 @@ def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FIL
 def read_report(path: Path) -> tuple[list[str], float | None]:
     """The voices of a run's data, and their seconds a character."""
     report = read_json(path)
-    voices, sizes = report.get("voices"), (report.get("seconds"), report.get("characters"))
+    voices, sizes = report.get("voices"), [report.get(n, 0) for n in ("seconds", "characters")]
     if not isinstance(voices, dict) or not all(isinstance(size, int | float) for size in sizes):
-        raise Mistake(f"{path}: damaged: voices, seconds and characters are needed")
+        raise Mistake(f"{path}: damaged: voices, seconds or characters")
     return list(voices), sizes[0] / sizes[1] if all(size > 0 for size in sizes) else None
 
 
@@ -1226,7 +1229,7 @@ def load_judges(whisper: str, recordings: list[Path]) -> list:
         else:
             judges.append(make(whisper, recordings))
             able.append(name)
-    print(f"scores  {', '.join(able)}" + (f"; not: {', '.join(unable)}" if unable else ""))
+    print(f"scores   {', '.join(able)}" + (f"; not: {', '.join(unable)}" if unable else ""))
     return judges
 
 
@@ -1260,6 +1263,18 @@ def rank(row: Utterance, scores: dict) -> tuple:
     return bool(verdict(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
 
 
+def decode_row(codec, row: Utterance, seed: int, frames=None) -> Iterator[np.ndarray]:
+    """Pieces of an utterance's samples; the same, bit for bit, for `frames` of a stream.
+
+    The decoder's noise is seeded, so that an utterance sounds alike wherever it is decoded.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    codes = row.frames if frames is None else (row.frames[-1] for _ in frames)
+    yield from decode_stream(codec, codes)
+
+
 def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges) -> list:
     """Speaks every group of candidates, all in one batch, and keeps the best Utterance of each.
 
@@ -1271,8 +1286,9 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
         return rows
     best = []
     for group in groups:
-        sounds = [decode(codec, row.codes) for row in group]
-        scores = [measure(s, row.text, pace, judges) for s, row in zip(sounds, group, strict=True)]
+        for row in group:
+            row.audio = np.concatenate(list(decode_row(codec, row, settings.seed)))
+        scores = [measure(row.audio, row.text, pace, judges) for row in group]
         pairs = sorted(zip(group, scores, strict=True), key=lambda pair: rank(*pair))
         faults = [f"{row.candidate + 1} {verdict(row, told)}" for row, told in pairs]
         faults = [line for line in faults if line.split(" ", 1)[1]]
@@ -1362,18 +1378,16 @@ def spoken(
 
     In a stream one part is spoken at a time, while its pieces are taken.
     """
-    import torch
-
     ids, best_of = read_speech_ids(tokenizer, codec.codebook_size), range(settings.best_of)
 
     def candidates(part):
         return [begin(model, tokenizer, ids, part, settings, voice, n) for n in best_of]
 
     def sound(row):
-        torch.manual_seed(settings.seed)  # of the codec's noise
+        if row.audio is not None:  # one of several candidates, decoded to be scored
+            return [row.audio]
         frames = speak_frames(model, [row], ids, settings) if stream else None
-        codes = (row.frames[-1] for _ in frames) if stream else row.frames
-        yield from decode_stream(codec, codes)  # in a stream or not: so both are the same wav
+        return decode_row(codec, row, settings.seed, frames)
 
     most = max(20, int(settings.max_seconds * CHARACTERS))
     lines = [[candidates(part) for part in split_text(text, most)] for text in texts]
@@ -1496,7 +1510,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
     passed, told = check_merged(run, voice, out, ids, rows, logits)
     if run.home:
         write_text(out / "README.md", model_card(run, told))
-    print(f"merged  {out}: {told}")
+    print(f"merged   {out}: {told}")
     if not passed:
         why = (
             "; trained over 4-bit weights, which these are not"
@@ -1504,7 +1518,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
             else ""
         )
         print(
-            f"parity  FAILED: it does not speak as the adapter does{why}. Listen before you use it"
+            f"parity   FAILED: it does not speak as the adapter does{why}. Listen before you use it"
         )
     return passed
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -377,6 +378,22 @@ def test_a_broken_frame_as_orpheus_writes_it(tmp_path, capsys):
     )
 
 
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
+    """The system refuses to write more than 100 KB, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with (
+            pytest.raises(infer.Mistake, match=r"a\.wav: cannot be written: the disk may be full"),
+            infer.audio_file(tmp_path / "a.wav") as write,
+        ):
+            for _ in range(10):
+                write(np.zeros(24_000, "f4"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def bad_tokens(tmp_path, text):
     path = tmp_path / f"ids{len(list(tmp_path.iterdir()))}.txt"
     path.write_text(text)
@@ -397,12 +414,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (["hi", "--model", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "not a SNAC codec"),
-        (["hi", "--model", tmp_path / "llama", "--codec", "data/demo/codec"], "no model.safetensors"),
+        (["hi", "--model", tmp_path / "llama", *demo[:2]], "no model.safetensors"),
         (["hi", "--model", "outputs/my voice"], "not a hub id"),
         (["hi", "--model", "data/demo/bas"], "no such folder"),
         (["hi", "--model", "some/model"], "no GPU for the hub's"),
         (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
-        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "snac"], "pytorch_model.bin: not plain weights"),
+        (["hi", *demo[2:], "--codec", tmp_path / "snac"], "pytorch_model.bin: not plain weights"),
         (["hi", *demo, "--max_seconds", "0.01"], "no room"),
         (["hi", *demo, "--temperature", "warm"], "temperature"),
         (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),

@@ -453,7 +453,7 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
     with pytest.raises(SystemExit) as stopped:
         say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
     assert stopped.value.code == 1
-    assert "parity  FAILED" in capsys.readouterr().out
+    assert "parity   FAILED" in capsys.readouterr().out
     line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
     assert "nothing to merge" in line
     words = ("--merge", tmp_path / "merged", "--model", finished[0])
@@ -467,7 +467,7 @@ def test_scores_tell_what_could_be_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(infer, "find_spec", lambda name: None)
     say(monkeypatch, "seven", *SHORT, "--score", "--out", tmp_path / "a.wav")
     printed = capsys.readouterr().out
-    assert "scores  silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
+    assert "scores   silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
     assert re.search(r"\n +silence \d\.\d\d\n", printed)  # no pace: the base's is not known
 
 
