@@ -10,10 +10,12 @@ Every key of config.json can be given as --key value, and so can every key of TR
 """
 
 import contextlib
+import fcntl
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -34,21 +36,179 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---------------------------------------------------------------- before anything is loaded
 
 
+MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
+PREVIOUS, MOVING = ".previous_run", ".previous_run.part"  # a replaced run, and one being moved
+# Everything that a run may write into output_dir, for runs from before there was a manifest.
+RUN_FILES = re.compile(
+    r"checkpoint-[0-9]+|samples/step-[0-9]{6}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
+    r"|finetune_(config|files)\.json|data_report\.json|adapter_(config\.json|model\.safetensors)"
+    r"|(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
+    r"|chat_template\.jinja"
+)
+
+
+@contextlib.contextmanager
+def output_lock(settings: Settings):
+    """Keeps output_dir to this process. `Mistake` where it is in use, or cannot be written to.
+
+    The kernel gives the lock back when the process ends, however it ends.
+    """
+    if RANK:  # the first rank holds it for all
+        yield
+        return
+    out = check_place(settings)
+    path = out / ".finetune.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            lock_file(file)
+            stack.callback(path.unlink, missing_ok=True)
+            path.write_bytes(b"%-4096d" % os.getpid())  # fails where the disk is full
+        except BlockingIOError:
+            told = f"another run (process {path.read_text().strip()}) is writing to {out}"
+            raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
+        except OSError as error:
+            raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+        yield
+
+
+def lock_file(file) -> None:
+    """Locks an open file, without waiting. BlockingIOError where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network file systems
+        print(f"{file.name}: no locks here ({error.strerror}): start no second run in this folder")
+
+
+def check_place(settings: Settings) -> Path:
+    """output_dir. `Mistake` where it is, or holds, what the run reads."""
+    try:
+        settings.output_dir.encode()
+        out = Path(os.path.realpath(settings.output_dir))
+    except ValueError as error:
+        raise Mistake(f"output_dir {settings.output_dir!r}: no path: {error}") from None
+    if not settings.output_dir.strip():
+        raise Mistake("output_dir is empty: name a folder")
+    for name in ("dataset", "model", "codec"):
+        given = getattr(settings, name)
+        source = Path(os.path.realpath(given)) if os.path.exists(given) else None
+        if source and out in (source, *source.parents):
+            holds = "is" if out == source else "holds"
+            told = f"output_dir {settings.output_dir} {holds} the {name} {given}"
+            raise Mistake(f"{told}: choose another --output_dir")
+    return Path(settings.output_dir)
+
+
+def run_files(out: Path) -> list[Path]:
+    """What stands in `out` under a name that a run would give."""
+    paths = [path for folder in (out, out / "samples", out / "runs") for path in folder.glob("*")]
+    return [path for path in paths if RUN_FILES.fullmatch(str(path.relative_to(out)))]
+
+
+def owned_files(out: Path) -> list[Path]:
+    """The files and folders in `out` that runs made, by the manifest."""
+    path = out / MANIFEST
+    if not path.is_file():
+        return run_files(out) if (out / infer.SAVED_CONFIG).is_file() else []
+    names = infer.read_json(path).get("files")
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    parts = [Path(name).parts for name in names] if listed else [()]
+    if not all(part and part[0] != "/" and ".." not in part for part in parts):
+        raise Mistake(f"{path}: must list files of this folder; choose another --output_dir")
+    return [out / name for name in names if os.path.lexists(out / name)]
+
+
+def record_files(out: Path, *names: str) -> None:
+    """Adds to the manifest, before they are made, what a run is about to make."""
+    known = {str(path.relative_to(out)) for path in owned_files(out)}
+    text = json.dumps({"files": sorted(known | {MANIFEST, *names})}, indent=2) + "\n"
+    infer.write_text(out / MANIFEST, text)
+
+
+def set_aside(out: Path) -> None:
+    """Moves the run in `out` to a hidden folder there."""
+    for path in owned_files(out):
+        target = out / MOVING / path.relative_to(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        with contextlib.suppress(OSError):  # samples, runs: where they are empty now
+            path.parent.rmdir()
+    if (out / MOVING).is_dir():
+        os.replace(out / MOVING, out / PREVIOUS)
+
+
+def settle_previous(out: Path) -> None:
+    """Puts a run that was set aside back, unless the one that replaces it has saved something."""
+    if (out / PREVIOUS).is_dir():
+        if infer.is_model(out) or last_checkpoint(out):
+            shutil.rmtree(out / PREVIOUS)
+            return
+        for path in owned_files(out):
+            remove(path)
+        os.replace(out / PREVIOUS, out / MOVING)
+    if (out / MOVING).is_dir():
+        move_into(out / MOVING, out)
+        print(f"{out} holds the earlier run again: the new one ended before it had saved anything")
+
+
+def move_into(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.is_dir() and (target / path.name).is_dir():
+            move_into(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def previous_run(settings: Settings):
+    """With `overwrite`, sets the run in output_dir aside until the new one has saved something."""
+    out = Path(settings.output_dir)
+    if RANK or settings.resume or not settings.overwrite:
+        yield
+        return
+    try:
+        with writing(out):
+            set_aside(out)
+        yield
+    finally:
+        with writing(out):
+            settle_previous(out)
+
+
+@contextlib.contextmanager
+def writing(out: Path):
+    try:
+        yield
+    except OSError as error:
+        raise Mistake(f"{error.filename or out}: {error.strerror or error}") from None
+
+
 def check_output(settings: Settings) -> Path | None:
-    """The checkpoint to go on from. `Mistake` where a run would be lost, or nothing be written."""
+    """The checkpoint to go on from. `Mistake` where a run or the user's files would be lost."""
     out = Path(settings.output_dir)
     if RANK:  # the first rank looks for all
-        return last_checkpoint(out) if settings.resume else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+        return None
+    with writing(out):
+        settle_previous(out)
+    made = owned_files(out)
+    for path in run_files(out):
+        harmless = path.name == infer.SAVED_REPORT or path.parent.name == "runs"  # the doctor's
+        if path not in made and not harmless:
+            told = f"{path}: finetune.py did not make it, and a run would replace it"
+            raise Mistake(f"{told}: choose another --output_dir")
     finished, checkpoint = infer.is_model(out), last_checkpoint(out)
-    if finished and not (out / infer.SAVED_CONFIG).is_file():
-        raise Mistake(f"{out} holds something that finetune.py did not make; try --output_dir")
     if settings.resume:
         if finished:
             print(f"{out} holds a finished run: nothing to resume (--overwrite starts anew)")
@@ -64,7 +224,7 @@ def check_output(settings: Settings) -> Path | None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint: one whose trainer_state.json parses, which is written last."""
-    checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
+    checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdecimal()]
     for path in sorted(checkpoints, key=lambda p: int(p.name[11:]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -91,7 +251,7 @@ def check_resumed(settings: Settings, report: prepare.Report) -> None:
         and name not in FREE_KEYS
         and not name.startswith(FREE_PARTS)
     ]
-    if infer.read_json(out / infer.SAVED_REPORT)["digest"] != report.digest:
+    if infer.read_json(out / infer.SAVED_REPORT).get("digest") != report.digest:
         changed.append("the rows are others")
     if changed:
         raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
@@ -639,6 +799,9 @@ def trainer_class(lengths: list[int], seconds: float, listen):
     class SpeechTrainer(SFTTrainer):
         slots = 0  # of all batches so far, padding included
 
+        def create_model_card(self, *_, **__):
+            pass  # TRL's would replace output_dir/README.md at every checkpoint
+
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
                 return super()._get_train_sampler(train_dataset)
@@ -750,46 +913,104 @@ def disk_watched(out: Path, where):
 
 def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> int:
     """Trains to the end and returns the tokens seen; on a signal saves, says how to go on."""
-
-    def handle(number, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop["signal"] = number
-        print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
-
     import torch
 
     out, state = Path(settings.output_dir), checkpoint and checkpoint / "trainer_state.json"
-    begin = infer.read_json(state).get("num_input_tokens_seen", 0) if checkpoint else 0
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = infer.read_json(state) if checkpoint else {}
+    trainer.add_callback(run_recorder(out, trainer))
     try:
-        with disk_watched(out, lambda: f"step {trainer.state.global_step}"):
+        with (
+            stopping_on_signals(stop),
+            disk_watched(out, lambda: f"step {trainer.state.global_step}"),
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
         if settings.fit is not False and trainer.state.global_step == 0:
             step_down(settings, trainer.args)
         told = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
         raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     state = trainer.state
     if stop and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
-        print(f"go on with: {shlex.join(['python', *sys.argv, '--resume'])}")
+        print(f"go on with: {resume_command(settings)}")
         sys.exit(130)
-    return state.num_input_tokens_seen - begin
+    if state.global_step == before.get("global_step"):
+        print(f"{checkpoint} is at the last step already: nothing left to train")
+    return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
 
-def clear_run(out: Path) -> None:
-    """Takes away what an earlier run of finetune.py left in `out`, and nothing else."""
-    if not (out / infer.SAVED_CONFIG).is_file():
-        return
-    for path in [*out.glob("checkpoint-*"), out / "samples", out / "runs"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for pattern in ("adapter_*", "config.json", "model*.safetensors*", "finetune_config.json"):
-        for path in out.glob(pattern):
-            path.unlink()
+@contextlib.contextmanager
+def stopping_on_signals(stop: dict):
+    """On Ctrl-C, SIGTERM or a closed terminal, fills `stop`; a second signal raises."""
+
+    def handle(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop["signal"] = number
+        told = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
+        write_unbuffered(2, "\n")  # below the progress bar
+        write_unbuffered(1, "" if RANK else f"{told}\n")
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_unbuffered(file: int, text: str) -> None:
+    """For signal handlers. A terminal that is gone is replaced by /dev/null, for later prints too.
+
+    A buffered print could meet the one that the signal interrupted.
+    """
+    try:
+        os.write(file, text.encode())
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file)
+        os.close(null)
+
+
+def python_command() -> str:
+    """The Python in use, as a person in this folder would call it."""
+    return sys.executable.removeprefix(os.getcwd() + os.sep)
+
+
+def resume_command(settings: Settings) -> str:
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)] if RANKS > 1 else []
+    resume = [] if settings.resume else ["--resume"]
+    return shlex.join([python_command(), *ranks, *sys.argv, *resume])
+
+
+def run_recorder(out: Path, trainer):
+    """A callback that keeps the manifest, and lets the replaced run go at the first checkpoint."""
+    from transformers import TrainerCallback
+
+    class RunRecorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            for callback in trainer.callback_handler.callbacks:
+                if writer := getattr(callback, "tb_writer", None):
+                    folder = Path(os.path.relpath(writer.get_logdir(), out))
+                    if folder.parts[0] != "..":
+                        record_files(out, str(folder))
+
+        def on_step_end(self, args, state, control, **_):
+            names = [f"checkpoint-{state.global_step}"] if control.should_save else []
+            names += [f"samples/step-{state.global_step:06}"] if control.should_evaluate else []
+            if names and not RANK:
+                record_files(out, *names)
+
+        on_epoch_end = on_step_end
+
+        def on_save(self, args, state, control, **_):
+            if not RANK:
+                shutil.rmtree(out / PREVIOUS, ignore_errors=True)
+
+    return RunRecorder()
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -815,12 +1036,46 @@ def save_model(trainer, tokenizer, out: Path) -> None:
     if RANK:
         return
     shutil.rmtree(part, ignore_errors=True)
-    trainer.model.save_pretrained(str(part), state_dict=weights)
-    tokenizer.save_pretrained(str(part))
-    last = ("adapter_config.json", "config.json")  # where these are, the rest is
-    for path in sorted(part.iterdir(), key=lambda p: p.name in last):
-        os.replace(path, out / path.name)
-    part.rmdir()
+    try:
+        trainer.model.save_pretrained(str(part), state_dict=weights)
+        tokenizer.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
+        record_files(out, *(path.name for path in part.iterdir()))
+        last = ("adapter_config.json", "config.json")  # where these are, the rest is
+        for path in sorted(part.iterdir(), key=lambda p: p.name in last):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_card(settings: Settings, report: prepare.Report) -> None:
+    """README.md: a model card, unless the user has put a README.md there."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    out = Path(settings.output_dir)
+    path, hub = out / "README.md", infer.on_hub(settings.model)
+    if os.path.lexists(path) and path not in owned_files(out):
+        print(f"card    {path} is not of a run: kept, no model card written")
+        return
+    kind = "peft", "A LoRA adapter for"
+    if settings.full_finetuning:
+        kind = "transformers", "Fine-tuned from"
+    data = ModelCardData(
+        base_model=settings.model if hub else None,
+        library_name=kind[0],
+        pipeline_tag="text-to-speech",
+        tags=["orpheus"],
+    )
+    base = settings.model if hub else Path(settings.model).name
+    voices = ", ".join(report.voices) or "none named"
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {out.resolve().name}\n\n{kind[1]} {base}, trained with "
+        f"orpheus-finetune on {len(report.measures)} clips, {report.seconds / 3600:.3f} hours.\n"
+        f"Voices: {voices}.\n\n```\n"
+        f'python infer.py "Hello there" --model {shlex.quote(str(out))}\n```\n'
+    )
+    record_files(out, path.name)
+    infer.write_text(path, str(ModelCard(text)))
 
 
 def peak_memory() -> int:
@@ -877,6 +1132,11 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     if settings.plan:
         return tell_plan(settings, trainer_arguments(settings)[0], read_base(settings))
+    with output_lock(settings):
+        fine_tune(settings, started)
+
+
+def fine_tune(settings: Settings, started: float) -> None:
     checkpoint, out = check_output(settings), Path(settings.output_dir)
     clips = prepare.read_clips(settings)
     arguments, asked = settle(settings, checkpoint)
@@ -884,6 +1144,8 @@ def main() -> None:
     codec = infer.load_codec(settings.codec, infer.device())
     with first_rank_first():
         rows, report = prepare.make_rows(clips, settings, tokenizer)
+    if RANK and settings.resume:  # the first rank has settled what is there by now
+        checkpoint = last_checkpoint(out)
     report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
@@ -892,15 +1154,16 @@ def main() -> None:
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
     tell_changes(asked, trainer.args)
+    with previous_run(settings):
+        if not RANK:
+            record_files(out, infer.SAVED_CONFIG, infer.SAVED_REPORT, "checks.csv")
+            save_config(settings)
+            report.save(out)
+        tokens = train(trainer, settings, checkpoint, stop)
+        with disk_watched(out, lambda: "the adapter"):
+            save_model(trainer, tokenizer, out)
     if not RANK:
-        if settings.overwrite and not settings.resume:
-            clear_run(out)
-        save_config(settings)
-        report.save(out)
-    tokens = train(trainer, settings, checkpoint, stop)
-    with disk_watched(out, lambda: "the adapter"):
-        save_model(trainer, tokenizer, out)
-    if not RANK:
+        save_card(settings, report)
         save_checks(trainer, out)
     end_block(settings, trainer, tokens, started)
 
