@@ -205,7 +205,8 @@ def check_output(settings: Settings) -> Path | None:
     made = owned_files(out)
     for path in run_files(out):
         harmless = path.name == infer.SAVED_REPORT or path.parent.name == "runs"  # the doctor's
-        if path not in made and not harmless:
+        resumed = settings.resume and path.name.startswith("checkpoint-")
+        if path not in made and not harmless and not resumed:
             told = f"{path}: finetune.py did not make it, and a run would replace it"
             raise Mistake(f"{told}: choose another --output_dir")
     finished, checkpoint = infer.is_model(out), last_checkpoint(out)
@@ -708,6 +709,7 @@ def save_checks(trainer, out: Path) -> None:
     names = ["step", *sorted({name for log in checks for name in log if name[:5] == "eval_"})]
     lines = [",".join(names)]
     lines += [",".join(f"{log.get(name, float('nan')):.6g}" for name in names) for log in checks]
+    record_files(out, "checks.csv")
     infer.write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
     told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
@@ -918,6 +920,11 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
     out, state = Path(settings.output_dir), checkpoint and checkpoint / "trainer_state.json"
     before = infer.read_json(state) if checkpoint else {}
     trainer.add_callback(run_recorder(out, trainer))
+    batches, done = trainer.get_train_dataloader(), before.get("global_step", 0)
+    if done >= trainer.set_initial_training_values(trainer.args, batches)[-1]:
+        print(f"{checkpoint} is at the last step already: nothing left to train")
+        # Otherwise transformers would train one step more; so it only loads the checkpoint.
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     try:
         with (
             stopping_on_signals(stop),
@@ -934,8 +941,6 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
         print(f"go on with: {resume_command(settings)}")
         sys.exit(130)
-    if state.global_step == before.get("global_step"):
-        print(f"{checkpoint} is at the last step already: nothing left to train")
     return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
 
@@ -1156,7 +1161,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     tell_changes(asked, trainer.args)
     with previous_run(settings):
         if not RANK:
-            record_files(out, infer.SAVED_CONFIG, infer.SAVED_REPORT, "checks.csv")
+            record_files(out, infer.SAVED_CONFIG, infer.SAVED_REPORT)
             save_config(settings)
             report.save(out)
         tokens = train(trainer, settings, checkpoint, stop)

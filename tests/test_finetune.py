@@ -465,7 +465,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy is set by finetune.py itself"),
         ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
-        ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "did not make"),
+        ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "is the model"),
         ([*DEMO, "--codec", tmp_path / "none"], "no such folder"),
         ([*DEMO, "--max_length", "999999"], "over the .* tokens"),
         ([*DEMO, "--max_length", "30"], "no rows left of 96 clips"),
