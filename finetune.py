@@ -142,7 +142,10 @@ def set_aside(out: Path) -> None:
 
 
 def settle_previous(out: Path) -> None:
-    """Puts a run that was set aside back, unless the one that replaces it has saved something."""
+    """Puts a run that was set aside back, unless the one that replaces it has saved something.
+
+    At the end of a run, and at the start of the next one, in case this one was killed.
+    """
     if (out / PREVIOUS).is_dir():
         if infer.is_model(out) or last_checkpoint(out):
             shutil.rmtree(out / PREVIOUS)
@@ -189,6 +192,7 @@ def previous_run(settings: Settings):
 
 @contextlib.contextmanager
 def writing(out: Path):
+    """A file of `out` that cannot be moved or removed becomes one line."""
     try:
         yield
     except OSError as error:
@@ -946,11 +950,16 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
 
 @contextlib.contextmanager
 def stopping_on_signals(stop: dict):
-    """On Ctrl-C, SIGTERM or a closed terminal, fills `stop`; a second signal raises."""
+    """Fills `stop` on Ctrl-C, SIGTERM or a closed terminal; Ctrl-C after that stops at once.
+
+    A closed terminal often sends SIGHUP twice: from the kernel, and from the shell.
+    """
 
     def handle(number, frame):
-        if stop:
+        if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if stop:
+            return
         stop["signal"] = number
         told = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
         write_unbuffered(2, "\n")  # below the progress bar
@@ -1060,7 +1069,7 @@ def save_card(settings: Settings, report: prepare.Report) -> None:
     out = Path(settings.output_dir)
     path, hub = out / "README.md", infer.on_hub(settings.model)
     if os.path.lexists(path) and path not in owned_files(out):
-        print(f"card    {path} is not of a run: kept, no model card written")
+        print(f"card    {path} was there before: kept, no model card written")
         return
     kind = "peft", "A LoRA adapter for"
     if settings.full_finetuning:
@@ -1142,6 +1151,7 @@ def main() -> None:
 
 
 def fine_tune(settings: Settings, started: float) -> None:
+    """From clips to adapter, in an output_dir that is this process's own."""
     checkpoint, out = check_output(settings), Path(settings.output_dir)
     clips = prepare.read_clips(settings)
     arguments, asked = settle(settings, checkpoint)

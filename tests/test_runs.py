@@ -336,6 +336,8 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
     def kill(self, *words, **more):
         if self.state.global_step == 1:
             os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # as shell and kernel both do for a closed terminal
         return step(self, *words, **more)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as done:
