@@ -62,12 +62,13 @@ def output_lock(settings: Settings):
     with contextlib.ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a"))
+            file = stack.enter_context(path.open("a+"))
             lock_file(file)
             stack.callback(path.unlink, missing_ok=True)
             path.write_bytes(b"%-4096d" % os.getpid())  # fails where the disk is full
         except BlockingIOError:
-            told = f"another run (process {path.read_text().strip()}) is writing to {out}"
+            file.seek(0)
+            told = f"another run (process {file.read().strip()}) is writing to {out}"
             raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
         except OSError as error:
             raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
@@ -203,6 +204,8 @@ def check_output(settings: Settings) -> Path | None:
     """The checkpoint to go on from. `Mistake` where a run or the user's files would be lost."""
     out = Path(settings.output_dir)
     if RANK:  # the first rank looks for all
+        if settings.resume and infer.is_model(out):  # it ends, too
+            sys.exit(0)
         return None
     with writing(out):
         settle_previous(out)

@@ -57,6 +57,12 @@ def test_the_manifest_lists_all_that_a_run_leaves(run_folder):
     assert not list(run_folder.glob(".*"))
 
 
+def test_checkpoints_at_an_epochs_end_are_listed(tmp_path, monkeypatch):
+    keys = {"max_steps": "-1", "num_train_epochs": "1", "report_to": "none"}
+    run_here(monkeypatch, tmp_path, limit="4", save_strategy="epoch", **keys)
+    assert tmp_path / "checkpoint-2" in finetune.owned_files(tmp_path)
+
+
 @pytest.mark.parametrize("error", [infer.Mistake("a"), KeyboardInterrupt(), SystemExit(1)])
 def test_a_run_that_fails_gives_the_replaced_one_back(error, run_copy, monkeypatch, capsys):
     add_mine(run_copy)
