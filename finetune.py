@@ -40,7 +40,7 @@ MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
 PREVIOUS, MOVING = ".previous_run", ".previous_run.part"  # a replaced run, and one being moved
 # Everything that a run may write into output_dir, for runs from before there was a manifest.
 RUN_FILES = re.compile(
-    r"checkpoint-[0-9]+|samples/step-[0-9]{6}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
+    r"checkpoint-[0-9]+|samples/step-[0-9]{6,}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
     r"|finetune_(config|files)\.json|data_report\.json|adapter_(config\.json|model\.safetensors)"
     r"|(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors"
     r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
@@ -211,11 +211,15 @@ def check_output(settings: Settings) -> Path | None:
         settle_previous(out)
     made = owned_files(out)
     for path in run_files(out):
-        harmless = path.name == infer.SAVED_REPORT or path.parent.name == "runs"  # the doctor's
+        # The doctor writes a report before there is a run, TensorBoard's folders are always new.
+        harmless = path.name == infer.SAVED_REPORT or path.parent.name == "runs"
         resumed = settings.resume and path.name.startswith("checkpoint-")
         if path not in made and not harmless and not resumed:
             told = f"{path}: finetune.py did not make it, and a run would replace it"
             raise Mistake(f"{told}: choose another --output_dir")
+    for path in (out / "samples", out / "runs"):
+        if path.exists() and not path.is_dir():
+            raise Mistake(f"{path} is a file; a run needs a folder there: try --output_dir")
     finished, checkpoint = infer.is_model(out), last_checkpoint(out)
     if settings.resume:
         if finished:

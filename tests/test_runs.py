@@ -200,6 +200,13 @@ def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["samples", "runs"])
+def test_a_file_in_the_place_of_a_folder_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(infer.Mistake, match=f"{name} is a file"):
+        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
+
+
 def test_a_users_readme_is_kept_and_ours_is_a_model_card(run_folder, tmp_path, capsys):
     from huggingface_hub import ModelCard
 
