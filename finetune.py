@@ -10,10 +10,13 @@ Every key of config.json can be given as --key value, and so can every key of TR
 """
 
 import contextlib
+import fcntl
+import io
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -34,21 +37,191 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---------------------------------------------------------------- before anything is loaded
 
 
+MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
+PREVIOUS, MOVING = ".previous_run", ".previous_run.part"  # a replaced run, and one being moved
+# Everything that a run may write into output_dir, for runs from before there was a manifest.
+RUN_FILES = re.compile(
+    r"checkpoint-[0-9]+|samples/step-[0-9]{6,}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
+    r"|finetune_(config|files)\.json|data_report\.json|adapter_(config\.json|model\.safetensors)"
+    r"|(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
+    r"|chat_template\.jinja"
+)
+
+
+@contextlib.contextmanager
+def output_lock(settings: Settings):
+    """Keeps output_dir to this process. `Mistake` where it is in use, or cannot be written to.
+
+    The kernel gives the lock back when the process ends, however it ends.
+    """
+    if RANK:  # the first rank holds it for all
+        yield
+        return
+    out = check_place(settings)
+    path = out / ".finetune.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))
+            lock_file(file)
+            stack.callback(path.unlink, missing_ok=True)
+            path.write_bytes(b"%-4096d" % os.getpid())  # fails where the disk is full
+        except BlockingIOError:
+            file.seek(0)
+            told = f"another run (process {file.read().strip()}) is writing to {out}"
+            raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
+        except OSError as error:
+            raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+        yield
+
+
+def lock_file(file) -> None:
+    """Locks an open file, without waiting. BlockingIOError where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network file systems
+        print(f"{file.name}: no locks here ({error.strerror}): start no second run in this folder")
+
+
+def check_place(settings: Settings) -> Path:
+    """output_dir. `Mistake` where it is, or holds, what the run reads."""
+    try:
+        settings.output_dir.encode()
+        out = Path(os.path.realpath(settings.output_dir))
+    except ValueError as error:
+        raise Mistake(f"output_dir {settings.output_dir!r}: no path: {error}") from None
+    if not settings.output_dir.strip():
+        raise Mistake("output_dir is empty: name a folder")
+    for name in ("dataset", "model", "codec"):
+        given = getattr(settings, name)
+        source = Path(os.path.realpath(given)) if os.path.exists(given) else None
+        if source and out in (source, *source.parents):
+            holds = "is" if out == source else "holds"
+            told = f"output_dir {settings.output_dir} {holds} the {name} {given}"
+            raise Mistake(f"{told}: choose another --output_dir")
+    return Path(settings.output_dir)
+
+
+def run_files(out: Path) -> list[Path]:
+    """What stands in `out` under a name that a run would give."""
+    paths = [path for folder in (out, out / "samples", out / "runs") for path in folder.glob("*")]
+    return [path for path in paths if RUN_FILES.fullmatch(str(path.relative_to(out)))]
+
+
+def owned_files(out: Path) -> list[Path]:
+    """The files and folders in `out` that runs made, by the manifest."""
+    path = out / MANIFEST
+    if not path.is_file():
+        return run_files(out) if (out / infer.SAVED_CONFIG).is_file() else []
+    names = infer.read_json(path).get("files")
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    parts = [Path(name).parts for name in names] if listed else [()]
+    if not all(part and part[0] != "/" and ".." not in part for part in parts):
+        raise Mistake(f"{path}: must list files of this folder; choose another --output_dir")
+    return [out / name for name in names if os.path.lexists(out / name)]
+
+
+def record_files(out: Path, *names: str) -> None:
+    """Adds to the manifest, before they are made, what a run is about to make."""
+    known = {str(path.relative_to(out)) for path in owned_files(out)}
+    text = json.dumps({"files": sorted(known | {MANIFEST, *names})}, indent=2) + "\n"
+    infer.write_text(out / MANIFEST, text)
+
+
+def set_aside(out: Path) -> None:
+    """Moves the run in `out` to a hidden folder there."""
+    for path in owned_files(out):
+        target = out / MOVING / path.relative_to(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        with contextlib.suppress(OSError):  # samples, runs: where they are empty now
+            path.parent.rmdir()
+    if (out / MOVING).is_dir():
+        os.replace(out / MOVING, out / PREVIOUS)
+
+
+def settle_previous(out: Path) -> None:
+    """Puts a run that was set aside back, unless the one that replaces it has saved something.
+
+    At the end of a run, and at the start of the next one, in case this one was killed.
+    """
+    if (out / PREVIOUS).is_dir():
+        if infer.is_model(out) or last_checkpoint(out):
+            shutil.rmtree(out / PREVIOUS)
+            return
+        for path in owned_files(out):
+            remove(path)
+        os.replace(out / PREVIOUS, out / MOVING)
+    if (out / MOVING).is_dir():
+        move_into(out / MOVING, out)
+        print(f"{out} holds the earlier run again: the new one ended before it had saved anything")
+
+
+def move_into(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.is_dir() and (target / path.name).is_dir():
+            move_into(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def previous_run(settings: Settings):
+    """With `overwrite`, sets the run in output_dir aside until the new one has saved something."""
+    out = Path(settings.output_dir)
+    if RANK or settings.resume or not settings.overwrite:
+        yield
+        return
+    try:
+        with writing(out):
+            set_aside(out)
+        yield
+    finally:
+        with writing(out):
+            settle_previous(out)
+
+
+@contextlib.contextmanager
+def writing(out: Path):
+    """A file of `out` that cannot be moved or removed becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise Mistake(f"{error.filename or out}: {error.strerror or error}") from None
+
+
 def check_output(settings: Settings) -> Path | None:
-    """The checkpoint to go on from. `Mistake` where a run would be lost, or nothing be written."""
+    """The checkpoint to go on from. `Mistake` where a run or the user's files would be lost."""
     out = Path(settings.output_dir)
     if RANK:  # the first rank looks for all
-        return last_checkpoint(out) if settings.resume else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+        if settings.resume and infer.is_model(out):  # it ends, too
+            sys.exit(0)
+        return None
+    with writing(out):
+        settle_previous(out)
+    made = owned_files(out)
+    for path in run_files(out):
+        # The doctor writes a report before there is a run, TensorBoard's folders are always new.
+        harmless = path.name == infer.SAVED_REPORT or path.parent.name == "runs"
+        resumed = settings.resume and path.name.startswith("checkpoint-")
+        if path not in made and not harmless and not resumed:
+            told = f"{path}: finetune.py did not make it, and a run would replace it"
+            raise Mistake(f"{told}: choose another --output_dir")
+    for path in (out / "samples", out / "runs"):
+        if path.exists() and not path.is_dir():
+            raise Mistake(f"{path} is a file; a run needs a folder there: try --output_dir")
     finished, checkpoint = infer.is_model(out), last_checkpoint(out)
-    if finished and not (out / infer.SAVED_CONFIG).is_file():
-        raise Mistake(f"{out} holds something that finetune.py did not make; try --output_dir")
     if settings.resume:
         if finished:
             print(f"{out} holds a finished run: nothing to resume (--overwrite starts anew)")
@@ -64,7 +237,7 @@ def check_output(settings: Settings) -> Path | None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint: one whose trainer_state.json parses, which is written last."""
-    checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
+    checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdecimal()]
     for path in sorted(checkpoints, key=lambda p: int(p.name[11:]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -91,7 +264,7 @@ def check_resumed(settings: Settings, report: prepare.Report) -> None:
         and name not in FREE_KEYS
         and not name.startswith(FREE_PARTS)
     ]
-    if infer.read_json(out / infer.SAVED_REPORT)["digest"] != report.digest:
+    if infer.read_json(out / infer.SAVED_REPORT).get("digest") != report.digest:
         changed.append("the rows are others")
     if changed:
         raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
@@ -173,19 +346,20 @@ def check_remedies(settings: Settings, arguments) -> None:
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 @contextlib.contextmanager
-def library_output(settings: Settings):
-    """What the libraries print goes to library_output.txt in output_dir, not to the console.
+def quiet_libraries():
+    """Keeps what libraries print off the console, but for their warnings (on standard error).
 
-    Warnings, which they send to standard error, stay; so does the traceback of an error.
+    If an error passes through, what was printed before it is shown.
     """
-    out = Path(settings.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    path = os.devnull if RANK else out / LIBRARY_LOG
-    with open(path, "a") as file, contextlib.redirect_stdout(file):
-        yield
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue())
+        raise
 
 
-LIBRARY_LOG = "library_output.txt"
 QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
 
 
@@ -209,7 +383,7 @@ def load_model(settings: Settings, arguments):
     disable_progress_bar()
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     dtype = resolve_dtype(settings, arguments)
-    with library_output(settings):
+    with quiet_libraries():
         model = load(settings, dtype)
     classes = {type(module).__name__ for module in model.modules()}
     wanted = QUANTISED.get(settings.weights)
@@ -219,6 +393,7 @@ def load_model(settings: Settings, arguments):
         # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked.
         model.peft_config["default"].base_model_name_or_path = infer.local(settings.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert settings.weights != "16bit" or model.dtype == dtype, (model.dtype, dtype)
     weights = str(dtype).removeprefix("torch.")
     if settings.weights != "16bit":
         weights = f"{settings.weights.replace('bit', '-bit')}, {weights}"
@@ -582,6 +757,7 @@ def save_checks(trainer, out: Path) -> None:
     names = ["step", *sorted({name for log in checks for name in log if name[:5] == "eval_"})]
     lines = [",".join(names)]
     lines += [",".join(f"{log.get(name, float('nan')):.6g}" for name in names) for log in checks]
+    record_files(out, "checks.csv")
     infer.write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
     told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
@@ -741,6 +917,9 @@ def trainer_class(lengths: list[int], seconds: float, listen):
         started = None  # time at which this process's first step began
         logged = None  # training seconds, tokens and steps up to the last line of the log
 
+        def create_model_card(self, *_, **__):
+            pass  # TRL's would replace output_dir/README.md at every checkpoint
+
         def _get_train_sampler(self, train_dataset=None):
             if self.args.packing or self.args.pad_to_multiple_of:
                 return super()._get_train_sampler(train_dataset)
@@ -775,14 +954,16 @@ def trainer_class(lengths: list[int], seconds: float, listen):
                 logs["tokens_per_second"] = tokens / spent
                 logs["seconds_left"] = spent / steps * (state.max_steps - state.global_step)
             if "train_runtime" in logs:  # transformers' figures for the whole run
-                logs["check_runtime"] = self.check_seconds
-                for name in [name for name in logs if name.endswith("_per_second")]:
-                    logs[name] *= logs["train_runtime"] / self.training_seconds()
+                logs["check_runtime"], whole = self.check_seconds, logs["train_runtime"]
                 logs["train_runtime"] = self.training_seconds()
+                for name in [name for name in logs if name.endswith("_per_second")]:
+                    logs[name] *= whole / max(logs["train_runtime"], 1e-9)
             super().log(logs, start_time and start_time + self.check_seconds)
 
         def training_seconds(self) -> float:
             """Seconds since the first step began, without those of the checks."""
+            if self.started is None:  # a run resumed at its last step
+                return 0.0
             return time.perf_counter() - self.started - self.check_seconds
 
         def evaluate(self, *_, **__):
@@ -826,7 +1007,7 @@ def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: di
     frames = sum(int((np.asarray(row) != -100).sum()) // infer.SLOTS for row in columns["labels"])
     seconds = frames * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
     try:
-        with library_output(settings):
+        with quiet_libraries():
             trainer = trainer_class(lengths, seconds, listen)(
                 model=model,
                 args=arguments,
@@ -892,20 +1073,21 @@ def disk_watched(out: Path, where):
 
 def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> int:
     """Trains to the end and returns the tokens seen; on a signal saves, says how to go on."""
-
-    def handle(number, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop["signal"] = number
-        print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
-
     import torch
 
     out, state = Path(settings.output_dir), checkpoint and checkpoint / "trainer_state.json"
-    begin = infer.read_json(state).get("num_input_tokens_seen", 0) if checkpoint else 0
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = infer.read_json(state) if checkpoint else {}
+    trainer.add_callback(run_recorder(out, trainer))
+    batches, done = trainer.get_train_dataloader(), before.get("global_step", 0)
+    if done >= trainer.set_initial_training_values(trainer.args, batches)[-1]:
+        print(f"{checkpoint} is at the last step already: nothing left to train")
+        # Otherwise transformers would train one step more; so it only loads the checkpoint.
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     try:
-        with disk_watched(out, lambda: f"step {trainer.state.global_step}"):
+        with (
+            stopping_on_signals(stop),
+            disk_watched(out, lambda: f"step {trainer.state.global_step}"),
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
         if settings.fit is not False and trainer.state.global_step == 0:
@@ -913,26 +1095,92 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
         told = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
         raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         trainer.monitor.close()
     state = trainer.state
     if stop and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {settings.output_dir}")
-        print(f"go on with: {shlex.join(['python', *sys.argv, '--resume'])}")
+        print(f"go on with: {resume_command(settings)}")
         sys.exit(130)
-    return state.num_input_tokens_seen - begin
+    return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
 
-def clear_run(out: Path) -> None:
-    """Takes away what an earlier run of finetune.py left in `out`, and nothing else."""
-    if not (out / infer.SAVED_CONFIG).is_file():
-        return
-    for path in [*out.glob("checkpoint-*"), out / "samples", out / "runs"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for pattern in ("adapter_*", "config.json", "model*.safetensors*", "finetune_config.json"):
-        for path in out.glob(pattern):
-            path.unlink()
+@contextlib.contextmanager
+def stopping_on_signals(stop: dict):
+    """Fills `stop` on Ctrl-C, SIGTERM or a closed terminal; Ctrl-C after that stops at once.
+
+    A closed terminal often sends SIGHUP twice: from the kernel, and from the shell.
+    """
+
+    def handle(number, frame):
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if stop:
+            return
+        stop["signal"] = number
+        told = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
+        write_unbuffered(2, "\n")  # below the progress bar
+        write_unbuffered(1, "" if RANK else f"{told}\n")
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_unbuffered(file: int, text: str) -> None:
+    """For signal handlers. A terminal that is gone is replaced by /dev/null, for later prints too.
+
+    A buffered print could meet the one that the signal interrupted.
+    """
+    try:
+        os.write(file, text.encode())
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file)
+        os.close(null)
+
+
+def python_command() -> str:
+    """The Python in use, as a person in this folder would call it."""
+    return sys.executable.removeprefix(os.getcwd() + os.sep)
+
+
+def resume_command(settings: Settings) -> str:
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)] if RANKS > 1 else []
+    resume = [] if settings.resume else ["--resume"]
+    return shlex.join([python_command(), *ranks, *sys.argv, *resume])
+
+
+def run_recorder(out: Path, trainer):
+    """A callback that keeps the manifest, and lets the replaced run go at the first checkpoint."""
+    from transformers import TrainerCallback
+
+    class RunRecorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            for callback in trainer.callback_handler.callbacks:
+                if writer := getattr(callback, "tb_writer", None):
+                    folder = Path(os.path.relpath(writer.get_logdir(), out))
+                    if folder.parts[0] != "..":
+                        record_files(out, str(folder))
+
+        def on_step_end(self, args, state, control, **_):
+            names = [f"checkpoint-{state.global_step}"] if control.should_save else []
+            names += [f"samples/step-{state.global_step:06}"] if control.should_evaluate else []
+            if names and not RANK:
+                record_files(out, *names)
+
+        on_epoch_end = on_step_end
+
+        def on_save(self, args, state, control, **_):
+            if not RANK:
+                shutil.rmtree(out / PREVIOUS, ignore_errors=True)
+
+    return RunRecorder()
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -958,12 +1206,46 @@ def save_model(trainer, tokenizer, out: Path) -> None:
     if RANK:
         return
     shutil.rmtree(part, ignore_errors=True)
-    trainer.model.save_pretrained(str(part), state_dict=weights)
-    tokenizer.save_pretrained(str(part))
-    last = ("adapter_config.json", "config.json")  # where these are, the rest is
-    for path in sorted(part.iterdir(), key=lambda p: p.name in last):
-        os.replace(path, out / path.name)
-    part.rmdir()
+    try:
+        trainer.model.save_pretrained(str(part), state_dict=weights)
+        tokenizer.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's; ours follows
+        record_files(out, *(path.name for path in part.iterdir()))
+        last = ("adapter_config.json", "config.json")  # where these are, the rest is
+        for path in sorted(part.iterdir(), key=lambda p: p.name in last):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_card(settings: Settings, report: prepare.Report) -> None:
+    """README.md: a model card, unless the user has put a README.md there."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    out = Path(settings.output_dir)
+    path, hub = out / "README.md", infer.on_hub(settings.model)
+    if os.path.lexists(path) and path not in owned_files(out):
+        print(f"card     {path} was there before: kept, no model card written")
+        return
+    kind = "peft", "A LoRA adapter for"
+    if settings.full_finetuning:
+        kind = "transformers", "Fine-tuned from"
+    data = ModelCardData(
+        base_model=settings.model if hub else None,
+        library_name=kind[0],
+        pipeline_tag="text-to-speech",
+        tags=["orpheus"],
+    )
+    base = settings.model if hub else Path(settings.model).name
+    voices = ", ".join(report.voices) or "none named"
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {out.resolve().name}\n\n{kind[1]} {base}, trained with "
+        f"orpheus-finetune on {len(report.measures)} clips, {report.seconds / 3600:.3f} hours.\n"
+        f"Voices: {voices}.\n\n```\n"
+        f'python infer.py "Hello there" --model {shlex.quote(str(out))}\n```\n'
+    )
+    record_files(out, path.name)
+    infer.write_text(path, str(ModelCard(text)))
 
 
 def peak_memory() -> int:
@@ -986,12 +1268,14 @@ def end_block(settings: Settings, trainer, tokens: float, started: float) -> Non
     where = "GPU memory" if torch.cuda.is_available() else "RAM"
     times = f"training {training / 60:.1f}, checks {checks / 60:.1f}"
     print("---")
-    print(f"steps    {trainer.state.global_step}, loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    loss = f", loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
+    print(f"steps    {trainer.state.global_step}{loss}")
     print(f"minutes  {whole / 60:.1f}: {times}, setting up {(whole - training - checks) / 60:.1f}")
-    print(f"speed    {tokens / training:,.0f} tokens/s in training")
+    if tokens:
+        print(f"speed    {tokens / training:,.0f} tokens/s in training")
     print(f"memory   {peak_memory() / GIB:.2f} GiB of {where} at its peak")
     print(f"adapter  {settings.output_dir}")
-    print(f'say more: python infer.py "…" --model {shlex.quote(settings.output_dir)}')
+    print(f'say more: {python_command()} infer.py "…" --model {shlex.quote(settings.output_dir)}')
 
 
 # ---------------------------------------------------------------- command line
@@ -1008,7 +1292,7 @@ def settle(settings: Settings, checkpoint: Path | None):
     """(SFTConfig, what it was asked for), once machine, backend and memory allow the settings."""
     infer.check_machine(settings.model)
     if settings.backend == "unsloth":
-        with library_output(settings):
+        with quiet_libraries():
             import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
     arguments, _ = trainer_arguments(settings)
     check_remedies(settings, arguments)
@@ -1023,6 +1307,12 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     if settings.plan:
         return tell_plan(settings, trainer_arguments(settings)[0], read_base(settings))
+    with output_lock(settings):
+        fine_tune(settings, started)
+
+
+def fine_tune(settings: Settings, started: float) -> None:
+    """From clips to adapter, in an output_dir that is this process's own."""
     checkpoint, out = check_output(settings), Path(settings.output_dir)
     clips = prepare.read_clips(settings)
     arguments, asked = settle(settings, checkpoint)
@@ -1030,6 +1320,8 @@ def main() -> None:
     codec = infer.load_codec(settings.codec, infer.device())
     with first_rank_first():
         rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
+    if RANK and settings.resume:  # the first rank has settled what is there by now
+        checkpoint = last_checkpoint(out)
     report.tell(settings)
     if checkpoint:
         check_resumed(settings, report)
@@ -1038,15 +1330,16 @@ def main() -> None:
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
     tell_changes(asked, trainer.args)
+    with previous_run(settings):
+        if not RANK:
+            record_files(out, infer.SAVED_CONFIG, infer.SAVED_REPORT)
+            save_config(settings)
+            report.save(out)
+        tokens = train(trainer, settings, checkpoint, stop)
+        with disk_watched(out, lambda: "the adapter"):
+            save_model(trainer, tokenizer, out)
     if not RANK:
-        if settings.overwrite and not settings.resume:
-            clear_run(out)
-        save_config(settings)
-        report.save(out)
-    tokens = train(trainer, settings, checkpoint, stop)
-    with disk_watched(out, lambda: "the adapter"):
-        save_model(trainer, tokenizer, out)
-    if not RANK:
+        save_card(settings, report)
         save_checks(trainer, out)
     end_block(settings, trainer, tokens, started)
 

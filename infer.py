@@ -16,6 +16,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import io
 import json
@@ -553,17 +554,30 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yields a path to write to, renamed to `path` once that is done: it is whole or not there."""
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # two may write it at once
+    """Yields a path to write to, renamed to `path` once that is done: it is whole or not there.
+
+    What a killed process left is written over by the next one, since the name is always the same.
+    It is locked; while another process writes to it, a name of our own is used.
+    """
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
+        with part.open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(lock.fileno()), part.stat())
+            except OSError:  # another process writes to it, or has just renamed it
+                free = False
+            if not free:
+                part = part.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+            try:
+                yield part
+                os.replace(part, path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise Mistake(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # most often: it has been renamed
-            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1486,6 +1500,8 @@ def model_card(run: Run, parity: str) -> str:
 
 def merge(run: Run, voice: str | None, out: Path) -> bool:
     """The adapter merged into its base, to the folder `out`; whether it still speaks the same."""
+    from safetensors import SafetensorError
+
     if not is_adapter(run.folder):
         raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -1505,8 +1521,11 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
             write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
             shutil.copy(run.home / SAVED_REPORT, part)
         os.replace(part, out)
-    except OSError as error:
-        raise Mistake(f"{out}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise Mistake(f"{out}: cannot be written: {told}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     passed, told = check_merged(run, voice, out, ids, rows, logits)
     if run.home:
         write_text(out / "README.md", model_card(run, told))

@@ -1,0 +1,453 @@
+"""What a run does to its output folder: replacing, resuming, signals, locks, leftovers."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, ROOT, one_line
+from test_finetune import run_here, settings_of
+
+import finetune
+import infer
+
+KEYS = {"save_steps": "1", "report_to": "none", "sample_steps": "3"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run with a sample and two checkpoints; copied by the tests that change it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
+        run_here(patch, out, **keys)
+    return out
+
+
+@pytest.fixture
+def run_copy(run_folder, tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(run_folder, tmp_path / "out"))
+
+
+# ---------------------------------------------------------------- replacing a run
+
+MINE = ("samples/mine.wav", "runs/mine/x", "checkpoint-notes/a", "adapter_notes.txt", "model.txt")
+
+
+def add_mine(out: Path) -> None:
+    for name in MINE:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+
+
+def test_the_manifest_lists_all_that_a_run_leaves(run_folder):
+    names = json.loads((run_folder / finetune.MANIFEST).read_text())["files"]
+    for path in contents(run_folder):
+        assert any(path == name or path.startswith(name + "/") for name in names), path
+    assert not list(run_folder.glob(".*"))
+
+
+def test_checkpoints_at_an_epochs_end_are_listed(tmp_path, monkeypatch):
+    keys = {"max_steps": "-1", "num_train_epochs": "1", "report_to": "none"}
+    run_here(monkeypatch, tmp_path, limit="4", save_strategy="epoch", **keys)
+    assert tmp_path / "checkpoint-2" in finetune.owned_files(tmp_path)
+
+
+@pytest.mark.parametrize("error", [infer.Mistake("a"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_run_that_fails_gives_the_replaced_one_back(error, run_copy, monkeypatch, capsys):
+    add_mine(run_copy)
+    before = contents(run_copy)
+
+    def fail(trainer, *_):
+        assert not infer.is_model(run_copy)
+        assert (run_copy / infer.SAVED_CONFIG).is_file()
+        (run_copy / "samples/later.wav").parent.mkdir(exist_ok=True)
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(finetune, "train", fail)
+        run_here(patch, run_copy, overwrite="true", **KEYS)
+    assert contents(run_copy) == before
+    assert "holds the earlier run again" in capsys.readouterr().out
+
+
+def test_a_setting_that_the_optimiser_refuses_costs_nothing(run_copy, monkeypatch):
+    before = contents(run_copy)
+    with pytest.raises(ValueError):
+        run_here(monkeypatch, run_copy, overwrite="true", learning_rate="-1", **KEYS)
+    assert contents(run_copy) == before
+
+
+def test_a_new_run_replaces_the_old_and_nothing_else(run_copy, monkeypatch):
+    add_mine(run_copy)
+    (run_copy / "README.md").unlink()
+    (run_copy / "README.md").write_text("mine")
+    names = json.loads((run_copy / finetune.MANIFEST).read_text())["files"]
+    listed = json.dumps({"files": [name for name in names if name != "README.md"]})
+    (run_copy / finetune.MANIFEST).write_text(listed)
+    keys = KEYS | {"save_steps": "2", "max_steps": "2", "sample_steps": "9"}
+    run_here(monkeypatch, run_copy, overwrite="true", **keys)
+    found = contents(run_copy)
+    assert all(found[name] == b"mine" for name in (*MINE, "README.md"))
+    assert {p.name for p in run_copy.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-notes"}
+    assert {p.name for p in (run_copy / "samples").iterdir()} == {"mine.wav"}
+    assert {p.name for p in (run_copy / "runs").iterdir()} == {"mine"}
+    assert not list(run_copy.glob(".*"))
+
+
+def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
+    save = finetune.save_model
+
+    def look(trainer, tokenizer, out):
+        assert not (out / finetune.PREVIOUS).exists() and (out / "checkpoint-1").is_dir()
+        save(trainer, tokenizer, out)
+
+    monkeypatch.setattr(finetune, "save_model", look)
+    run_here(monkeypatch, run_copy, overwrite="true", max_steps="1", **KEYS)
+
+
+def test_a_run_from_before_the_manifest_goes_by_its_known_names(run_copy):
+    add_mine(run_copy)
+    (run_copy / finetune.MANIFEST).unlink()
+    owned = {str(path.relative_to(run_copy)) for path in finetune.owned_files(run_copy)}
+    assert {"checkpoint-3", "samples/step-000003", "adapter_model.safetensors"} <= owned
+    assert any(name.startswith("runs/") for name in owned)
+    finetune.set_aside(run_copy)
+    assert set(contents(run_copy)) >= set(MINE)
+    left = {name for name in contents(run_copy) if not name.startswith(".previous_run/")}
+    assert left == {*MINE, "README.md"}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
+def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkeypatch):
+    """os.replace fails at the n-th call and nothing that would tidy up runs, as after SIGKILL."""
+    add_mine(run_copy)
+    before, replace, calls = contents(run_copy), os.replace, []
+
+    def fail(*words):
+        calls.append(words)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        replace(*words)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", fail)
+        finetune.set_aside(run_copy)
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        calls.clear()
+        moved //= 2
+        patch.setattr(os, "replace", fail)
+        finetune.settle_previous(run_copy)
+    finetune.settle_previous(run_copy)
+    assert contents(run_copy) == before
+
+
+def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
+    before = contents(run_copy)
+    finetune.set_aside(run_copy)
+    finetune.record_files(run_copy, infer.SAVED_CONFIG, "checkpoint-1")
+    (run_copy / infer.SAVED_CONFIG).write_text("{}")
+    (run_copy / "checkpoint-1").mkdir()  # torn
+    finetune.check_output(settings_of(output_dir=str(run_copy), overwrite="true"))
+    assert contents(run_copy) == before
+    with pytest.raises(SystemExit):  # finished: nothing to resume
+        finetune.check_output(settings_of(output_dir=str(run_copy), resume="true"))
+
+
+def test_a_killed_run_with_a_checkpoint_is_kept(run_copy):
+    finetune.set_aside(run_copy)
+    (run_copy / "checkpoint-1").mkdir()
+    (run_copy / "checkpoint-1/trainer_state.json").write_text("{}")
+    finetune.record_files(run_copy, "checkpoint-1")
+    settings = settings_of(output_dir=str(run_copy), resume="true")
+    assert finetune.check_output(settings) == run_copy / "checkpoint-1"
+    assert not (run_copy / finetune.PREVIOUS).exists()
+
+
+BAD_MANIFESTS = ["[]", "{", "{}", '{"files": 1}', '{"files": [1]}', '{"files": [""]}']
+BAD_MANIFESTS += ['{"files": ["../x"]}', '{"files": ["a/../../x"]}', '{"files": ["/etc"]}']
+
+
+@pytest.mark.parametrize("text", BAD_MANIFESTS)
+def test_a_manifest_of_another_shape_is_refused(text, tmp_path):
+    (tmp_path / finetune.MANIFEST).write_text(text)
+    with pytest.raises(infer.Mistake, match=finetune.MANIFEST):
+        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
+
+
+# ---------------------------------------------------------------- the user's files
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "checkpoint-7", "samples/step-000010",
+                                  "checks.csv", "adapter_config.json", "config.json"])  # fmt: skip
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(infer.Mistake, match=rf"{name}: finetune.py did not .* --output_dir"):
+        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite=overwrite))
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["samples", "runs"])
+def test_a_file_in_the_place_of_a_folder_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(infer.Mistake, match=f"{name} is a file"):
+        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
+
+
+def test_a_users_readme_is_kept_and_ours_is_a_model_card(run_folder, tmp_path, capsys):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(run_folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-to-speech"
+    for word in ("Voices: slt", "infer.py", "8 clips"):
+        assert word in card.text
+    (tmp_path / "README.md").write_text("mine")
+    finetune.save_card(settings_of(output_dir=str(tmp_path)), None)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "kept" in capsys.readouterr().out
+
+
+def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voices/anna").mkdir(parents=True)
+    (tmp_path / "voices/anna/metadata.csv").write_text("")
+    (tmp_path / "link").symlink_to("voices")
+    cases = [
+        ("voices/anna", "voices/anna", "is the dataset"),
+        ("voices", "voices/anna", "holds the dataset"),
+        ("link", "voices/anna", "holds the dataset"),
+        ("link/anna/../anna", "voices/anna", "is the dataset"),
+        (".", "voices/anna/metadata.csv", "holds the dataset"),
+        ("voices/anna", "voices/anna/metadata.csv", "holds the dataset"),
+        (str(ROOT / "data/demo/base"), "voices/anna", "is the model"),
+        (str(ROOT / "data"), "voices/anna", "holds the model"),
+        (str(ROOT / "data/demo/codec"), "voices/anna", "is the codec"),
+    ]
+    paths = {name: str(ROOT / f"data/demo/{name}") for name in ("base", "codec")}
+    for out, dataset, told in cases:
+        keys = {"model": paths["base"], "codec": paths["codec"]}
+        settings = infer.read_settings(None, keys | {"output_dir": out, "dataset": dataset})
+        with pytest.raises(infer.Mistake, match=told), finetune.output_lock(settings):
+            pytest.fail("a run began")
+    inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
+    settings = infer.read_settings(None, inside)
+    finetune.check_place(settings)
+    assert sorted(p.name for p in (tmp_path / "voices/anna").iterdir()) == ["metadata.csv"]
+
+
+@pytest.mark.parametrize("out", ["a\0b", "", " ", "/proc/x", "file/out", "n" * 300, "loop/out",
+                                 "a\udcffb", "/dev/null", "d/" * 3000])  # fmt: skip
+def test_an_impossible_output_dir_is_one_line(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    settings = settings_of_path(out)
+    with pytest.raises(infer.Mistake) as caught, finetune.output_lock(settings):
+        pytest.fail("a run began")
+    assert "\n" not in str(caught.value)
+
+
+def settings_of_path(out):
+    import dataclasses
+
+    settings = infer.read_settings(ROOT / "data/demo/config.json")
+    return dataclasses.replace(settings, output_dir=out)
+
+
+# ---------------------------------------------------------------- two runs, and leftovers
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    settings = settings_of(output_dir=str(tmp_path / "out"))
+    with finetune.output_lock(settings):
+        line = one_line(finetune.main, monkeypatch, *DEMO, "--output_dir", tmp_path / "out")
+        assert f"another run (process {os.getpid()}) is writing to" in line
+        assert finetune.check_output(settings) is None
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out/.finetune.lock").write_text("123")  # as a killed run leaves it
+    with finetune.output_lock(settings):
+        pass
+
+
+def test_only_the_first_rank_locks(tmp_path, monkeypatch):
+    settings = settings_of(output_dir=str(tmp_path / "out"))
+    with finetune.output_lock(settings):
+        monkeypatch.setattr(finetune, "RANK", 1)
+        with finetune.output_lock(settings):
+            assert finetune.check_output(settings) is None
+
+
+def test_a_part_that_a_kill_left_is_taken_up(tmp_path):
+    path = tmp_path / "a.wav"
+    (tmp_path / ".a.wav.part").write_text("torn and much longer")
+    infer.write_text(path, "whole")
+    assert contents(tmp_path) == {"a.wav": b"whole"}
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), infer.whole_file(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"a.txt": b"old"}
+
+
+def test_several_processes_write_one_file(tmp_path):
+    """Each writes a long text of one letter many times over: what is read is always whole."""
+    from multiprocessing import get_context
+
+    path = tmp_path / "entry.json"
+    context = get_context("fork")
+    workers = [context.Process(target=write_often, args=(path, c)) for c in "abcd"]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        if path.is_file():
+            text = path.read_text()
+            assert len(text) == 50_000 and len(set(text)) == 1
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["entry.json"]
+
+
+def write_often(path, letter):
+    for _ in range(200):
+        infer.write_text(path, letter * 50_000)
+
+
+def test_a_part_in_use_is_not_touched(tmp_path):
+    path = tmp_path / "a.txt"
+    with (tmp_path / ".a.txt.part").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        infer.write_text(path, "ours")
+        assert (tmp_path / ".a.txt.part").exists()
+    assert path.read_text() == "ours"
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
+    from trl import SFTTrainer
+
+    step = SFTTrainer.training_step
+
+    def kill(self, *words, **more):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # as shell and kernel both do for a closed terminal
+        return step(self, *words, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as done:
+        patch.setattr(SFTTrainer, "training_step", kill)
+        run_here(patch, tmp_path, max_steps="9", report_to="none")
+    assert done.value.code == 130
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    told = capsys.readouterr().out
+    command = next(line for line in told.splitlines() if line.startswith("go on with: "))
+    assert command.startswith(f"go on with: {finetune.python_command()} finetune.py --config")
+    assert command.endswith(" --resume")
+    run_here(monkeypatch, tmp_path, max_steps="3", report_to="none", resume="true")
+    assert infer.is_adapter(tmp_path)
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with finetune.stopping_on_signals(stop := {}):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not stop
+
+
+def test_a_closed_terminal_does_not_stop_the_saving():
+    """What is printed after the terminal is gone goes nowhere, instead of failing."""
+    ours, theirs = os.openpty()
+    os.close(ours)
+    with pytest.raises(OSError):
+        os.write(theirs, b"a")
+    finetune.write_unbuffered(theirs, "a")
+    assert os.write(theirs, b"a") == 1
+    os.close(theirs)
+
+
+def test_the_command_to_go_on_names_python_and_quotes(tmp_path, monkeypatch):
+    first, again = settings_of(resume="false"), settings_of(resume="true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["../finetune.py", "--output_dir", "my voice"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    command = finetune.resume_command(first)
+    assert command == ".venv/bin/python ../finetune.py --output_dir 'my voice' --resume"
+    monkeypatch.setattr(sys, "executable", "/opt/py thon")
+    command = finetune.resume_command(again)
+    assert command == "'/opt/py thon' ../finetune.py --output_dir 'my voice'"
+
+
+@pytest.mark.parametrize("steps", ["3", "2"])
+def test_a_run_that_was_at_its_end_is_only_saved(steps, run_copy, monkeypatch, capsys):
+    """As after a kill between the last checkpoint and the adapter."""
+    weights = (run_copy / "adapter_model.safetensors").read_bytes()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run_copy / name).unlink()
+    keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
+    run_here(monkeypatch, run_copy, resume="true", **keys | {"max_steps": steps})
+    assert "nothing left to train" in capsys.readouterr().out
+    assert (run_copy / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_longer_run_goes_on(run_copy, monkeypatch, capsys):
+    (run_copy / "adapter_config.json").unlink()
+    keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
+    run_here(monkeypatch, run_copy, resume="true", **keys | {"max_steps": "5"})
+    assert "steps    5" in capsys.readouterr().out
+
+
+def test_a_full_disk_in_a_merge_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(infer, "write_text", full)
+    run = infer.read_run(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
+    with pytest.raises(infer.Mistake, match="merged: cannot be written: No space left"):
+        infer.merge(run, "slt", tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        raise OSError(28, os.strerror(28), str(path))
+
+    monkeypatch.setattr(finetune, "record_files", lambda *_: None)
+    monkeypatch.setattr(finetune.os, "replace", full)
+
+    class Trainer:
+        is_fsdp_enabled, model = False, None
+
+    class Saver:
+        def save_pretrained(self, path, **_):
+            Path(path).mkdir(exist_ok=True)
+            (Path(path) / "adapter_config.json").write_text("{}")
+
+    Trainer.model = Saver()
+    with (
+        pytest.raises(infer.Mistake, match="disk is full"),
+        finetune.disk_watched(tmp_path, lambda: "the adapter"),
+    ):
+        finetune.save_model(Trainer, Saver(), tmp_path)
+    assert not list(tmp_path.iterdir())
