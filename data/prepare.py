@@ -836,6 +836,7 @@ def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--dataset")
     settings = infer.read_command_line(__doc__)
+    infer.check_names(settings)
     clips = read_clips(settings)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))
     _, report = make_rows(clips, settings, tokenizer)
