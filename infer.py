@@ -1637,14 +1637,8 @@ def check_options(given: dict[str, Any]) -> None:
         if name not in {asked[0], way, "model", "config", *TAKES[way]}:
             label = "texts" if way == "texts" else f"--{way}"
             raise Mistake(f"command line: --{name} does nothing with {label}; leave it out")
-    streamed = "stream" in given or given.get("out") in HEARD
-    if streamed and "speak_batch_size" in given:
-        raise Mistake("command line: --speak_batch_size does nothing in a stream; leave it out")
-    models = given.get("model", [])
-    if len(models) > 1 and way != "page":
+    if len(given.get("model", [])) > 1 and way != "page":
         raise Mistake("command line: only a --page takes several --model")
-    if len(set(models)) < len(models):
-        raise Mistake("command line: the same --model twice; leave one out")
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, str]:

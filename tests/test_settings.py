@@ -218,8 +218,6 @@ def accepted(way, names):
     names = set(names)
     if ("whisper" in names and "score" not in names) or ("blind" in names and "page" not in names):
         return False
-    if {"stream", "speak_batch_size"} <= names:
-        return False
     if way in ("wav", "tokens"):
         return names <= {"model", "config", "out", "codec", "seed"}
     if way == "merge":
@@ -260,7 +258,6 @@ def test_every_option_is_in_a_pair(monkeypatch, capsys):
         (["hi", "--voice", "\udcff"], "not valid UTF-8"),
         (["hi", "--temprature", "1"], "unrecognized arguments: --temprature"),
         (["hi", "--model", "a", "--model", "b"], "only a --page takes several"),
-        (["hi", "--model", "a", "--model", "a", "--page", "p"], "the same --model twice"),
         ([], "give one of"),
         (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),
         (["hi", "--model", "tests/nothing_here"], "^tests/nothing_here: no such folder"),
