@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,23 @@ def check_reports(report_to: list[str]) -> None:
             raise Mistake(f"settings: report_to {name} needs its package: pip install {package}")
 
 
+def check_optimizer(arguments) -> None:
+    """`Mistake` where the optimizer or schedule could not be made once the model is loaded."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    layer = torch.nn.Linear(1, 1)
+    keys = {"num_warmup_steps": 1, "num_training_steps": 100}
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate)
+        more = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
+        get_scheduler(arguments.lr_scheduler_type, optimizer, **keys, **more)
+    except (ImportError, ValueError, TypeError) as error:
+        names = "optim, optim_args, lr_scheduler_type or lr_scheduler_kwargs"
+        raise Mistake(f"settings: {names}: {' '.join(str(error).split())}") from None
+
+
 def trainer_arguments(settings: Settings):
     """(SFTConfig, what it was asked for) from every key it knows; `Mistake` for an unknown one."""
     from typing import get_type_hints
@@ -171,7 +189,7 @@ def trainer_arguments(settings: Settings):
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         arguments = SFTConfig(**asked)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise Mistake(f"settings: {' '.join(str(error).split())}") from None
     check_reports(arguments.report_to)
     return arguments, asked
@@ -193,6 +211,8 @@ FP8 = 'weights "fp8" need a GPU and backend "unsloth"'
 FULL = 'full_finetuning needs weights "16bit"'
 OFFLOAD = 'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true'
 FSDP = 'fsdp needs backend "transformers"'
+LIGER = "use_liger_kernel needs its package: pip install liger-kernel"
+WORKERS = "dataloader_multiprocessing_context needs dataloader_num_workers above 0"
 RANKED = "fit looks at one GPU: leave it out with several ranks"
 
 
@@ -203,6 +223,7 @@ def check_remedies(settings: Settings, arguments) -> None:
     gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
     optimiser = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimiser for word in ("8bit", "paged", "bnb"))
+    in_processes = arguments.dataloader_multiprocessing_context is not None
     for refused, line in (
         (settings.weights == "8bit" and unsloth and not gpu, W8),
         (settings.weights == "fp8" and not (gpu and unsloth), FP8),
@@ -211,10 +232,14 @@ def check_remedies(settings: Settings, arguments) -> None:
         (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
         (lean and not gpu, f"optim {optimiser} needs a GPU; adamw_torch_fused does not"),
         (bool(arguments.fsdp) and unsloth, FSDP),
+        (arguments.activation_offloading and not gpu, "activation_offloading needs a GPU"),
+        (arguments.use_liger_kernel and not find_spec("liger_kernel"), LIGER),
+        (in_processes and not arguments.dataloader_num_workers, WORKERS),
         (settings.fit is not False and RANKS > 1, RANKED),
     ):
         if refused:
             raise Mistake(f"settings: {line}")
+    check_optimizer(arguments)
 
 
 # ---------------------------------------------------------------- model

@@ -170,6 +170,7 @@ PATHS = ("model", "codec", "dataset")  # looked for beside the config file that 
 Count = Annotated[int, Ge(1), Le(10**6)]
 Steps = Annotated[float, Gt(0), Le(10**9)]  # under 1: a share of all steps
 Share = Annotated[float, Ge(0), Lt(1)]
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 TRAINER_TYPES = {
     "adam_beta1": Share,
     "adam_beta2": Share,
@@ -180,13 +181,17 @@ TRAINER_TYPES = {
     "ddp_bucket_cap_mb": Count | None,
     "ddp_timeout": Annotated[int, Ge(1), Le(10**9)],
     "gradient_accumulation_steps": Count,
+    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
     "label_smoothing_factor": Share,
+    "log_level": LogLevel,
+    "log_level_replica": LogLevel,
     "learning_rate": Annotated[float, Gt(0), Le(10)],
     "logging_steps": Steps,
     "max_grad_norm": Annotated[float, Ge(0), Le(10**6)],
     "max_steps": Literal[-1] | Annotated[int, Ge(1), Le(10**9)],
     "neftune_noise_alpha": Annotated[float, Ge(0), Le(1000)] | None,
     "num_train_epochs": Annotated[float, Gt(0), Le(10**6)],
+    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
     "per_device_train_batch_size": Count,
     "save_steps": Steps,
     "save_total_limit": Count | None,

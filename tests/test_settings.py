@@ -126,6 +126,31 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
         finetune.trainer_arguments(settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("log_level", "nonsense", "log_level is"),
+        ("packing_strategy", "nonsense", "packing_strategy is"),
+        ("include_num_input_tokens_seen", "nonsense", "include_num_input_tokens_seen is"),
+        ("accelerator_config", "none.json", "none.json"),
+        ("use_liger_kernel", "true", "pip install liger-kernel"),
+        ("activation_offloading", "true", "needs a GPU"),
+        ("dataloader_multiprocessing_context", "fork", "dataloader_num_workers above 0"),
+        ("optim", "lomo", "pip install lomo-optim"),
+        ("optim_args", "nonsense", "optim_args"),
+        ("lr_scheduler_kwargs", "nonsense", "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs", '{"nonsense": 1}', "lr_scheduler_kwargs"),
+        ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
+    ],
+)
+def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
+    with pytest.raises(infer.Mistake, match=line):
+        settings = infer.read_settings("data/demo/config.json", keys)
+        finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+
+
 def test_an_unknown_tracker():
     with pytest.raises(infer.Mistake, match="report_to papertape: give one of none, "):
         finetune.check_reports(["papertape"])
