@@ -9,6 +9,7 @@
 Every key of config.json can be given as --key value, and so can every key of TRL's SFTConfig.
 """
 
+import argparse
 import contextlib
 import fcntl
 import io
@@ -24,6 +25,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,63 @@ def check_resumed(settings: Settings, report: prepare.Report) -> None:
 # ---------------------------------------------------------------- settings for the trainer
 
 
+RESUME = "--resume goes on from the last checkpoint in output_dir"
+UPLOAD = "`hf upload you/anna outputs/anna` publishes a finished run"
+EVALUATION = "sample_steps says when a run is checked, held_out on what"
+ROWS = "rows are tokenised, ordered and labelled by data/prepare.py"
+# Keys of SFTConfig that would change nothing here, and what does instead.
+WITHOUT_EFFECT = {
+    "resume_from_checkpoint": RESUME,
+    "ignore_data_skip": RESUME,
+    "restore_callback_states_from_checkpoint": RESUME,
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "finetune.py trains, and checks"),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), UPLOAD),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), UPLOAD),
+    **dict.fromkeys(("eval_steps", "eval_delay", "eval_on_start", "eval_packing"), EVALUATION),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_accumulation_steps"), EVALUATION),
+    **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics"), EVALUATION),
+    **dict.fromkeys(("per_device_eval_batch_size", "prediction_loss_only"), EVALUATION),
+    **dict.fromkeys(("include_for_metrics", "bf16_full_eval", "fp16_full_eval"), EVALUATION),
+    "load_best_model_at_end": "the best checkpoint is kept, and checks.csv names it",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc"), ROWS),
+    **dict.fromkeys(("shuffle_dataset", "truncation_mode", "completion_only_loss"), ROWS),
+    **dict.fromkeys(("assistant_only_loss", "chat_template_path", "eos_token"), ROWS),
+    **dict.fromkeys(("pad_token", "train_sampling_strategy", "length_column_name"), ROWS),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "weights and device_map say how"),
+}
+PIP_NAMES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+
+
+def check_reports(report_to: list[str]) -> None:
+    """`Mistake` for a tracker whose package is missing: it is needed only after loading."""
+    from transformers import integrations
+
+    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    for name in report_to:
+        if name not in known:
+            raise Mistake(f"settings: report_to {name}: give one of none, {', '.join(known)}")
+        if name not in integrations.get_available_reporting_integrations():
+            package = PIP_NAMES.get(name, name)
+            raise Mistake(f"settings: report_to {name} needs its package: pip install {package}")
+
+
+def check_optimizer(arguments) -> None:
+    """`Mistake` where the optimizer or schedule could not be made once the model is loaded."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    layer = torch.nn.Linear(1, 1)
+    keys = {"num_warmup_steps": 1, "num_training_steps": 100}
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate)
+        more = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
+        get_scheduler(arguments.lr_scheduler_type, optimizer, **keys, **more)
+    except (ImportError, ValueError, TypeError) as error:
+        names = "optim, optim_args, lr_scheduler_type or lr_scheduler_kwargs"
+        raise Mistake(f"settings: {names}: {' '.join(str(error).split())}") from None
+
+
 def trainer_arguments(settings: Settings):
     """(SFTConfig, what it was asked for) from every key it knows; `Mistake` for an unknown one."""
     from typing import get_type_hints
@@ -294,14 +353,19 @@ def trainer_arguments(settings: Settings):
     for name, (value, source) in settings.trainer.items():
         if name in ours:
             raise Mistake(f"{source}: {name} is set by finetune.py itself; leave it out")
+        if name in WITHOUT_EFFECT:
+            raise Mistake(f"{source}: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
         if name not in hints:
             raise infer.unknown_key(name, [*infer.OWN_KEYS, *hints], source)
-        settings.trainer[name] = infer.checked(name, value, hints[name], source), "settings"
+        hint = infer.TRAINER_TYPES.get(name, hints[name])
+        settings.trainer[name] = infer.checked(name, value, hint, source), "settings"
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
-        return SFTConfig(**asked), asked
-    except (ValueError, ImportError) as error:
+        arguments = SFTConfig(**asked)
+    except (ValueError, ImportError, OSError) as error:
         raise Mistake(f"settings: {' '.join(str(error).split())}") from None
+    check_reports(arguments.report_to)
+    return arguments, asked
 
 
 def tell_changes(asked: dict, arguments) -> None:
@@ -309,6 +373,8 @@ def tell_changes(asked: dict, arguments) -> None:
     for name, value in asked.items():
         used = getattr(arguments, name)
         used = getattr(used, "value", used)
+        if name == "padding_free" and arguments.packing:
+            continue  # packing is free of padding by itself
         if value not in (None, "none", used, *(used if isinstance(used, list) else [])):
             print(f"changed {name}: {value} is not for this machine, {used} is used")
 
@@ -318,6 +384,8 @@ FP8 = 'weights "fp8" need a GPU and backend "unsloth"'
 FULL = 'full_finetuning needs weights "16bit"'
 OFFLOAD = 'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true'
 FSDP = 'fsdp needs backend "transformers"'
+LIGER = "use_liger_kernel needs its package: pip install liger-kernel"
+WORKERS = "dataloader_multiprocessing_context needs dataloader_num_workers above 0"
 RANKED = "fit looks at one GPU: leave it out with several ranks"
 
 
@@ -328,6 +396,7 @@ def check_remedies(settings: Settings, arguments) -> None:
     gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
     optimiser = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimiser for word in ("8bit", "paged", "bnb"))
+    in_processes = arguments.dataloader_multiprocessing_context is not None
     for refused, line in (
         (settings.weights == "8bit" and unsloth and not gpu, W8),
         (settings.weights == "fp8" and not (gpu and unsloth), FP8),
@@ -336,10 +405,14 @@ def check_remedies(settings: Settings, arguments) -> None:
         (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
         (lean and not gpu, f"optim {optimiser} needs a GPU; adamw_torch_fused does not"),
         (bool(arguments.fsdp) and unsloth, FSDP),
+        (arguments.activation_offloading and not gpu, "activation_offloading needs a GPU"),
+        (arguments.use_liger_kernel and not find_spec("liger_kernel"), LIGER),
+        (in_processes and not arguments.dataloader_num_workers, WORKERS),
         (settings.fit is not False and RANKS > 1, RANKED),
     ):
         if refused:
             raise Mistake(f"settings: {line}")
+    check_optimizer(arguments)
 
 
 # ---------------------------------------------------------------- model
@@ -483,8 +556,8 @@ def count_weights(config) -> Base:
     return Base(config, held, sum(w.numel() for w in model.parameters()) - held, lora)
 
 
-def read_base(settings: Settings) -> Base:
-    """The base's shape, from its config.json; `Mistake` where max_length is more than it sees."""
+def read_config(settings: Settings):
+    """The base's config.json; `Mistake` where max_length is more than it sees."""
     from transformers import AutoConfig
 
     folder = infer.fetch(settings.model, ["config.json"])
@@ -496,7 +569,12 @@ def read_base(settings: Settings) -> Base:
     if settings.max_length > context:
         over = f"max_length {settings.max_length} is over"
         raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
-    return count_weights(config)
+    return config
+
+
+def read_base(settings: Settings) -> Base:
+    """The base's shape."""
+    return count_weights(read_config(settings))
 
 
 def state_bytes(optimiser: str) -> float:
@@ -615,7 +693,7 @@ def tell_plan(settings: Settings, arguments, base) -> None:
         print(f"  {name:16}{size / GIB:8.2f} GiB")
     print(f"  {'in all':16}{needed(keys, base) / GIB:8.2f} GiB, an estimate")
     here = torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
-    for card in [here] if here else CARDS if settings.fit in (True, False) else [settings.fit]:
+    for card in [here] if here else CARDS if isinstance(settings.fit, bool) else [settings.fit]:
         change = smallest_change(keys, base, card * GIB)
         told = "fits" if change == {} else f"too small: {in_words(change)}"
         fit = best_fit(keys, base, card * GIB)
@@ -708,8 +786,9 @@ def make_listener(tokenizer, codec, settings: Settings, report: prepare.Report, 
 
     ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
     texts, voice = settings.sample_texts, next(iter(report.voices), None)
-    for text in texts:
-        infer.prompt_ids(tokenizer, ids, text, voice)  # an empty one is told now, not at the end
+    base = argparse.Namespace(config=read_config(settings))
+    for part in (part for text in texts for part in infer.parts_of(text, settings)):
+        infer.begin(base, tokenizer, ids, part, settings, voice)  # a Mistake now, not at the end
 
     def listen(model, step: int, dtype=None) -> tuple[dict, list]:
         folder = sample_folder(settings, step)
@@ -1314,6 +1393,7 @@ def main() -> None:
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to adapter, in an output_dir that is this process's own."""
     checkpoint, out = check_output(settings), Path(settings.output_dir)
+    infer.check_names(settings)
     clips = prepare.read_clips(settings)
     arguments, asked = settle(settings, checkpoint)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import textwrap
@@ -36,9 +37,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -73,6 +75,10 @@ def run(main):
     """Calls `main`; a Mistake becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader is gone, as in `… | head -1`: end as other tools do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
@@ -111,38 +117,50 @@ class Settings:
     voice_column: str | None = key("column of the voices; null: by convention")
     absolute_paths: bool = key("let rows name sounds outside the dataset's folder")
     voice: str | None = key("voice name for clips that name no speaker")
-    limit: int | None = key("take the first N clips only", gt=0)
-    keep_silence: float | None = key("seconds of silence kept at a clip's ends; null: all", ge=0)
-    silence_db: float = key("softer than the loudest moment by this much is silence", gt=0)
+    limit: int | None = key("take the first N clips only", gt=0, le=10**9)
+    keep_silence: float | None = key(
+        "seconds of silence kept at a clip's ends; null: all", ge=0, le=600
+    )
+    silence_db: float = key("softer than the loudest moment by this much is silence", gt=0, le=200)
     leave_out: list[str] = key("the doctor's findings whose clips are not trained on")
     cache_dir: str | None = key("where encoded clips are kept; null: nowhere")
     train_on: Literal["audio", "all"] = key("loss on the audio alone, or on the prompt too")
-    max_length: int = key("longest row, and length of a packed row, in tokens", gt=0)
+    max_length: int = key("longest row, and length of a packed row, in tokens", gt=0, le=10**6)
     too_long: Literal["drop", "truncate"] = key("what becomes of a row over max_length")
     batching: Literal["pack", "pad", "pad_to_max"] = key("how rows of unequal length share a batch")
     backend: Literal["unsloth", "transformers"] = key("Unsloth, or plain TRL and PEFT")
     weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("how the base's weights are held")
     full_finetuning: bool = key("train every weight, instead of a LoRA")
-    lora_r: int = key("LoRA rank", gt=0)
-    lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0)
+    lora_r: int = key("LoRA rank", gt=0, le=4096)
+    lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0, le=10**5)
     lora_dropout: float = key("LoRA dropout", ge=0, lt=1)
     gradient_checkpointing: bool | Literal["unsloth"] = key("off, on, or Unsloth's, which offloads")
-    device_map: str | None = key("auto: one model over several GPUs, a part on each")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = key(
+        "auto: one model over several GPUs, a part on each"
+    )
     plan: bool = key("tell where the memory would go, and stop")
-    fit: bool | float = key("let rows at once and checkpointing follow the free memory, or GiB")
+    fit: bool | Annotated[float, Gt(0), Le(10_000)] = key(
+        "let rows at once and checkpointing follow the free memory, or GiB"
+    )
     output_dir: str = key("folder for the adapter, checkpoints and samples")
     overwrite: bool = key("replace the run that output_dir holds")
     resume: bool = key("go on from the last checkpoint in output_dir")
-    seed: int = key("seed of training and of speaking", ge=0)
+    seed: int = key("seed of training and of speaking", ge=0, lt=2**32)
     held_out: float = key("share of the texts kept from training, to be judged on", ge=0, lt=1)
-    sample_steps: int = key("steps between checks: held-out loss, sample_texts spoken", gt=0)
+    sample_steps: int = key(
+        "steps between checks: held-out loss, sample_texts spoken", gt=0, le=10**9
+    )
     sample_texts: list[str] = key("texts spoken at every check, and when training is done")
-    temperature: float = key("sampling temperature; 0 is greedy", ge=0)
-    top_p: float = key("nucleus sampling", gt=0, le=1)
-    repetition_penalty: float = key("over prompt and audio alike; 1 is off", gt=0)
-    max_seconds: float = key("speech longer than this is cut off", gt=0)
-    speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0)
-    best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0)
+    temperature: Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(0.01), Le(100)] = key(
+        "sampling temperature; 0 is greedy"
+    )
+    top_p: float = key("nucleus sampling", ge=0.01, le=1)
+    repetition_penalty: float = key("over prompt and audio alike; 1 is off", ge=0.1, le=10)
+    max_seconds: float = key("speech longer than this is cut off", gt=0, le=3600)
+    speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0, le=1024)
+    best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0, le=256)
+    # sentencex takes any code; without rules for a language it uses those that most share
+    language: str = key("ISO code, by whose rules sentences are split", pattern="^[a-z]{2,3}$")
     cuda_graph: bool = key("speak by one CUDA graph a frame, where there is a GPU")
     trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
 
@@ -153,44 +171,149 @@ class Settings:
 
 
 OWN_KEYS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "trainer"}
+PATHS = ("model", "codec", "dataset")  # looked for beside the config file that names them, too
+
+# SFTConfig's own types have no bounds. These keys are checked before anything is imported.
+Count = Annotated[int, Ge(1), Le(10**6)]
+Steps = Annotated[float, Gt(0), Le(10**9)]  # under 1: a share of all steps
+Share = Annotated[float, Ge(0), Lt(1)]
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+TRAINER_TYPES = {
+    "adam_beta1": Share,
+    "adam_beta2": Share,
+    "adam_epsilon": Annotated[float, Gt(0), Le(1)],
+    "data_seed": Annotated[int, Ge(0), Lt(2**32)] | None,
+    "dataloader_num_workers": Annotated[int, Ge(0), Le(1024)],
+    "dataloader_prefetch_factor": Count | None,
+    "ddp_bucket_cap_mb": Count | None,
+    "ddp_timeout": Annotated[int, Ge(1), Le(10**9)],
+    "gradient_accumulation_steps": Count,
+    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+    "label_smoothing_factor": Share,
+    "log_level": LogLevel,
+    "log_level_replica": LogLevel,
+    "learning_rate": Annotated[float, Gt(0), Le(10)],
+    "logging_steps": Steps,
+    "max_grad_norm": Annotated[float, Ge(0), Le(10**6)],
+    "max_steps": Literal[-1] | Annotated[int, Ge(1), Le(10**9)],
+    "neftune_noise_alpha": Annotated[float, Ge(0), Le(1000)] | None,
+    "num_train_epochs": Annotated[float, Gt(0), Le(10**6)],
+    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
+    "per_device_train_batch_size": Count,
+    "save_steps": Steps,
+    "save_total_limit": Count | None,
+    "torch_empty_cache_steps": Count | None,
+    "warmup_steps": Annotated[float, Ge(0), Le(10**9)],
+    "weight_decay": Annotated[float, Ge(0), Le(100)],
+}
+
+
+def parsed(word: str) -> Any:
+    """A word of the command line as JSON, or as it is where it is none."""
+    try:
+        value = json.loads(word)
+    except (ValueError, RecursionError):
+        return word
+    return word if isinstance(value, str) else value
 
 
 def checked(name: str, value: Any, hint: Any, source: str, bounds: dict | None = None) -> Any:
     """`value` as the type `hint` says; a str from the command line may be JSON or a bare word."""
-    from typing import Annotated
+    from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-    from pydantic import Field, TypeAdapter, ValidationError
-
-    adapter = TypeAdapter(Annotated[hint, Field(**(bounds or {}))])
-    try:
-        if source != "command line":
-            return adapter.validate_json(json.dumps(value), strict=True)
+    finite = ConfigDict(allow_inf_nan=False)
+    adapter = TypeAdapter(Annotated[hint, Field(**(bounds or {}))], config=finite)
+    word = source == "command line" and isinstance(value, str)
+    given = parsed(value) if word else value
+    strict = not (word and isinstance(given, str))  # a bare word such as True may mean true
+    readings = [(given, strict)]
+    if word and isinstance(given, int | float):
+        readings.append((value, True))  # a name may look like a number
+    errors = []
+    for reading, strict in readings:
         try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        return adapter.validate_python(parsed if isinstance(parsed, list | dict | None) else value)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise Mistake(f"{source}: {name} is {json.dumps(value)}: {message}") from None
+            result = adapter.validate_json(json.dumps(reading), strict=strict)
+        except ValidationError as error:
+            errors = errors or error.errors()
+            continue
+        check_strings(name, result, source)
+        return result
+    message = " or ".join(dict.fromkeys(error["msg"] for error in errors))
+    raise Mistake(f"{source}: {name} is {json.dumps(value)[:80]}: {message}")
+
+
+def check_strings(name: str, value: Any, source: str) -> None:
+    """`Mistake` for a string that no file or text can have, and for an empty one of our keys."""
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str):
+            continue
+        if "\0" in text:
+            raise Mistake(f"{source}: {name} holds a NUL byte; remove it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Mistake(f"{source}: {name} is {text[:80]!r}: not valid UTF-8") from None
+        if name in OWN_KEYS and not text.strip():
+            raise Mistake(f"{source}: {name}: the text is empty; give one, or leave it out")
 
 
 def unknown_key(name: str, known, source: str) -> Mistake:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return Mistake(f"{source}: no key is named {name!r}; the nearest is {near[0]!r}")
+    return Mistake(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
+
+
+def check_names(settings: Settings) -> None:
+    """`Mistake` for a key that neither this project nor SFTConfig has.
+
+    SFTConfig takes seconds to import, so only a key that config.json lacks is looked up there.
+    """
+    shipped = read_json(ROOT / "config.json")
+    others = [name for name in settings.trainer if name not in shipped]
+    if others:
+        from trl import SFTConfig
+
+        known = [field.name for field in dataclasses.fields(SFTConfig)]
+        for name in others:
+            if name not in known:
+                raise unknown_key(name, [*OWN_KEYS, *known], settings.trainer[name][1])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A flat JSON object from a file; `Mistake` with the place where it is not one."""
+
+    def unique(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise Mistake(f"{path}: the key {twice[:80]!r} is there twice; remove one")
+        return values
+
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could wait forever
+        raise Mistake(f"{path}: cannot be read: not a regular file")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
         raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise Mistake(f"{path}: not JSON of keys and values: nested too deep") from None
+    except ValueError as error:  # bad syntax, bad UTF-8, a number of thousands of digits
+        if isinstance(error, Mistake):
+            raise
+        raise Mistake(f"{path}: not JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise Mistake(f"{path}: must be one JSON object of keys and values")
     return values
+
+
+def beside(path: str, source: str) -> str:
+    """A path in a config: from the current folder, else from the config's, else from this one.
+
+    Only what is read is looked for. output_dir and cache_dir, which are written, always are
+    relative to the current folder.
+    """
+    folders = ("", Path(source).parent, ROOT)
+    return next((p for f in folders if os.path.exists(p := os.path.join(f, path))), path)
 
 
 def read_settings(config: str | Path | None = None, overrides: dict | None = None) -> Settings:
@@ -204,7 +327,11 @@ def read_settings(config: str | Path | None = None, overrides: dict | None = Non
         for name, value in values.items():
             if name in OWN_KEYS:
                 field = OWN_KEYS[name]
-                own[name] = checked(name, value, field.type, source, dict(field.metadata))
+                value = checked(name, value, field.type, source, dict(field.metadata))
+                in_config = name in PATHS and source != "command line"
+                own[name] = beside(value, source) if in_config else value
+            elif name in TRAINER_TYPES:
+                trainer[name] = checked(name, value, TRAINER_TYPES[name], source), source
             else:
                 trainer[name] = (value, source)
     missing = [name for name in OWN_KEYS if name not in own]
@@ -213,10 +340,17 @@ def read_settings(config: str | Path | None = None, overrides: dict | None = Non
     return Settings(**own, trainer=trainer)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, without the usage."""
+
+    def error(self, message: str):
+        raise Mistake(f"command line: {message}")
+
+
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
     keys = [f"  --{name:24}{f.metadata['description']}" for name, f in OWN_KEYS.items()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog="\n".join(["keys, with their defaults in config.json:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -256,6 +390,8 @@ def on_hub(path: str) -> bool:
 
 def check_machine(model: str) -> None:
     """`Mistake` for a hub's model where there is no GPU; a local one may be small enough."""
+    if on_hub(model) and (model.startswith("outputs/") or os.path.isdir(os.path.dirname(model))):
+        raise Mistake(f"{model}: no such folder; --model takes a run's folder or a hub id")
     if on_hub(model) and device() == "cpu":
         told = f"{model}: no such folder here, and no GPU for the hub's: Orpheus-3B would take days"
         remedy = "`make demo` runs the same path on a tiny model, --model takes a local folder"
@@ -277,7 +413,11 @@ def fetch(path: str, patterns: list[str]) -> Path:
     except errors.RepositoryNotFoundError:
         remedy = "no such folder here, and no such repository on the hub"
     except OSError as error:
-        remedy = f"no such folder here, and the hub cannot be reached: {str(error).splitlines()[0]}"
+        why = " ".join(str(error).split())[:200]
+        remedy = (
+            f"no such folder here, and the hub cannot be reached ({why}); give a local folder by "
+            "--model or --codec, or take the tiny ones of --config data/demo/config.json"
+        )
     raise Mistake(f"{path}: {remedy}")
 
 
@@ -309,7 +449,9 @@ def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
         where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
         raise Mistake(f"{where}: no token {missing[0]}: not an Orpheus model for this codec")
     ids = {field: vocabulary[name] for field, name in TOKEN_NAMES.items()}
-    assert vocabulary[last] == ids["audio"] + SLOTS * codebook_size - 1, vocabulary[last]
+    if vocabulary[last] != ids["audio"] + SLOTS * codebook_size - 1:
+        where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        raise Mistake(f"{where}: its audio tokens are not in order: not an Orpheus model")
     return SpeechIds(**ids, codebook_size=codebook_size)
 
 
@@ -644,6 +786,8 @@ def growing_audio(out: Path):
         with contextlib.nullcontext() if piped else file:
             file.write(b"" if str(out) == "pcm" else wav_header(2**32 if piped else 0))
             yield write
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise Mistake(f"{out}: cannot be written: {error.strerror}") from None
 
@@ -1040,12 +1184,15 @@ class Run:
     home: Path | None = None  # where the run's settings and report are
 
 
-def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES) -> Run:
+def read_run(
+    model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES, config=None
+) -> Run:
     """The Run of --model; without it config.json's run, or its base.
 
     With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
     """
-    plain = read_settings(None, overrides)
+    plain = read_settings(config, overrides)
+    chosen = read_json(Path(config)) if config else {}  # of these, the run keeps what made it
     if model is None:
         made = is_model(Path(plain.output_dir))
         if not made and patterns is TOKENIZER_FILES:
@@ -1062,6 +1209,8 @@ def read_run(model: str | None, overrides: dict, patterns: list[str] = MODEL_FIL
             if os.path.isabs(settings.codec) and not os.path.isdir(settings.codec):
                 place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
                 raise Mistake(f"{place}; correct codec there, or give --codec")
+            spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
+            settings = dataclasses.replace(settings, **spoken_with)
             return Run(settings, folder, voices, pace, home)
     return Run(plain, folder)
 
@@ -1321,23 +1470,29 @@ FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, w
 CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds
 
 
-def split_text(text: str, most: int) -> list[str]:
+def split_text(text: str, most: int, language: str = "en") -> list[str]:
     """Parts of at most `most` characters: whole sentences, where one is longer whole words.
 
-    Sentences are told by sentencex as in English, which is also right for most of what ends in
-    . ! ? or 。; a long sentence without spaces stays whole.
+    sentencex finds the sentences by the rules of `language`. A long sentence without spaces
+    stays whole.
     """
     text, parts = " ".join(text.split()), [""]
     if len(text) <= most:
         return [text]
     from sentencex import segment
 
-    for sentence in segment("en", text):
+    for sentence in segment(language, text):
         for line in textwrap.wrap(sentence, most, break_long_words=False, break_on_hyphens=False):
             if parts[-1] and len(parts[-1]) + 1 + len(line) > most:
                 parts.append("")
             parts[-1] = f"{parts[-1]} {line}".strip()
     return parts
+
+
+def parts_of(text: str, settings: Settings) -> list[str]:
+    """The parts in which `text` is spoken, each of which max_seconds has room for."""
+    most = max(20, int(settings.max_seconds * CHARACTERS))
+    return split_text(text, most, settings.language)
 
 
 def joined(parts: list):
@@ -1403,8 +1558,7 @@ def spoken(
         frames = speak_frames(model, [row], ids, settings) if stream else None
         return decode_row(codec, row, settings.seed, frames)
 
-    most = max(20, int(settings.max_seconds * CHARACTERS))
-    lines = [[candidates(part) for part in split_text(text, most)] for text in texts]
+    lines = [[candidates(part) for part in parts_of(text, settings)] for text in texts]
     groups, done = [group for line in lines for group in line], []
     at_once = max(1, settings.speak_batch_size // settings.best_of)
     for line in lines:
@@ -1580,7 +1734,7 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
     columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
     pace = None
     for model in arguments.model or [None]:
-        run = read_run(model, overrides(arguments))
+        run = read_run(model, overrides(arguments), config=arguments.config)
         voice, pace = choose_voice(arguments.voice, run), run.pace or pace
         codec = load_codec(run.settings.codec, device())
         loaded = load_run(run)
@@ -1602,8 +1756,19 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
 # ---------------------------------------------------------------- command line
 
 SPEAKING = ("temperature", "top_p", "repetition_penalty", "max_seconds", "speak_batch_size")
-SPEAKING += ("best_of", "cuda_graph")
+SPEAKING += ("best_of", "cuda_graph", "language")
 RUN_KEYS = ("codec", "seed", *SPEAKING)
+# What each way of calling infer.py takes, besides --model and --config.
+SAYING = {"voice", "out", "stream", "score", "whisper", *RUN_KEYS}
+TAKES = {
+    "texts": SAYING,
+    "file": SAYING,
+    "page": {"voice", "score", "whisper", "blind", *RUN_KEYS},
+    "wav": {"out", "codec", "seed"},
+    "tokens": {"out", "codec", "seed"},
+    "merge": {"voice", "codec"},
+}
+NEEDS = {"whisper": "score", "blind": "page"}
 SWITCHES = {
     "stream": "let it be heard while it is made",
     "score": "tell how well it came out, by every judge that is installed",
@@ -1612,11 +1777,12 @@ SWITCHES = {
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to say, a wav each")
     for name, words in {
         "file": "texts, one a line; or a metadata.csv, whose recordings are then compared with",
@@ -1638,23 +1804,45 @@ def read_arguments() -> argparse.Namespace:
     for name, words in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=words)
     arguments = parser.parse_args()
-    asked = (*(getattr(arguments, n) for n in ("texts", "file", "tokens", "wav", "merge")),)
-    if sum(map(bool, asked)) != 1:
-        parser.error("give one of: texts, --file, --tokens, --wav, --merge")
-    if len(arguments.model or []) > 1 and not arguments.page:
-        parser.error("several --model make a --page")
+    check_options({name: value for name, value in vars(arguments).items() if value or value == ""})
     return arguments
 
 
+def check_options(given: dict[str, Any]) -> None:
+    """`Mistake` for options that do not go together: nothing that is asked for is ignored."""
+    for name, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name != "texts" and not text.strip():
+                raise Mistake(f"command line: --{name} is empty; give a value, or leave it out")
+        check_strings(name if name == "texts" else f"--{name}", value, "command line")
+    asked = [name for name in ("texts", "file", "tokens", "wav", "merge") if name in given]
+    if len(asked) != 1:
+        raise Mistake("command line: give one of: texts, --file, --tokens, --wav, --merge")
+    for name, other in NEEDS.items():
+        if name in given and other not in given:
+            raise Mistake(f"command line: --{name} needs --{other}")
+    way = "page" if "page" in given and asked[0] in ("texts", "file") else asked[0]
+    for name in given:
+        if name not in {asked[0], way, "model", "config", *TAKES[way]}:
+            label = "texts" if way == "texts" else f"--{way}"
+            raise Mistake(f"command line: --{name} does nothing with {label}; leave it out")
+    if len(given.get("model", [])) > 1 and way != "page":
+        raise Mistake("command line: only a --page takes several --model")
+
+
 def overrides(arguments: argparse.Namespace) -> dict[str, str]:
-    return {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+    given = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
+    return given | ({"codec": local(given["codec"])} if "codec" in given else {})
 
 
 def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
     texts, clips, source = arguments.texts, [], arguments.file or "command line"
     if arguments.file and arguments.file.lower().endswith(".csv"):
-        rows = list(csv.DictReader(io.StringIO(read_text(source))))
+        try:
+            rows = list(csv.DictReader(io.StringIO(read_text(source))))
+        except csv.Error as error:
+            raise Mistake(f"{source}: not a table that can be read: {error}") from None
         if not all(row.get("file_name") and row.get("text") for row in rows):
             raise Mistake(f"{source}: every row needs a file_name and a text")
         texts = [row["text"] for row in rows]
@@ -1677,7 +1865,7 @@ def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> N
         codes, how = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"
     torch.manual_seed(run.settings.seed)
     row = Utterance("", [], 0, frames=list(codes), end=how)
-    save_speech(iter([([row], [decode(codec, codes)])]), out)
+    save_speech(iter([([row], [decode(codec, codes)])]), out, arguments.stream)
 
 
 def out_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
@@ -1702,9 +1890,10 @@ def say(arguments: argparse.Namespace) -> None:
         make_page(Path(arguments.page), texts, recordings, arguments, judges)
         return
     model = arguments.model[0] if arguments.model else None
-    run = read_run(model, overrides(arguments), TOKENIZER_FILES if given else MODEL_FILES)
+    patterns = TOKENIZER_FILES if given else MODEL_FILES
+    run = read_run(model, overrides(arguments), patterns, arguments.config)
     if arguments.stream and run.settings.best_of > 1:
-        raise Mistake("--stream plays what comes first: leave out --best_of")
+        raise Mistake("--stream plays what comes first: leave out --best_of, or set it to 1")
     voice = choose_voice(arguments.voice, run)
     codec = load_codec(run.settings.codec, device())
     if given:
@@ -1718,12 +1907,15 @@ def say(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = read_arguments()
+    if arguments.config:
+        check_names(read_settings(arguments.config))
     piped = arguments.out in ("-", "pcm")
     with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
         if not arguments.merge:
             say(arguments)
             return
-        adapter = read_run(arguments.model[0] if arguments.model else None, {})
+        model = arguments.model[0] if arguments.model else None
+        adapter = read_run(model, overrides(arguments), config=arguments.config)
         if not merge(adapter, choose_voice(arguments.voice, adapter), Path(arguments.merge)):
             sys.exit(1)
 

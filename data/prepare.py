@@ -1107,6 +1107,7 @@ def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--dataset")
     settings = infer.read_command_line(__doc__)
+    infer.check_names(settings)
     out = Path(settings.output_dir)
     clips = read_clips(settings)
     make_folder(settings.output_dir, "output_dir")

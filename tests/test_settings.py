@@ -1,0 +1,380 @@
+"""Settings and command lines: bounds, config files, paths, and options that exclude each other."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import DEMO, ROOT, one_line, script
+
+import finetune
+import infer
+from data import prepare
+
+BAD = {
+    "temperature": ["-1", "inf", "nan", "1e-300", "1e300"],
+    "repetition_penalty": ["0", "1e-300", "inf", "nan"],
+    "top_p": ["0", "1e-300", "1.1", "nan"],
+    "max_seconds": ["0", "inf", "nan", "1e18"],
+    "best_of": ["0", "1000000000"],
+    "speak_batch_size": ["0", "1000000000"],
+    "keep_silence": ["-1", "inf", "1e18", "nan"],
+    "silence_db": ["0", "inf", "nan", "1e9"],
+    "limit": ["0", "1" + "0" * 30, "9" * 5000],
+    "held_out": ["-0.1", "1", "nan"],
+    "max_length": ["0", "1" + "0" * 12],
+    "lora_r": ["0", "1000000"],
+    "lora_alpha": ["0", "1" + "0" * 12],
+    "lora_dropout": ["1", "nan"],
+    "seed": ["-1", str(2**32), str(2**64)],
+    "sample_steps": ["0", "1" + "0" * 12],
+    "fit": ["0", "-1", "nan", "inf"],
+    "learning_rate": ["nan", "-1", "0", "inf"],
+    "num_train_epochs": ["0", "-3", "nan", "inf"],
+    "max_steps": ["0", "-2"],
+    "per_device_train_batch_size": ["0", "-1", "1000000000"],
+    "gradient_accumulation_steps": ["0", "-1", "1000000000"],
+    "warmup_steps": ["-1", "nan"],
+    "weight_decay": ["-1", "nan", "inf"],
+    "max_grad_norm": ["-1", "nan", "inf"],
+    "logging_steps": ["0", "-1", "nan"],
+    "save_steps": ["0", "-1", "nan"],
+    "save_total_limit": ["0", "-1"],
+    "adam_beta1": ["1", "-1", "nan"],
+    "adam_epsilon": ["0", "nan"],
+    "data_seed": ["-1", str(2**64)],
+    "neftune_noise_alpha": ["-1", "inf"],
+    "device_map": ["nonsense"],
+    "language": ["", "English", "e"],
+    "dataset": ["", " ", "a\0b", "\udcff"],
+    "model": ["", "a\0b", "null"],
+    "output_dir": ["", "a\0b", "\udcff"],
+    "cache_dir": ["", "a\0b"],
+    "voice": ["", "\udcff"],
+    "sample_texts": ['[""]', '["a", " "]', '["a\\u0000"]', "[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_value_out_of_bounds_is_named(name, tmp_path):
+    """From the command line and, where JSON can say it, from a config."""
+    for text in BAD[name]:
+        with pytest.raises(infer.Mistake, match=f"^command line: {name}") as caught:
+            infer.read_settings(None, {name: text})
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        given = infer.parsed(text)
+        if given is None or text.startswith("[[") or len(text) > 1000:
+            continue
+        config = tmp_path / "mine.json"
+        config.write_text(json.dumps({name: given}))
+        with pytest.raises(infer.Mistake, match=rf"mine\.json: {name}"):
+            infer.read_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "0", 0),
+        ("temperature", "0.01", 0.01),
+        ("fit", "1", 1.0),
+        ("fit", "true", True),
+        ("fit", "False", False),
+        ("voice", "7", "7"),
+        ("voice", "true", "true"),
+        ("voice", "null", None),
+        ("overwrite", "True", True),
+        ("seed", str(2**32 - 1), 2**32 - 1),
+    ],
+)
+def test_a_value_within_bounds(name, text, value):
+    found = getattr(infer.read_settings(None, {name: text}), name)
+    assert found == value and isinstance(found, bool) == isinstance(value, bool)
+
+
+def test_bounds_are_of_keys_that_exist():
+    from trl import SFTConfig
+
+    known = {field.name for field in infer.dataclasses.fields(SFTConfig)}
+    assert set(infer.TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
+    assert not set(finetune.WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
+
+
+def test_every_other_number_of_the_trainer_is_finite():
+    settings = infer.read_settings(None, {"router_aux_loss_coef": "nan"})
+    with pytest.raises(infer.Mistake, match=r"router_aux_loss_coef is .* finite"):
+        finetune.trainer_arguments(settings)
+
+
+@pytest.mark.parametrize("name", finetune.WITHOUT_EFFECT)
+def test_trainer_keys_without_effect_are_refused(name):
+    settings = infer.read_settings("data/demo/config.json", {name: "1"})
+    with pytest.raises(infer.Mistake, match=f"^command line: {name} has no effect, leave it out: "):
+        finetune.trainer_arguments(settings)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "comet_ml"])
+def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
+    from transformers import integrations
+
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: [])
+    settings = infer.read_settings("data/demo/config.json", {"report_to": name})
+    with pytest.raises(infer.Mistake, match=f"report_to {name} needs its package: pip install"):
+        finetune.trainer_arguments(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("log_level", "nonsense", "log_level is"),
+        ("packing_strategy", "nonsense", "packing_strategy is"),
+        ("include_num_input_tokens_seen", "nonsense", "include_num_input_tokens_seen is"),
+        ("accelerator_config", "none.json", "none.json"),
+        ("use_liger_kernel", "true", "pip install liger-kernel"),
+        ("activation_offloading", "true", "needs a GPU"),
+        ("dataloader_multiprocessing_context", "fork", "dataloader_num_workers above 0"),
+        ("optim", "lomo", "pip install lomo-optim"),
+        ("optim_args", "nonsense", "optim_args"),
+        ("lr_scheduler_kwargs", "nonsense", "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs", '{"nonsense": 1}', "lr_scheduler_kwargs"),
+        ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
+    ],
+)
+def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
+    with pytest.raises(infer.Mistake, match=line):
+        settings = infer.read_settings("data/demo/config.json", keys)
+        finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+
+
+def test_an_unknown_tracker():
+    with pytest.raises(infer.Mistake, match="report_to papertape: give one of none, "):
+        finetune.check_reports(["papertape"])
+
+
+def test_packing_is_not_told_as_a_change(capsys):
+    keys = {"batching": "pack", "backend": "transformers"}
+    arguments, asked = finetune.trainer_arguments(
+        infer.read_settings("data/demo/config.json", keys)
+    )
+    arguments.padding_free = True
+    finetune.tell_changes(asked, arguments)
+    assert capsys.readouterr().out == ""
+    arguments.packing = False
+    finetune.tell_changes(asked, arguments)
+    assert "changed packing: True" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- config files
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a":' * 100_000, "nested too deep"),
+        (b'{"limit": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"limit": 1, "limit": 2}', "'limit' is there twice"),
+        (b'{"voice": "\xff"}', "not JSON"),
+        (b'{"voice": "a\x00"}', "not JSON"),
+        (b'{"voice": "a\\u0000"}', "voice holds a NUL byte"),
+        (b'{"voice": "\\udcff"}', "voice is"),
+        (b"", "not JSON"),
+        (b"3", "must be one JSON object"),
+    ],
+)
+def test_a_config_that_cannot_be_used(content, line, tmp_path):
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(infer.Mistake, match=rf"mine\.json: .*{line}|mine\.json: {line}"):
+        infer.read_settings(tmp_path / "mine.json")
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "mine.json").write_text('{"limit": 5}', encoding="utf-8-sig")
+    assert infer.read_settings(tmp_path / "mine.json").limit == 5
+
+
+def test_a_config_that_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        with pytest.raises(infer.Mistake, match="not a regular file"):
+            infer.read_settings(path)
+    for path in ("no.json", "a\0b", "x" * 300, ""):
+        with pytest.raises(infer.Mistake):
+            infer.read_settings(path)
+
+
+def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
+    (tmp_path / "there/clips").mkdir(parents=True)
+    config = tmp_path / "there/mine.json"
+    config.write_text('{"dataset": "clips", "output_dir": "out", "model": "you/anna"}')
+    monkeypatch.chdir(tmp_path)
+    settings = infer.read_settings(config)
+    assert settings.dataset == str(tmp_path / "there/clips")
+    assert (settings.output_dir, settings.model) == ("out", "you/anna")
+    assert infer.read_settings().dataset == str(ROOT / "data/numbers")
+    assert infer.read_settings(config, {"dataset": "numbers"}).dataset == "numbers"
+    (tmp_path / "clips").mkdir()
+    assert infer.read_settings(config).dataset == "clips"
+
+
+# ---------------------------------------------------------------- command lines
+
+
+def words_of(name):
+    """An option of infer.py with a value that is right by itself."""
+    values = {"best_of": "2", "seed": "1", "speak_batch_size": "2", "language": "de"}
+    if name == "texts":
+        return ["hello"]
+    switch = name in infer.SWITCHES or name == "cuda_graph"
+    return [f"--{name}"] if switch else [f"--{name}", values.get(name, "1")]
+
+
+OTHERS = {*infer.SAYING, "blind", "page", "model", "config"}
+WAYS = ("texts", "file", "tokens", "wav", "merge")
+
+
+def accepted(way, names):
+    """What should be accepted, told in other words than infer.check_options does."""
+    names = set(names)
+    if ("whisper" in names and "score" not in names) or ("blind" in names and "page" not in names):
+        return False
+    if way in ("wav", "tokens"):
+        return names <= {"model", "config", "out", "codec", "seed"}
+    if way == "merge":
+        return names <= {"model", "config", "codec", "voice"}
+    return "page" not in names or not names & {"out", "stream"}
+
+
+def test_every_pair_of_options_works_or_is_refused(monkeypatch):
+    for first, second in itertools.combinations(WAYS, 2):
+        line = one_line(infer.read_arguments, monkeypatch, *words_of(first), *words_of(second))
+        assert "give one of" in line
+    for way in WAYS:
+        for names in itertools.combinations(sorted(OTHERS), 2):
+            words = [*words_of(way), *words_of(names[0]), *words_of(names[1])]
+            if accepted(way, names):
+                monkeypatch.setattr(sys, "argv", ["infer.py", *words])
+                infer.read_arguments()
+            else:
+                line = one_line(infer.read_arguments, monkeypatch, *words)
+                assert any(f"--{name}" in line for name in names), words
+
+
+def test_every_option_is_in_a_pair(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--help"])
+    with pytest.raises(SystemExit):
+        infer.read_arguments()
+    options = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    assert options == OTHERS | set(WAYS) - {"texts"}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["hi", "--out", ""], "--out is empty"),
+        (["hi", "--voice", " "], "--voice is empty"),
+        (["hi", "--out", "a\0b"], "--out holds a NUL byte"),
+        (["h\udcff"], "not valid UTF-8"),
+        (["hi", "--voice", "\udcff"], "not valid UTF-8"),
+        (["hi", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["hi", "--model", "a", "--model", "b"], "only a --page takes several"),
+        ([], "give one of"),
+        (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),
+        (["hi", "--model", "tests/nothing_here"], "^tests/nothing_here: no such folder"),
+        (["hi", "--config", "none.json"], "none.json: cannot be read"),
+        (["hi", "--language", "English", "--model", "data/demo/base"], "language is"),
+    ],
+)
+def test_mistakes_of_infer(words, line, monkeypatch):
+    assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
+
+
+def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
+    table = tmp_path / "lines.csv"
+    table.write_text("file_name,text\na.wav," + "a" * 200_000 + "\n")
+    line = one_line(infer.main, monkeypatch, "--file", table)
+    assert line.startswith(f"{table}: not a table") and "131072" in line
+
+
+def test_infer_takes_a_config(tmp_path, monkeypatch):
+    """Its speaking keys go over those of the run, the rest of which is kept."""
+    config = tmp_path / "mine.json"
+    config.write_text('{"temperature": 0.9, "lora_r": 3, "output_dir": "elsewhere"}')
+    home = tmp_path / "run"
+    home.mkdir()
+    shutil.copy("data/demo/base/config.json", home)
+    (home / infer.SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
+    (home / infer.SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
+    settings = infer.read_run(str(home), {"seed": "4"}, config=config).settings
+    assert (settings.temperature, settings.lora_r, settings.top_p) == (0.9, 5, 0.5)
+    assert infer.read_run(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
+    config.write_text('{"temprature": 0.9}')
+    line = one_line(infer.main, monkeypatch, "hi", "--config", config)
+    assert "mine.json: no key is named 'temprature'" in line
+
+
+@pytest.mark.parametrize("main", [finetune.main, prepare.main])
+def test_unknown_keys_are_refused(main, monkeypatch, tmp_path):
+    words = [*DEMO, "--output_dir", tmp_path, "--backend", "transformers", "--datset", "x"]
+    words += ["--gradient_checkpointing", "false", "--cache_dir", "null"]
+    line = one_line(main, monkeypatch, *words)
+    assert "no key is named 'datset'; the nearest is 'dataset'" in line
+
+
+@pytest.mark.parametrize("text", ["seven " * 3000, "x" * 100_000])
+def test_sample_texts_that_do_not_fit_are_refused_before_loading(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    words = ["--backend", "transformers", "--limit", "4", "--cache_dir", "null"]
+    words += ["--sample_texts", json.dumps([text]), "--max_seconds", "3600"]
+    words += ["--output_dir", tmp_path]
+    assert "no room for a frame" in one_line(finetune.main, monkeypatch, *DEMO, *words)
+
+
+def test_an_unreachable_hub_names_a_way_out(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(infer.Mistake, match=r"hub cannot be reached .*data/demo/config\.json"):
+        infer.fetch("some/model", ["*"])
+
+
+def test_audio_tokens_out_of_order_are_refused():
+    class Tokenizer:
+        name_or_path = "mine"
+
+        def get_vocab(self):
+            names = [*infer.TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
+            return {name: n for n, name in enumerate(names)}
+
+    with pytest.raises(infer.Mistake, match="mine: its audio tokens are not in order"):
+        infer.read_speech_ids(Tokenizer())
+
+
+def test_sentences_are_split_by_their_language():
+    text = "Τι κάνεις; Είμαι καλά."
+    assert len(infer.split_text(text, 12, "el")) == 2
+    settings = infer.read_settings(None, {"language": "el", "max_seconds": "1"})
+    assert infer.parts_of(text, settings)[0] == "Τι κάνεις;"
+
+
+def test_a_closed_pipe_ends_quietly():
+    program = "import infer; infer.run(lambda: [print('x' * 999) for _ in range(999)])"
+    command = f"{sys.executable} -c {json.dumps(program)} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.endswith("\n141\n")
+
+
+def test_mistakes_in_our_keys_are_told_without_heavy_imports():
+    for program in ("finetune.py", "data/prepare.py"):
+        words = ["-X", "importtime", program, "--learning_rate", "nan"]
+        code, _, errors = script(*words)
+        assert code == 2 and "error: command line: learning_rate" in errors
+        assert not re.search(r"\| +(torch|trl|transformers|datasets)$", errors, re.M)
