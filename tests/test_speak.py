@@ -400,7 +400,7 @@ def test_the_best_of_several_is_kept_and_the_faults_told(model, tokenizer, ids, 
     printed = capsys.readouterr().out
     assert kept == [begin[2]]
     assert len(begin[0].frames) == 24 and "loop" in begin[0].end
-    assert "runaway" in begin[1].end or begin[1].end == infer.CUT_OFF
+    assert begin[1].end == infer.CUT_OFF
     assert "kept candidate 3 of 3, 2 at fault" in printed and "1 loop: 1 frames" in printed
 
 
@@ -409,7 +409,10 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
 ):
     plain, several = (demo(temperature=0.9, max_seconds=1, best_of=n) for n in (1, 3))
     rows = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
-    infer.speak_best([rows], model, codec, ids, several, None, ())
+    kept = infer.speak_best([rows], model, codec, ids, several, None, ())
+    again = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
+    kept_again = infer.speak_best([again], model, codec, ids, several, None, ())
+    assert same(again, rows) and kept_again[0].candidate == kept[0].candidate
     alone = infer.begin(model, tokenizer, ids, "nine", plain, "rms")
     infer.speak_rows(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
