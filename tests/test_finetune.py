@@ -399,7 +399,8 @@ def test_a_run_leaves_adapter_config_report_and_samples(finished):
     assert not list(out.glob(".*"))
     wavs = sorted((out / "samples/step-000004").glob("*.wav"))
     assert len(wavs) == len(config["sample_texts"])
-    assert all(soundfile.info(wav).frames % 2048 == 0 for wav in wavs)
+    frames = [soundfile.info(wav).frames for wav in wavs]
+    assert min(frames) > 0 and not any(count % 2048 for count in frames)
     for word in ("padded to their longest row", "minutes", "tokens/s", "at its peak", str(out)):
         assert word in printed
 
