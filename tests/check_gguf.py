@@ -18,22 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import infer  # noqa: E402
 
-# The converter knows tokenizers by a hash, and the demo's is none of them and has no merges; since
-# ids are all that is fed, Llama's name and one merge of nothing stand in.
-CONVERT = """
-import runpy, sys
-sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
-set_vocab = TextModel._set_vocab_gpt2
-def with_merges(self):
-    set_vocab(self)
-    if not any("tokenizer.ggml.merges" in part for part in self.gguf_writer.kv_data):
-        self.gguf_writer.add_token_merges(["0 0"])
-TextModel._set_vocab_gpt2 = with_merges
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+CONVERT = ROOT / "tests" / "programs" / "convert_to_gguf.py"
 
 
 def greedy(llama, ids, row) -> np.ndarray:
@@ -60,7 +45,7 @@ def main() -> None:
     merged, converter = map(Path, sys.argv[1:])
     gguf = merged.with_suffix(".gguf").resolve()
     words = [str(converter), str(merged), "--outfile", str(gguf), "--outtype", "f16"]
-    subprocess.run([sys.executable, "-c", CONVERT, *words], check=True)
+    subprocess.run([sys.executable, CONVERT, *words], check=True)
     run = infer.read_run(str(merged), {})
     model, tokenizer = infer.load_model(str(merged))
     ids = infer.read_speech_ids(tokenizer, infer.load_codec(run.settings.codec).codebook_size)

@@ -16,7 +16,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 import infer  # noqa: E402
 
 
-def script(*words, timeout=300):
+def script(*words, timeout=300, env=None):
     """Runs a script of the project as a person would; (exit code, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
@@ -24,8 +24,15 @@ def script(*words, timeout=300):
         capture_output=True,
         text=True,
         timeout=timeout,
+        env=env,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def program(name, *words):
+    """Runs tests/programs/<name>.py with the project's modules in reach, as `script` does."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return script(f"tests/programs/{name}.py", *words, env=env)
 
 
 def one_line(main, monkeypatch, *words):
@@ -56,28 +63,13 @@ def ids(tokenizer, codec):
 DEMO = ["--config", "data/demo/config.json"]
 
 
-# finetune.py as it is; once the adapter is saved, the trained model's logits are put beside it.
-RUN = """
-import sys, torch
-import finetune, infer
-save = finetune.save_model
-def save_and_look(trainer, tokenizer, out):
-    save(trainer, tokenizer, out)
-    with torch.no_grad():
-        logits = trainer.model.eval()(input_ids=torch.arange(300)[None]).logits
-        torch.save(logits, out / "logits.pt")
-finetune.save_model = save_and_look
-infer.run(finetune.main)
-"""
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """(folder, what was printed) of a short run of finetune.py on the committed clips."""
     out = tmp_path_factory.mktemp("run") / "out"
     words = [*DEMO, "--output_dir", out, "--max_steps", "4", "--limit", "16", "--max_seconds", "1"]
     words += ["--cache_dir", "null"]
-    code, printed, errors = script("-c", RUN, *words, "--save_steps", "2")
+    code, printed, errors = program("train_and_keep_logits", *words, "--save_steps", "2")
     assert code == 0, errors
     return out, printed
 

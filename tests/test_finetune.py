@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import DEMO, ROOT, one_line, script
+from conftest import DEMO, ROOT, one_line, program, script
 
 import finetune
 import infer
@@ -375,39 +375,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- batches
 
 
-PAIR = """
-import json, sys
-import unsloth
-import numpy as np
-from pathlib import Path
-import finetune, infer
-settings = infer.read_settings("data/demo/config.json", json.loads(sys.argv[1]))
-arguments, _ = finetune.trainer_arguments(settings)
-tokenizer = infer.load_tokenizer(Path(settings.model))
-ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
-draw = np.random.default_rng(0)
-rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
-rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
-model = finetune.load_model(settings, arguments)
-listen = lambda *_: ({"eval_score": 0.0}, [])
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
-batch = next(iter(trainer.get_train_dataloader()))
-assert set(batch) == {"input_ids", "attention_mask", "labels"}, set(batch)
-assert all(tensor.shape == (2, 1054) for tensor in batch.values())
-short = int(batch["attention_mask"].sum(1).argmin())
-assert batch["attention_mask"].sum(1).tolist()[short] == 337
-assert (batch["labels"][short, 337:] == -100).all()
-assert (batch["input_ids"][short, 337:] == ids.pad).all()
-assert (batch["labels"][short, :337] == batch["input_ids"][short, :337]).all()
-trainer.train()
-assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
-"""
-
-
 def test_rows_of_1054_and_337_tokens_train_in_one_batch(tmp_path):
     """The pair of the classic crash, through Unsloth: all three tensors are padded alike."""
     overrides = {"per_device_train_batch_size": "2", "max_steps": "1", "max_length": "1100"}
-    code, _, errors = script("-c", PAIR, json.dumps(overrides | {"output_dir": str(tmp_path)}))
+    overrides["output_dir"] = str(tmp_path)
+    code, _, errors = program("train_two_lengths", json.dumps(overrides))
     assert code == 0, errors
 
 
@@ -426,30 +398,14 @@ def test_a_run_leaves_adapter_config_report_and_samples(finished):
     assert not list(out.glob(".*"))
     wavs = sorted((out / "samples/step-000004").glob("*.wav"))
     assert len(wavs) == len(config["sample_texts"])
-    assert all(soundfile.info(wav).frames % 2048 == 0 for wav in wavs)
+    frames = [soundfile.info(wav).frames for wav in wavs]
+    assert min(frames) > 0 and not any(count % 2048 for count in frames)
     for word in ("padded to their longest row", "minutes", "tokens/s", "at its peak", str(out)):
         assert word in printed
 
 
-RELOAD = """
-import sys, torch
-from pathlib import Path
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-out = Path(sys.argv[1])
-base = AutoModelForCausalLM.from_pretrained("data/demo/base", dtype=torch.float32)
-model = PeftModel.from_pretrained(base, out).eval()
-seen = torch.load(out / "logits.pt")
-logits = model(input_ids=torch.arange(300)[None]).logits
-with model.disable_adapter():
-    bare = model(input_ids=torch.arange(300)[None]).logits
-assert "unsloth" not in sys.modules
-print(float((logits - seen).abs().max()), float((bare - seen).abs().max()))
-"""
-
-
 def test_the_adapter_gives_the_same_logits_in_plain_transformers(finished):
-    code, printed, errors = script("-c", RELOAD, finished[0])
+    code, printed, errors = program("reload_adapter", finished[0])
     assert code == 0, errors
     difference, without = map(float, printed.split())
     assert difference < 1e-4 < without

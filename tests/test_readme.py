@@ -61,10 +61,12 @@ def test_pins_are_named_once():
 
 
 def test_links_and_files_of_the_readme_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    files = README.split("## Files")[1].split("```")[1].strip().splitlines()
+    assert links and files
+    for link in links:
         assert (ROOT / link).exists(), link
-    files = README.split("## Files")[1].split("```")[1]
-    for line in files.strip().splitlines():
+    for line in files:
         assert (ROOT / line.split()[0]).exists(), line
 
 

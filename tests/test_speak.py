@@ -1,6 +1,7 @@
 """Speaking: the loop against model.generate, the stream against the whole, batches, long texts."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -9,10 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from conftest import ROOT, one_line
 
@@ -87,8 +92,9 @@ def test_a_wav_is_the_same_by_seed_alone_and_in_any_batch(model, tokenizer, ids)
     alone = begun(model, tokenizer, ids, TEXTS[2:3], settings)
     infer.speak_rows(model, alone, ids, settings)
     assert same(alone, together[2:3])
-    other = begun(model, tokenizer, ids, TEXTS[2:3], demo(temperature=0.9, seed=1))
-    infer.speak_rows(model, other, ids, demo(temperature=0.9, max_seconds=1.5, seed=1))
+    reseeded = demo(temperature=0.9, max_seconds=1.5, seed=1)
+    other = begun(model, tokenizer, ids, TEXTS[2:3], reseeded)
+    infer.speak_rows(model, other, ids, reseeded)
     assert not same(other, alone)
 
 
@@ -219,6 +225,8 @@ def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
         pieces = np.concatenate(list(infer.decode_stream(codec, iter(codes), size)))
         error = np.sqrt(((pieces - whole) ** 2).mean() / (whole**2).mean())
         assert 20 * np.log10(error + 1e-12) < -90, size
+    field.neg_()
+    assert abs(infer.decode(codec, codes) - whole).max() > 1e-4  # the noise is heard
 
 
 def say(monkeypatch, *words):
@@ -261,11 +269,8 @@ def test_long_text_is_split_at_sentences_then_at_words():
     text = "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he? Yes, e.g. today! " + "word " * 30
     parts = infer.split_text(text, 60)
     assert " ".join(parts) == " ".join(text.split())
-    assert parts[:2] == [
-        "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he?",
-        "Yes, e.g. today!",
-    ] or (all(part.endswith((".", "?", "!")) for part in parts[:2]))
-    assert all(len(part) <= 60 for part in parts)
+    assert parts[:2] == ["Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he?", "Yes, e.g. today!"]
+    assert [len(part) for part in parts[2:]] == [59, 59, 29]
     assert infer.split_text(" short.  one ", 60) == ["short. one"]
     assert infer.split_text("one. " + "x" * 99, 60) == ["one.", "x" * 99]
 
@@ -277,9 +282,12 @@ def test_parts_are_joined_with_a_pause_and_no_click(count, size):
     parts = [np.full(4 * infer.FRAME_SAMPLES, n + 1, np.float32) for n in range(count)]
     pieces = [np.split(part, range(size * 2048, len(part), size * 2048)) for part in parts]
     heard = np.concatenate(list(infer.joined(pieces)))
+    whole = np.concatenate(list(infer.joined([[part] for part in parts])))
+    assert heard.tobytes() == whole.tobytes()
     pause = int(infer.PAUSE * infer.SAMPLE_RATE)
     assert len(heard) == count * 4 * 2048 + (count - 1) * pause
-    assert abs(np.diff(heard)).max() <= count / (infer.FADE - 1) + 1e-6 if count > 1 else True
+    steepest = count / (infer.FADE - 1) + 1e-6 if count > 1 else 0
+    assert abs(np.diff(heard)).max() <= steepest
     for n, part in enumerate(parts):
         start = n * (len(part) + pause)
         fades = (infer.FADE if n else 0, infer.FADE if n < count - 1 else 0)
@@ -395,7 +403,7 @@ def test_the_best_of_several_is_kept_and_the_faults_told(model, tokenizer, ids, 
     printed = capsys.readouterr().out
     assert kept == [begin[2]]
     assert len(begin[0].frames) == 24 and "loop" in begin[0].end
-    assert "runaway" in begin[1].end or begin[1].end == infer.CUT_OFF
+    assert begin[1].end == infer.CUT_OFF
     assert "kept candidate 3 of 3, 2 at fault" in printed and "1 loop: 1 frames" in printed
 
 
@@ -404,7 +412,10 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
 ):
     plain, several = (demo(temperature=0.9, max_seconds=1, best_of=n) for n in (1, 3))
     rows = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
-    infer.speak_best([rows], model, codec, ids, several, None, ())
+    kept = infer.speak_best([rows], model, codec, ids, several, None, ())
+    again = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
+    kept_again = infer.speak_best([again], model, codec, ids, several, None, ())
+    assert same(again, rows) and kept_again[0].candidate == kept[0].candidate
     alone = infer.begin(model, tokenizer, ids, "nine", plain, "rms")
     infer.speak_rows(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
@@ -471,8 +482,115 @@ def test_scores_tell_what_could_be_done(tmp_path, monkeypatch, capsys):
     assert re.search(r"\n +silence \d\.\d\d\n", printed)  # no pace: the base's is not known
 
 
-def test_judges_are_asked_and_the_better_candidate_is_kept(tmp_path, monkeypatch, capsys):
-    """Of two that end alike the one with fewer wrong words is kept, whatever its pace."""
+JUDGES = ("faster_whisper", "jiwer", "resemblyzer", "speechmos")
+MOS = [{"ovrl_mos": 3.0, "sig_mos": 1.0}, {"ovrl_mos": 4.0, "sig_mos": 1.0}]
+
+
+def mock_judges(monkeypatch, language="en", **answers):
+    """Mocks of the judges' packages. What each is asked again and again, it answers in turn."""
+    mocks = {name: Mock(__spec__=ModuleSpec(name, None)) for name in JUDGES}
+    for name, mock in mocks.items():
+        monkeypatch.setitem(sys.modules, name, mock)
+    words = [SimpleNamespace(text=text) for text in (" 75.", " 6.")]
+    whisper = mocks["faster_whisper"].WhisperModel
+    whisper.return_value.transcribe.return_value = words, SimpleNamespace(language=language)
+    resemblyzer = mocks["resemblyzer"]
+    resemblyzer.preprocess_wav.side_effect = lambda sound, source_sr: sound
+    mocks["jiwer"].cer.return_value = 0.125
+    asked = {
+        "transcribe": whisper.return_value.transcribe,
+        "wer": mocks["jiwer"].wer,
+        "embed": resemblyzer.VoiceEncoder.return_value.embed_utterance,
+        "mos": mocks["speechmos"].dnsmos.run,
+    }
+    for name, values in answers.items():
+        asked[name].side_effect = [*values, *values[-1:] * 9]
+    return mocks, {name: mock.call_args_list for name, mock in asked.items()}
+
+
+def arguments_of(calls):
+    return [call.args[0] for call in calls]
+
+
+@pytest.fixture
+def two_lines(tmp_path):
+    """lines.csv: a text twice, each with a recording of its own."""
+    for n in (0, 1):
+        recording = np.sin(np.arange(12_000) / (20 + 10 * n)) / 2
+        soundfile.write(tmp_path / f"{n}.wav", recording, 24_000, subtype="FLOAT")
+    with open(tmp_path / "lines.csv", "w", newline="") as file:
+        rows = [[f"{n}.wav", 'Seven, "five" <laugh> 56!'] for n in (0, 1)]
+        csv.writer(file).writerows([["file_name", "text"], *rows])
+    words = ["--max_seconds", "3", "--temperature", "0.3", "--voice", "rms"]  # ends by itself
+    return ["--file", tmp_path / "lines.csv", *SHORT, *words]
+
+
+@pytest.mark.parametrize("better", [0, 1])
+@pytest.mark.parametrize("judge", ["wer", "embed", "mos"])
+def test_the_candidate_that_judges_prefer_is_kept(
+    tmp_path, monkeypatch, capsys, two_lines, judge, better
+):
+    """One judge prefers one of two candidates of each text, the others find them equal."""
+    worse, best = {"wer": (0.25, 0.0), "embed": ([1, 0], [0.6, 0.8]), "mos": MOS}[judge]
+    answers = {"wer": [0.25], "embed": [[1, 0]], "mos": MOS[:1]}
+    answers[judge] = [best if n == better else worse for n in (0, 1, 0, 1)] + [best]
+    answers["embed"] = [[1, 0], [0, 1], *answers["embed"]]  # the recordings come first
+    mock_judges(monkeypatch, **answers)
+    say(monkeypatch, *two_lines, "--best_of", "2", "--score", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count(f"kept candidate {better + 1} of 2, 0 at fault\n") == 2
+    scores = {"wer": "0.25", "embed": "0.71", "mos": "3.00"}
+    scores[judge] = {"wer": "0.00", "embed": "0.99", "mos": "4.00"}[judge]
+    line = "wer {wer}, cer 0.12, likeness {embed}, mos {mos}\n".format(**scores)
+    assert printed.count(line) == 2
+    say(monkeypatch, *two_lines, "--out", tmp_path / "first")
+    wavs = [(tmp_path / folder / "001.wav").read_bytes() for folder in ("first", ".")]
+    assert (wavs[0] == wavs[1]) == (better == 0)
+
+
+def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
+    mocks, calls = mock_judges(monkeypatch, wer=[0.5], embed=[[1, 0]], mos=MOS)
+    say(monkeypatch, *two_lines, "--score", "--whisper", "a/model", "--out", tmp_path / "said")
+    first = capsys.readouterr().out.splitlines()[0].split()
+    assert first == ["scores", "silence,", "pace,", "wer,", "cer,", "likeness,", "mos"]
+    wavs = [tmp_path / f"said/{n:03}.wav" for n in (1, 2)]
+    spoken = [infer.read_audio(wav)[0] for wav in wavs]
+    at_16_khz = [soxr.resample(audio, 24_000, 16_000) for audio in spoken]
+
+    mocks["faster_whisper"].WhisperModel.assert_called_once_with("a/model", compute_type="int8")
+    for sound, expected in zip(arguments_of(calls["transcribe"]), at_16_khz, strict=True):
+        assert not sound[:8000].any() and not sound[-8000:].any()  # half a second
+        assert abs(sound[8000:-8000] - expected).max() < 1e-3
+    pair = ("7 5 5 6", "7 5 6")  # no tag, no marks, every digit a word
+    assert [call.args for call in calls["wer"]] == [pair] * 2
+    assert [call.args for call in mocks["jiwer"].cer.call_args_list] == [pair] * 2
+    for sound, expected in zip(arguments_of(calls["mos"]), at_16_khz, strict=True):
+        assert abs(sound - expected).max() < 1e-3
+    assert all(call.kwargs == {"sr": 16_000} for call in calls["mos"])
+    recordings = [infer.read_audio(tmp_path / f"{n}.wav")[0] for n in (0, 1)]
+    embedded = arguments_of(calls["embed"])
+    for sound, expected in zip(embedded, [*recordings, *spoken], strict=True):
+        assert abs(sound - expected).max() < 1e-3
+    resampled = mocks["resemblyzer"].preprocess_wav.call_args_list
+    assert [call.kwargs for call in resampled] == [{"source_sr": 24_000}] * 4
+
+
+def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):
+    _, calls = mock_judges(monkeypatch, language="de", wer=[0.5])
+    judge = infer.judge_words("base", None)
+    assert judge(np.zeros(24_000, "f4"), "Seven <sigh> 56!") == {"wer": 0.5, "cer": 0.125}
+    assert [call.args for call in calls["wer"]] == [("seven 5 6", "7 5 6")]
+    assert judge(np.zeros(24_000, "f4"), "<sigh>") == {}  # no words, so no error rate
+
+
+def test_sound_over_full_scale_is_clipped_for_dnsmos(monkeypatch):
+    _, calls = mock_judges(monkeypatch, mos=MOS)
+    loud = 3 * np.sin(np.arange(24_000, dtype="f4") / 10)
+    assert infer.judge_sound()(loud, "") == {"mos": 3.0}
+    assert abs(calls["mos"][0].args[0]).max() == 1
+
+
+def test_wrong_words_count_for_more_than_pace_and_faults_for_more_than_words():
     heard = {"good": {"wer": 0.0, "pace": 2.0}, "bad": {"wer": 0.5, "pace": 1.0}}
     row = infer.Utterance("x", [], 9, end=infer.BY_ITSELF)
     ranks = {name: infer.rank(row, {"silence": 0.1} | told) for name, told in heard.items()}

@@ -1,0 +1,23 @@
+"""Speaks three texts with or without a CUDA graph and prints their codes."""
+
+import json
+import sys
+
+import infer
+
+graph, temperature, weights = sys.argv[1:]
+overrides = {"cuda_graph": graph, "temperature": temperature}
+settings = infer.read_settings("data/demo/config.json", overrides)
+model, tokenizer = infer.load_model("data/demo/base", weights == "4bit")
+if weights == "4bit":
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=8, target_modules="all-linear")
+    model = get_peft_model(model, lora).eval()
+else:
+    model = model.float()
+ids = infer.read_speech_ids(tokenizer, 256)
+texts = "one two", "seven", "three nine nine four"
+rows = [infer.begin(model, tokenizer, ids, text, settings, "rms") for text in texts]
+infer.speak_rows(model, rows, ids, settings)
+print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
