@@ -255,7 +255,7 @@ FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "plan", "fit", *infer
 FREE_PARTS = ("logging_", "save_", "eval_")
 
 
-def check_resumed(settings: Settings, report: prepare.Report) -> None:
+def check_resumed(settings: Settings, digest: str) -> None:
     """`Mistake` where the run to go on with had other settings or other rows."""
     out = Path(settings.output_dir)
     then, now = infer.read_json(out / infer.SAVED_CONFIG), resolved(settings)
@@ -266,7 +266,7 @@ def check_resumed(settings: Settings, report: prepare.Report) -> None:
         and name not in FREE_KEYS
         and not name.startswith(FREE_PARTS)
     ]
-    if infer.read_json(out / infer.SAVED_REPORT).get("digest") != report.digest:
+    if infer.read_json(out / infer.SAVED_REPORT).get("digest") != digest:
         changed.append("the rows are others")
     if changed:
         raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
@@ -1404,7 +1404,7 @@ def fine_tune(settings: Settings, started: float) -> None:
         checkpoint = last_checkpoint(out)
     report.tell(settings)
     if checkpoint:
-        check_resumed(settings, report)
+        check_resumed(settings, report.digest)
     rows, held = report.split
     listen = make_listener(tokenizer, codec, settings, report, held)
     model, stop = load_model(settings, arguments), {}

@@ -374,7 +374,9 @@ def test_silence_is_measured():
     assert infer.longest_silence(np.zeros(48_000, np.float32)) > 1.9
 
 
-def test_the_best_of_several_is_kept_and_the_faults_told(model, tokenizer, ids, codec, capsys):
+def test_the_best_of_several_is_kept_and_the_faults_told(
+    model, tokenizer, ids, codec, monkeypatch, capsys
+):
     """Candidates that loop leave early; one that ends by itself at the voice's pace is kept."""
     settings = demo(temperature=0.9, max_seconds=4, best_of=3)
     text = "seven two nine"
@@ -395,11 +397,8 @@ def test_the_best_of_several_is_kept_and_the_faults_told(model, tokenizer, ids, 
         for row in rows:
             row.end = row.end or infer.CUT_OFF
 
-    original, infer.speak_frames = infer.speak_frames, frames
-    try:
-        kept = infer.speak_best([begin], model, codec, ids, settings, 0.09, ())
-    finally:
-        infer.speak_frames = original
+    monkeypatch.setattr(infer, "speak_frames", frames)
+    kept = infer.speak_best([begin], model, codec, ids, settings, 0.09, ())
     printed = capsys.readouterr().out
     assert kept == [begin[2]]
     assert len(begin[0].frames) == 24 and "loop" in begin[0].end
