@@ -254,7 +254,8 @@ def check_strings(name: str, value: Any, source: str) -> None:
         except UnicodeEncodeError:
             raise Mistake(f"{source}: {name} is {text[:80]!r}: not valid UTF-8") from None
         if name in OWN_KEYS and not text.strip():
-            raise Mistake(f"{source}: {name}: the text is empty; give one, or leave it out")
+            what = f"{name}: the text" if isinstance(value, list) else name
+            raise Mistake(f"{source}: {what} is empty; give one, or leave it out")
 
 
 def unknown_key(name: str, known, source: str) -> Mistake:

@@ -185,7 +185,7 @@ def test_a_sound_is_no_dataset(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dataset", ["", " ", "a\0b"])
 def test_a_dataset_that_is_no_name(dataset, tokenizer):
-    with pytest.raises(infer.Mistake, match="set it to a folder of clips"):
+    with pytest.raises(infer.Mistake, match=r"dataset (is empty|holds a NUL byte)"):
         rows_of(dataset, tokenizer)
 
 
@@ -393,7 +393,7 @@ def test_a_cache_entry_of_another_shape_is_made_anew(broken, tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
-@pytest.mark.parametrize("path", ["file/below", "/proc/none", "/proc", "nul\0byte", "x" * 300])
+@pytest.mark.parametrize("path", ["file/below", "/proc/none", "/proc", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_told_first(key, path, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     path = path if path[0] == "/" else f"{tmp_path}/{path}"

@@ -1,5 +1,6 @@
 """Settings and command lines: bounds, config files, paths, and options that exclude each other."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -98,7 +99,7 @@ def test_a_value_within_bounds(name, text, value):
 def test_bounds_are_of_keys_that_exist():
     from trl import SFTConfig
 
-    known = {field.name for field in infer.dataclasses.fields(SFTConfig)}
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
     assert set(infer.TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
     assert not set(finetune.WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
 
