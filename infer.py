@@ -524,25 +524,28 @@ def load_codec(path: str, device: str = "cpu"):
     for name in CODEC_FILES:
         if not (folder / name).is_file():
             raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
+    import torch
     from snac import SNAC
     from snac.layers import Snake1d
     from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-    try:
-        codec = SNAC.from_pretrained(str(folder)).to(device)
-        for module in codec.modules():  # fold the weight norm, else every call computes it anew
-            if is_parametrized(module):
-                remove_parametrizations(module, "weight")
-            if isinstance(module, Snake1d) and device == "cpu":
-                module.forward = functools.partial(snake, module.alpha)
-    except UnpicklingError:
-        weights = folder / "pytorch_model.bin"
-        raise Mistake(f"{weights}: not plain weights: damaged, or unsafe to load") from None
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError) as error:
-        raise Mistake(f"{folder}: not a codec that loads: {first_reason(error)}") from None
+    weights = folder / "pytorch_model.bin"
+    with loads(folder / "config.json"):
+        codec = SNAC.from_config(folder / "config.json")
+    with loads(weights):
+        try:
+            codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
+        except (UnpicklingError, EOFError):  # torch advises to load it all the same
+            raise Mistake(f"{weights}: not plain weights: damaged, or unsafe to load") from None
+    codec = codec.eval().to(device)
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
+    for module in codec.modules():  # fold the weight norm, else every call computes it anew
+        if is_parametrized(module):
+            remove_parametrizations(module, "weight")
+        if isinstance(module, Snake1d) and device == "cpu":
+            module.forward = functools.partial(snake, module.alpha)
     return codec
 
 
@@ -926,6 +929,8 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
             inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
             hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
             scores = score(hidden[:, -1], slot)
+            if not slot and not frame and not torch.isfinite(scores).all():
+                raise Mistake("the model computes NaN: its weights are damaged, or it diverged")
             if slot or not frame:
                 scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
             drawn.append(codes := draw(scores, used[:, slot], settings, chances[:, slot]))
@@ -1067,17 +1072,42 @@ def first_reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    if not lines or not isinstance(error, OSError | RuntimeError | ValueError):
+        lines = [f"{type(error).__name__} {' '.join(lines)}".strip()]  # KeyError: 'weight_map'
+    return textwrap.shorten(lines[0], 200, placeholder=" …")
+
+
+@contextlib.contextmanager
+def loads(path: Path):
+    """What libraries raise for a damaged file at `path` becomes a `Mistake` that names it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    damaged = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
+    damaged += (NameError, OSError, RuntimeError, TypeError, re.error)
+    try:
+        yield
+    except Mistake:
+        raise
+    except (*damaged, ValueError, StrictDataclassError, SafetensorError) as error:
+        raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library has no class of its own
+            raise
+        raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
 
 
 def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; `Mistake` where there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{folder}: no tokenizer that loads: {first_reason(error)}") from None
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise Mistake(f"{folder}: no tokenizer.json: the tokenizer is missing")
+    with loads(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer("anna: hello")  # some damage shows up only in use
+    return tokenizer
 
 
 def nf4(dtype):
@@ -1101,7 +1131,7 @@ def find_base(adapter: Path) -> Path:
         raise Mistake(f"{config}: base_model_name_or_path must name the base; set it")
     if kind != "LORA":
         raise Mistake(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
-    if os.path.isabs(base) and not os.path.isdir(base):
+    if not os.path.isdir(base) and not on_hub(base):
         raise Mistake(f"{config}: no folder {base}; correct base_model_name_or_path")
     return fetch(base, MODEL_FILES)
 
@@ -1126,6 +1156,24 @@ def check_weights(folder: Path) -> None:
             raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
 
 
+def check_fit(folder: Path, missing: set, unexpected: set) -> None:
+    """`Mistake` where weights are not those of the config: transformers makes up missing ones."""
+    for names, fault in (missing, "are missing"), (unexpected, "have no place in its config"):
+        if names:
+            raise Mistake(f"{folder}: {len(names)} weights {fault}, the first {min(names)}")
+
+
+def check_adapter(model, folder: Path) -> None:
+    """`Mistake` where a PEFT model's adapter and the file that it was loaded from differ."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        held = set(file.keys())
+    check_fit(folder, wanted - held, {name for name in held - wanted if "lora_" in name})
+
+
 def choose_dtype(folder: Path, fp32: bool):
     """The dtype to speak in: 16-bit on a GPU; on a CPU bfloat16 if stored so and not `fp32`."""
     import torch
@@ -1147,11 +1195,9 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: boo
         fp32: on a CPU, compute in fp32 even where the base is stored in bfloat16.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    folder, broken = fetch(path, MODEL_FILES), (StrictDataclassError, SafetensorError)
+    folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
     for part in {folder, whole}:
         check_weights(part)
@@ -1160,17 +1206,18 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: boo
         keys["device_map"] = device()
     if torch.cuda.is_available() and in_4bit and not merged:
         keys["quantization_config"] = nf4(keys["dtype"])
-    loading = whole
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
-        if whole != folder:
-            from peft import PeftModel
+    with loads(whole / "config.json"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(whole), output_loading_info=True, **keys
+        )
+    check_fit(whole, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    if whole != folder:
+        from peft import PeftModel
 
-            loading = folder
+        with loads(folder / "adapter_config.json"):
             model = PeftModel.from_pretrained(model, str(folder))
+            check_adapter(model, folder)
             model = model.merge_and_unload() if merged else model
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, *broken) as error:
-        raise Mistake(f"{loading}: does not load: {first_reason(error)}") from None
     return model.eval(), load_tokenizer(folder)
 
 
@@ -1207,7 +1254,8 @@ def read_run(
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)
             settings = read_settings(home / SAVED_CONFIG, overrides)
-            if os.path.isabs(settings.codec) and not os.path.isdir(settings.codec):
+            named = "codec" not in overrides and "codec" not in chosen
+            if named and not os.path.isdir(settings.codec) and not on_hub(settings.codec):
                 place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
                 raise Mistake(f"{place}; correct codec there, or give --codec")
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
@@ -1222,7 +1270,7 @@ def read_report(path: Path) -> tuple[list[str], float | None]:
     voices, sizes = report.get("voices"), [report.get(n, 0) for n in ("seconds", "characters")]
     if not isinstance(voices, dict) or not all(isinstance(size, int | float) for size in sizes):
         raise Mistake(f"{path}: damaged: voices, seconds or characters")
-    return list(voices), sizes[0] / sizes[1] if all(size > 0 for size in sizes) else None
+    return list(voices), sizes[0] / sizes[1] if all(0 < size < math.inf for size in sizes) else None
 
 
 def load_run(run: Run):
@@ -1246,7 +1294,8 @@ def choose_voice(asked: str | None, run: Run) -> str | None:
 def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.ndarray:
     """(frames, 7) codes from a JSON list, ids between white space, or `<custom_token_N>` text.
 
-    Plain ids need the tokenizer that made them; without one they are Orpheus's own.
+    Plain ids need the tokenizer that made them; without one they are Orpheus's own. Every whole
+    frame counts, after an end token, too. Other ids are reported, but for prompt and control ids.
     """
     text = read_text(path)
     named = re.findall(r"<custom_token_(\d+)>", text)
@@ -1255,18 +1304,18 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
     if tokenizer is not None and not named:
         ids = read_speech_ids(tokenizer, codebook_size)
     words = named or re.sub(r"[\[\],]", " ", text).split()
-    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+    if not all(re.fullmatch(r"-?\d+", word) for word in words):
         raise Mistake(f"{path}: neither a list of ids nor <custom_token_N> text")
-    numbers = np.array([int(word) + (first if named else 0) for word in words], dtype=np.int64)
-    started = np.flatnonzero(numbers == ids.sos)
-    begin = int(started[0]) + 1 if started.size else 0
-    ended = np.flatnonzero(numbers[begin:] == ids.eos)
-    speech = numbers[begin : begin + int(ended[0])] if ended.size else numbers[begin:]
-    codes, left_out = whole_frames(speech, ids)
+    numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is that large
+    numbers = np.array(numbers, dtype=np.int64) + (first if named else 0)
+    codes, left_out = whole_frames(numbers, ids)
     if not len(codes):
         raise Mistake(f"{path}: no whole frame of {SLOTS} audio ids in it")
+    prompt = np.argmax(numbers == ids.sos)  # the length of what stands before SOS; 0 without one
+    control = np.isin(numbers[left_out], ids[:-2])
+    left_out = left_out[(left_out >= prompt) & ~control]
     if left_out.size:
-        places = ", ".join(map(str, left_out[:10] + begin)) + (", …" if left_out.size > 10 else "")
+        places = ", ".join(map(str, left_out[:10])) + (", …" if left_out.size > 10 else "")
         print(f"{path}: left out {left_out.size} ids that belong to no whole frame, at {places}")
     return codes
 
@@ -1642,11 +1691,14 @@ def model_card(run: Run, parity: str) -> str:
     lines += ["---", "", f"# {Path(settings.output_dir).name}", ""]
     lines += [f"{base}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.", ""]
     lines += ["Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens."]
-    data = f"{report['rows']} clips, {report['hours']:.3f} hours of {Path(report['dataset']).name}"
+    with loads(home / SAVED_REPORT):
+        size = f"{report['rows']} clips, {report['hours']:.3f} hours"
+        data = f"{size} of {Path(report['dataset']).name}"
     lines += ["", "## Data", "", f"{data}; voices: {', '.join(run.voices) or 'none named'}.", ""]
     if (home / "checks.csv").is_file():
         checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
-        best = max(checks, key=lambda check: float(check["eval_score"]))
+        with loads(home / "checks.csv"):
+            best = max(checks, key=lambda check: float(check["eval_score"]))
         lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
     lines += ["## Parity", "", f"{parity}.", "", "## Settings", "", "```json"]
@@ -1661,6 +1713,8 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake(f"{out} is there already; give --merge a new folder")
+    if run.home:
+        model_card(run, "")  # what it is made of is checked before the work
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
     rows = read_greedily(model, tokenizer, ids, run.settings, voice)

@@ -384,6 +384,22 @@ def test_a_broken_frame_as_orpheus_writes_it(tmp_path, capsys):
     )
 
 
+def test_ids_after_an_end_token_and_garbage(tmp_path, capsys):
+    """Two utterances in one file, a label of -100, and numbers that no id can be."""
+    frame = [10 + 4096 * slot for slot in range(7)]
+    path = tmp_path / "ids.txt"
+    path.write_text("".join(f"<custom_token_{n}>" for n in [4, 5, 1, *frame, 2, 6, 3] * 2))
+    assert infer.read_tokens(path).tolist() == [[0] * 7] * 2
+    assert capsys.readouterr().out == ""
+    ids = [n + 128_256 for n in frame]
+    path.write_text(json.dumps([128_000, 9906, 128_257, *ids, -100, 10**30, *ids, 128_258]))
+    assert infer.read_tokens(path).tolist() == [[0] * 7] * 2
+    assert "left out 2 ids that belong to no whole frame, at 10, 11\n" in capsys.readouterr().out
+    path.write_text("<custom_token_99999999999>" * 7)
+    with pytest.raises(infer.Mistake, match="no whole frame"):
+        infer.read_tokens(path)
+
+
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     """The system refuses to write more than 100 KB, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -425,7 +441,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (["hi", "--model", "data/demo/bas"], "no such folder"),
         (["hi", "--model", "some/model"], "no GPU for the hub's"),
         (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
-        (["hi", *demo[2:], "--codec", tmp_path / "snac"], "pytorch_model.bin: not plain weights"),
+        (["hi", *demo[2:], "--codec", tmp_path / "snac"], r"pytorch_model\.bin: not plain weights"),
         (["hi", *demo, "--max_seconds", "0.01"], "no room"),
         (["hi", *demo, "--temperature", "warm"], "temperature"),
         (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import resource
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, one_line
+from safetensors.torch import load_file, save_file
 
 import infer
 
@@ -14,9 +16,11 @@ BASE = ROOT / "data/demo/base"
 
 
 def change(path, **values):
-    config = json.loads(path.read_text())
-    config.update(values)
-    path.write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
+    """Sets keys of a JSON file; one that is None is removed."""
+    config = json.loads(path.read_text()) | values
+    for name in [name for name, value in values.items() if value is None]:
+        del config[name]
+    path.write_text(json.dumps(config))
 
 
 def cut(path, size):
@@ -46,10 +50,57 @@ BROKEN_BASES = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
     "a list": (lambda d: (d / "config.json").write_text("[]"), "must be one JSON object"),
     "BERT": (lambda d: change(d / "config.json", model_type="bert"), "model_type is 'bert'"),
-    "other shapes": (lambda d: change(d / "config.json", hidden_size=128), "base: does not load"),
-    "empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "no tokenizer"),
-    "cut tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "no tokenizer that loads"),
-    "no tokenizer": (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer"),
+    "other shapes": (lambda d: change(d / "config.json", hidden_size=128), "does not load"),
+    "no heads": (lambda d: change(d / "config.json", num_attention_heads=0), "ZeroDivisionError"),
+    "pad out of range": (lambda d: change(d / "config.json", pad_token_id=9999), "Padding_idx"),
+    "odd activation": (lambda d: change(d / "config.json", hidden_act="odd"), "KeyError 'odd'"),
+    "no GPTQ here": (
+        lambda d: change(d / "config.json", quantization_config={"quant_method": "gptq"}),
+        "config.json: does not load",
+    ),
+    "more layers": (
+        lambda d: change(d / "config.json", num_hidden_layers=5),
+        "9 weights are missing, the first model.layers.4",
+    ),
+    "fewer layers": (
+        lambda d: change(d / "config.json", num_hidden_layers=3),
+        "9 weights have no place in its config, the first model.layers.3",
+    ),
+    "other weights": (
+        lambda d: save_file({"x": torch.zeros(1)}, d / "model.safetensors", {"format": "pt"}),
+        "weights are missing",
+    ),
+    "empty index": (
+        lambda d: (
+            (d / "model.safetensors").rename(d / "model-00001-of-00002.safetensors"),
+            (d / "model.safetensors.index.json").write_text("{}"),
+        ),
+        "KeyError 'weight_map'",
+    ),
+    "empty tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("{}"),
+        "tokenizer.json: does not load",
+    ),
+    "cut tokenizer": (
+        lambda d: cut(d / "tokenizer.json", 500),
+        "tokenizer.json: does not load",
+    ),
+    "odd tokenizer": (
+        lambda d: change(d / "tokenizer.json", pre_tokenizer={"type": "odd"}),
+        "tokenizer.json: does not load",
+    ),
+    "tokenizer of BERT": (
+        lambda d: change(d / "tokenizer_config.json", tokenizer_class="BertTokenizer"),
+        "tokenizer.json: does not load",
+    ),
+    "odd length": (
+        lambda d: change(d / "tokenizer_config.json", model_max_length="x"),
+        "tokenizer.json: does not load",
+    ),
+    "no tokenizer": (
+        lambda d: [p.unlink() for p in d.glob("tokenizer*")],
+        "no tokenizer.json: the tokenizer is missing",
+    ),
 }
 
 
@@ -75,6 +126,21 @@ BROKEN_ADAPTERS = {
         lambda d: change(d / CONFIG, base_model_name_or_path="/gone/x"),
         "no folder /gone",
     ),
+    "base moved, relative": (
+        lambda d: change(d / CONFIG, base_model_name_or_path="gone"),
+        f"{CONFIG}: no folder gone",
+    ),
+    "other targets": (
+        lambda d: change(d / CONFIG, target_modules=["q_proj"]),
+        "have no place in its config, the first base_model",
+    ),
+    "more targets": (lambda d: change(d / CONFIG, use_dora=True), "weights are missing"),
+    "other weights": (
+        lambda d: save_file({"x": torch.zeros(1)}, d / ADAPTER, {"format": "pt"}),
+        "weights are missing",
+    ),
+    "odd pattern": (lambda d: change(d / CONFIG, rank_pattern="x"), f"{CONFIG}: does not load"),
+    "odd regex": (lambda d: change(d / CONFIG, target_modules="("), f"{CONFIG}: does not load"),
     "odd type": (lambda d: change(d / CONFIG, peft_type="WARP"), "peft_type is 'WARP'"),
     "other rank": (lambda d: change(d / CONFIG, r=3), "size mismatch"),
     "not an object": (lambda d: (d / CONFIG).write_text("[]"), f"{CONFIG}: must be one JSON"),
@@ -101,6 +167,10 @@ BROKEN_RUNS = {
         lambda d: change(d / SETTINGS, codec="/gone/codec"),
         "codec there, or give --codec",
     ),
+    "codec moved, relative": (
+        lambda d: change(d / SETTINGS, codec="gone"),
+        "codec there, or give --codec",
+    ),
     "torn settings": (lambda d: cut(d / SETTINGS, 50), f"{SETTINGS}: not JSON"),
     "odd settings": (lambda d: change(d / SETTINGS, lora_r="many"), f"{SETTINGS}: lora_r"),
 }
@@ -117,6 +187,63 @@ def test_a_broken_run_is_named_in_one_line(name, adapter):
 def test_a_report_without_characters_has_no_pace(adapter):
     change(adapter / REPORT, characters=0)
     assert infer.read_run(str(adapter), {}).pace is None
+
+
+def test_a_given_codec_is_not_blamed_on_the_run(adapter, monkeypatch):
+    line = one_line(infer.main, monkeypatch, "hi", "--model", adapter, "--codec", "gone")
+    assert line.startswith("gone: no such folder")
+
+
+def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
+    weights = {name: weight * float("nan") for name, weight in load_file(adapter / ADAPTER).items()}
+    save_file(weights, adapter / ADAPTER, {"format": "pt"})
+    run = infer.read_run(str(adapter), {})
+    model, _ = infer.load_run(run)
+    row = infer.begin(model, tokenizer, ids, "seven", run.settings, "slt")
+    with pytest.raises(infer.Mistake, match="computes NaN"):
+        infer.speak_rows(model, [row], ids, run.settings)
+
+
+@pytest.mark.parametrize("spoil", ["disk full", "no rows in the report", "odd checks"])
+def test_a_merge_that_fails_leaves_nothing(spoil, adapter, tmp_path):
+    if spoil == "no rows in the report":
+        change(adapter / REPORT, rows=None)
+    if spoil == "odd checks":
+        (adapter / "checks.csv").write_text("step\n1\n")
+    run, limits = infer.read_run(str(adapter), {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(tmp_path.iterdir())
+    if spoil == "disk full":  # the system refuses to write more, as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(infer.Mistake, match=r"cannot be written|does not load"):
+            infer.merge(run, "slt", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BROKEN_CODECS = {
+    "cut weights": (lambda d: cut(d / "pytorch_model.bin", 5000), "pytorch_model.bin"),
+    "empty weights": (lambda d: cut(d / "pytorch_model.bin", 0), "pytorch_model.bin: not plain"),
+    "odd weights": (
+        lambda d: torch.save({1: torch.zeros(1)}, d / "pytorch_model.bin"),
+        "pytorch_model.bin: does not load",
+    ),
+    "a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: does not load"),
+    "no rates": (lambda d: change(d / "config.json", decoder_rates=[]), "config.json: does not"),
+    "other shapes": (lambda d: change(d / "config.json", encoder_dim=32), "size mismatch"),
+    "16 kHz": (lambda d: change(d / "config.json", sampling_rate=16_000), "not SNAC at 24 kHz"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CODECS)
+def test_a_broken_codec_is_named_in_one_line(name, tmp_path):
+    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
+    spoil, line = BROKEN_CODECS[name]
+    spoil(codec)
+    with pytest.raises(infer.Mistake, match=line) as caught:
+        infer.load_codec(str(codec))
+    assert len(str(caught.value)) < 400 and "weights_only" not in str(caught.value)
 
 
 class Evil:
