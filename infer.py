@@ -30,6 +30,7 @@ import struct
 import sys
 import textwrap
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,7 @@ Count = Annotated[int, Ge(1), Le(10**6)]
 Steps = Annotated[float, Gt(0), Le(10**9)]  # under 1: a share of all steps
 Share = Annotated[float, Ge(0), Lt(1)]
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 TRAINER_TYPES = {
     "adam_beta1": Share,
     "adam_beta2": Share,
@@ -202,6 +204,7 @@ TRAINER_TYPES = {
     "per_device_train_batch_size": Count,
     "save_steps": Steps,
     "save_total_limit": Count | None,
+    "torch_compile_mode": CompileMode | None,
     "torch_empty_cache_steps": Count | None,
     "warmup_steps": Annotated[float, Ge(0), Le(10**9)],
     "weight_decay": Annotated[float, Ge(0), Le(100)],
@@ -278,6 +281,12 @@ def check_names(settings: Settings) -> None:
                 raise unknown_key(name, [*OWN_KEYS, *known], settings.trainer[name][1])
 
 
+def check_regular(path: str | Path) -> None:
+    """`Mistake` for a folder, pipe or device: reading one could wait or go on forever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Mistake(f"{path}: cannot be read: not a regular file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A flat JSON object from a file; `Mistake` with the place where it is not one."""
 
@@ -289,8 +298,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise Mistake(f"{path}: the key {twice[:80]!r} is there twice; remove one")
         return values
 
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could wait forever
-        raise Mistake(f"{path}: cannot be read: not a regular file")
+    check_regular(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
@@ -465,7 +473,8 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
         raise Mistake("the text is empty")
     if voice:
         line = f"{voice}: {line}"
-    words = tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    keys = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    words = tokenizer(line, **keys)["input_ids"]
     return [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
 
 
@@ -534,10 +543,10 @@ def load_codec(path: str, device: str = "cpu"):
                 remove_parametrizations(module, "weight")
             if isinstance(module, Snake1d) and device == "cpu":
                 module.forward = functools.partial(snake, module.alpha)
-    except UnpicklingError:
+    except (UnpicklingError, EOFError, KeyError):
         weights = folder / "pytorch_model.bin"
         raise Mistake(f"{weights}: not plain weights: damaged, or unsafe to load") from None
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise Mistake(f"{folder}: not a codec that loads: {first_reason(error)}") from None
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
@@ -612,14 +621,15 @@ def decode_stream(codec, frames, size: int = STREAM_FRAMES):
 
 
 def read_text(path: str | Path) -> str:
+    check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
         kind = "UTF-16" if utf_16 else f"another encoding ({error})"
         raise Mistake(f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # a ValueError for a NUL byte in the path
-        raise Mistake(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def wav_bytes(file) -> tuple[int, int] | None:
@@ -836,8 +846,10 @@ def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice
     frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
     room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS  # frames
     if min(frames, room) < 1:
-        what = "max_seconds leaves" if frames < 1 else f"a text of {len(prompt)} tokens leaves"
-        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
+        what = f"a text of {len(prompt)} tokens leaves no room for a frame of speech; shorten it"
+        if frames < 1:
+            what = f"max_seconds {settings.max_seconds} is less than a frame of speech; raise it"
+        raise Mistake(f"{text[:40]!r}: {what}")
     return Utterance(text, prompt, min(frames, room), candidate)
 
 
@@ -1066,7 +1078,37 @@ def first_reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError) and lines:
+        lines[0] += " is unknown or missing"
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def naming_damage(folder: Path):
+    """What transformers and PEFT raise for a damaged model folder becomes one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (Mistake, *out_of_memory()):
+        raise
+    except (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError,
+        ArithmeticError, StrictDataclassError, SafetensorError, UserWarning,
+    ) as error:  # fmt: skip
+        raise Mistake(f"{folder}: does not load: {first_reason(error)}") from None
+
+
+def read_model_config(folder: Path):
+    """The config of a Llama, by transformers; `Mistake` for a damaged one and for other models."""
+    from transformers import AutoConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "llama":
+        raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
+    with naming_damage(folder / "config.json"):
+        return AutoConfig.from_pretrained(str(folder))
 
 
 def load_tokenizer(folder: Path):
@@ -1100,13 +1142,13 @@ def find_base(adapter: Path) -> Path:
         raise Mistake(f"{config}: base_model_name_or_path must name the base; set it")
     if kind != "LORA":
         raise Mistake(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
-    if os.path.isabs(base) and not os.path.isdir(base):
+    if not os.path.isdir(base) and not on_hub(base):
         raise Mistake(f"{config}: no folder {base}; correct base_model_name_or_path")
     return fetch(base, MODEL_FILES)
 
 
 def check_weights(folder: Path) -> None:
-    """`Mistake` where weights are missing or damaged, or where the model is not a Llama."""
+    """`Mistake` where weights are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -1119,10 +1161,6 @@ def check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise Mistake(f"{file}: damaged or cut short: {first_reason(error)}") from None
-    if not is_adapter(folder):
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind != "llama":
-            raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
 
 
 def choose_dtype(folder: Path, fp32: bool):
@@ -1137,6 +1175,21 @@ def choose_dtype(folder: Path, fp32: bool):
     return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
 
 
+def load_base(folder: Path, **keys):
+    """transformers' model of a folder; `Mistake` where that is damaged or lacks weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    keys["output_loading_info"] = True
+    with naming_damage(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
+    if missing := sorted(info["missing_keys"]):
+        told = f"{len(missing)} weights are missing, the first {missing[0]}"
+        raise Mistake(f"{folder}: {told}; download or copy it again")
+    return model
+
+
 def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: bool = True):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
@@ -1146,31 +1199,27 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: boo
         fp32: on a CPU, compute in fp32 even where the base is stored in bfloat16.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    folder, broken = fetch(path, MODEL_FILES), (StrictDataclassError, SafetensorError)
+    folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
+    read_model_config(whole)
     for part in {folder, whole}:
         check_weights(part)
+    tokenizer = load_tokenizer(folder)
     keys = {"dtype": torch.float16 if merged else choose_dtype(whole, fp32)}
     if torch.cuda.is_available() or merged:
         keys["device_map"] = device()
     if torch.cuda.is_available() and in_4bit and not merged:
         keys["quantization_config"] = nf4(keys["dtype"])
-    loading = whole
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(whole), **keys)
-        if whole != folder:
-            from peft import PeftModel
+    model = load_base(whole, **keys)
+    if whole != folder:
+        from peft import PeftModel
 
-            loading = folder
+        with naming_damage(folder), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, str(folder))
             model = model.merge_and_unload() if merged else model
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, *broken) as error:
-        raise Mistake(f"{loading}: does not load: {first_reason(error)}") from None
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), tokenizer
 
 
 @dataclass
@@ -1206,7 +1255,7 @@ def read_run(
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)
             settings = read_settings(home / SAVED_CONFIG, overrides)
-            if os.path.isabs(settings.codec) and not os.path.isdir(settings.codec):
+            if not os.path.isdir(settings.codec) and not on_hub(settings.codec):
                 place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
                 raise Mistake(f"{place}; correct codec there, or give --codec")
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
@@ -1595,7 +1644,8 @@ def read_greedily(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -
     greedy = dataclasses.replace(
         settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
     )
-    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in settings.sample_texts]
+    texts = settings.sample_texts or read_settings().sample_texts
+    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in texts]
     speak_rows(model, rows, ids, greedy)
     return rows
 
@@ -1835,16 +1885,31 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return given | ({"codec": local(given["codec"])} if "codec" in given else {})
 
 
+def read_table(path: str) -> list[dict[str, str]]:
+    """Rows with a file_name and a text, separated by whatever the header is separated by."""
+    text = read_text(path)
+    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
+    table = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        table.fieldnames = [
+            name.strip().lower().replace(" ", "_") for name in table.fieldnames or ()
+        ]
+        rows = list(table)
+    except csv.Error as error:
+        raise Mistake(f"{path}: not a table that can be read: {error}") from None
+    if not all(row.get("file_name") and row.get("text") for row in rows):
+        raise Mistake(f"{path}: every row needs a text and a file_name, columns of the first line")
+    return rows
+
+
 def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
     texts, clips, source = arguments.texts, [], arguments.file or "command line"
-    if arguments.file and arguments.file.lower().endswith(".csv"):
-        try:
-            rows = list(csv.DictReader(io.StringIO(read_text(source))))
-        except csv.Error as error:
-            raise Mistake(f"{source}: not a table that can be read: {error}") from None
-        if not all(row.get("file_name") and row.get("text") for row in rows):
-            raise Mistake(f"{source}: every row needs a file_name and a text")
+    kind = Path(source).suffix.lower() if arguments.file else ""
+    if kind in (".json", ".jsonl", ".parquet"):
+        raise Mistake(f"{source}: --file takes a metadata.csv, or a .txt of one text a line")
+    if kind in (".csv", ".tsv"):
+        rows = read_table(source)
         texts = [row["text"] for row in rows]
         clips = [Path(source).parent / row["file_name"] for row in rows]
     elif arguments.file:

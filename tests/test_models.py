@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEMO, ROOT, one_line
+from safetensors.torch import save_file
 
+import finetune
 import infer
 
 BASE = ROOT / "data/demo/base"
@@ -47,6 +49,10 @@ BROKEN_BASES = {
     "a list": (lambda d: (d / "config.json").write_text("[]"), "must be one JSON object"),
     "BERT": (lambda d: change(d / "config.json", model_type="bert"), "model_type is 'bert'"),
     "other shapes": (lambda d: change(d / "config.json", hidden_size=128), "base: does not load"),
+    "no heads": (lambda d: change(d / "config.json", num_attention_heads=0), "config.json: does"),
+    "small vocabulary": (lambda d: change(d / "config.json", vocab_size=9), "base: does not load"),
+    "odd activation": (lambda d: change(d / "config.json", hidden_act="x"), "x' is unknown"),
+    "more layers": (lambda d: change(d / "config.json", num_hidden_layers=9), "are missing"),
     "empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "no tokenizer"),
     "cut tokenizer": (lambda d: cut(d / "tokenizer.json", 500), "no tokenizer that loads"),
     "no tokenizer": (lambda d: [p.unlink() for p in d.glob("tokenizer*")], "no tokenizer"),
@@ -62,6 +68,20 @@ def test_a_broken_base_is_named_in_one_line(name, base):
     assert len(str(caught.value)) < 400 and str(base) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", BROKEN_BASES)
+def test_training_names_a_broken_base_in_one_line(name, base, tmp_path, monkeypatch):
+    spoil, _ = BROKEN_BASES[name]
+    spoil(base)
+    words = [*DEMO, "--model", base, "--backend", "transformers", "--limit", "2"]
+    words += ["--cache_dir", "null", "--output_dir", tmp_path / "out", "--max_steps", "1"]
+    assert str(base) in one_line(finetune.main, monkeypatch, *words)
+
+
+def test_an_adapter_is_no_base(adapter, tmp_path, monkeypatch):
+    words = [*DEMO, "--model", adapter, "--output_dir", tmp_path / "out", "--plan"]
+    assert "is an adapter; give the base" in one_line(finetune.main, monkeypatch, *words)
+
+
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BROKEN_ADAPTERS = {
     "weights cut short": (lambda d: cut(d / ADAPTER, 5000), f"{ADAPTER}: damaged"),
@@ -74,6 +94,15 @@ BROKEN_ADAPTERS = {
     "base moved": (
         lambda d: change(d / CONFIG, base_model_name_or_path="/gone/x"),
         "no folder /gone",
+    ),
+    "base misspelt": (
+        lambda d: change(d / CONFIG, base_model_name_or_path="gone"),
+        f"{CONFIG}: no folder gone",
+    ),
+    "odd pattern": (lambda d: change(d / CONFIG, rank_pattern=3), "adapter: does not load"),
+    "other weights": (
+        lambda d: save_file({"x": torch.zeros(1)}, d / ADAPTER),
+        "missing adapter keys",
     ),
     "odd type": (lambda d: change(d / CONFIG, peft_type="WARP"), "peft_type is 'WARP'"),
     "other rank": (lambda d: change(d / CONFIG, r=3), "size mismatch"),
@@ -101,6 +130,7 @@ BROKEN_RUNS = {
         lambda d: change(d / SETTINGS, codec="/gone/codec"),
         "codec there, or give --codec",
     ),
+    "codec misspelt": (lambda d: change(d / SETTINGS, codec="gone"), "no folder gone; correct"),
     "torn settings": (lambda d: cut(d / SETTINGS, 50), f"{SETTINGS}: not JSON"),
     "odd settings": (lambda d: change(d / SETTINGS, lora_r="many"), f"{SETTINGS}: lora_r"),
 }

@@ -52,6 +52,7 @@ BAD = {
     "language": ["", "English", "e"],
     "dataset": ["", " ", "a\0b", "\udcff"],
     "model": ["", "a\0b", "null"],
+    "torch_compile_mode": ["nonsense"],
     "output_dir": ["", "a\0b", "\udcff"],
     "cache_dir": ["", "a\0b"],
     "voice": ["", "\udcff"],
@@ -140,7 +141,11 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
         ("optim_args", "nonsense", "optim_args"),
         ("lr_scheduler_kwargs", "nonsense", "lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"nonsense": 1}', "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs", '{"num_cycles": "x"}', "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs", '{"num_cycles": NaN}', "learning rate becomes nan"),
         ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
+        ("accelerator_config", '{"nonsense": 1}', "nonsense"),
+        ("dataloader_persistent_workers", "true", "dataloader_num_workers above 0"),
     ],
 )
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
@@ -149,6 +154,15 @@ def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
     with pytest.raises(infer.Mistake, match=line):
         settings = infer.read_settings("data/demo/config.json", keys)
         finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+
+
+def test_a_schedule_without_a_step_to_decay_over():
+    keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
+    settings = infer.read_settings("data/demo/config.json", keys)
+    arguments = finetune.trainer_arguments(settings)[0]
+    with pytest.raises(infer.Mistake, match="polynomial, over 1 steps of which 1 warm up"):
+        finetune.check_optimizer(arguments)
+    finetune.check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
