@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +41,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
-PREVIOUS, MOVING = ".previous_run", ".previous_run.part"  # a replaced run, and one being moved
+PREVIOUS, MOVING = infer.PREVIOUS, ".previous_run.part"  # a replaced run, and one being moved
 # Everything that a run may write into output_dir, for runs from before there was a manifest.
 RUN_FILES = re.compile(
     r"checkpoint-[0-9]+|samples/step-[0-9]{6,}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
@@ -74,7 +75,8 @@ def output_lock(settings: Settings):
             told = f"another run (process {file.read().strip()}) is writing to {out}"
             raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
         except OSError as error:
-            raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+            reason = error.strerror or error
+            raise Mistake(f"{out}: cannot be written: {reason}; try --output_dir") from None
         yield
 
 
@@ -90,13 +92,7 @@ def lock_file(file) -> None:
 
 def check_place(settings: Settings) -> Path:
     """output_dir. `Mistake` where it is, or holds, what the run reads."""
-    try:
-        settings.output_dir.encode()
-        out = Path(os.path.realpath(settings.output_dir))
-    except ValueError as error:
-        raise Mistake(f"output_dir {settings.output_dir!r}: no path: {error}") from None
-    if not settings.output_dir.strip():
-        raise Mistake("output_dir is empty: name a folder")
+    out = Path(os.path.realpath(settings.output_dir))
     for name in ("dataset", "model", "codec"):
         given = getattr(settings, name)
         source = Path(os.path.realpath(given)) if os.path.exists(given) else None
@@ -238,15 +234,24 @@ def check_output(settings: Settings) -> Path | None:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint: one whose trainer_state.json parses, which is written last."""
+    """The newest checkpoint that is whole."""
     checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdecimal()]
     for path in sorted(checkpoints, key=lambda p: int(p.name[11:]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
+        if is_whole(path):
             return path
-        except (OSError, ValueError):
-            print(f"{path} was not written to its end: passed over")
+        print(f"{path} is incomplete or damaged: passed over")
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read: its state, which is written last, weights and tensors."""
+    try:
+        step = infer.read_json(checkpoint / "trainer_state.json").get("global_step")
+        if not any(checkpoint.glob("pytorch_model*")):  # as FSDP writes them
+            infer.check_weights(checkpoint)
+    except Mistake:
+        return False
+    return isinstance(step, int) and all(map(zipfile.is_zipfile, checkpoint.glob("*.pt*")))
 
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
@@ -345,8 +350,6 @@ def check_schedule(arguments, steps: int) -> None:
         optimizer.step()  # else torch warns of a schedule that goes ahead of its optimizer
         for schedule.last_epoch in (0, warmup - 1, steps - 1):
             schedule.step()
-            if not all(map(math.isfinite, schedule.get_last_lr())):
-                raise ValueError(f"the learning rate becomes {schedule.get_last_lr()[0]}")
     except (ImportError, ValueError, TypeError, ArithmeticError) as error:
         told = f"{' '.join(str(error).split())}; change it, lr_scheduler_kwargs or warmup_steps"
         raise Mistake(f"{names} of which {warmup} warm up: {told}") from None
@@ -1311,7 +1314,8 @@ def save_model(trainer, tokenizer, out: Path) -> None:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
     if RANK:
         return
-    shutil.rmtree(part, ignore_errors=True)
+    if os.path.lexists(part):  # of a run that was killed
+        remove(part)
     try:
         trainer.model.save_pretrained(str(part), state_dict=weights)
         tokenizer.save_pretrained(str(part))

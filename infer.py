@@ -53,6 +53,7 @@ SLOTS = 7
 MOST_SECONDS = 600  # of one recording
 LOUDEST = 10  # times full scale; a recording above that was saved with the wrong scale
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
+PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
 
@@ -1095,7 +1096,7 @@ def naming_damage(folder: Path):
         raise
     except (
         OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError,
-        ArithmeticError, StrictDataclassError, SafetensorError, UserWarning,
+        ArithmeticError, ImportError, StrictDataclassError, SafetensorError, UserWarning,
     ) as error:  # fmt: skip
         raise Mistake(f"{folder}: does not load: {first_reason(error)}") from None
 
@@ -1243,7 +1244,8 @@ def read_run(
     plain = read_settings(config, overrides)
     chosen = read_json(Path(config)) if config else {}  # of these, the run keeps what made it
     if model is None:
-        made = is_model(Path(plain.output_dir))
+        out = Path(plain.output_dir)
+        made = is_model(out) or (out / PREVIOUS).is_dir()
         if not made and patterns is TOKENIZER_FILES:
             return Run(plain)
         model = plain.output_dir if made else plain.model
@@ -1261,6 +1263,9 @@ def read_run(
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
             settings = dataclasses.replace(settings, **spoken_with)
             return Run(settings, folder, voices, pace, home)
+    if (folder / PREVIOUS).is_dir():
+        told = "the run that was to replace the one in it was killed"
+        raise Mistake(f"{folder}: {told}; finetune.py --resume puts the earlier one back")
     return Run(plain, folder)
 
 
@@ -1681,8 +1686,8 @@ def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tu
     return passed, f"{told}, logits differ by {far:.4f} at most"
 
 
-def model_card(run: Run, parity: str) -> str:
-    """README.md of a merged folder: where it comes from, data, settings, scores."""
+def model_card(run: Run) -> str:
+    """README.md of a merged folder: where it comes from, data, settings, scores, {parity}."""
     settings, home = run.settings, run.home
     report = read_json(home / SAVED_REPORT)
     base = settings.model if on_hub(settings.model) else Path(settings.model).name
@@ -1691,14 +1696,21 @@ def model_card(run: Run, parity: str) -> str:
     lines += ["---", "", f"# {Path(settings.output_dir).name}", ""]
     lines += [f"{base}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.", ""]
     lines += ["Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens."]
-    data = f"{report['rows']} clips, {report['hours']:.3f} hours of {Path(report['dataset']).name}"
+    try:
+        clips = f"{report['rows']} clips, {report['hours']:.3f} hours"
+        data = f"{clips} of {Path(report['dataset']).name}"
+    except (KeyError, TypeError, ValueError):
+        raise Mistake(f"{home / SAVED_REPORT}: damaged: rows, hours or dataset") from None
     lines += ["", "## Data", "", f"{data}; voices: {', '.join(run.voices) or 'none named'}.", ""]
     if (home / "checks.csv").is_file():
         checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
-        best = max(checks, key=lambda check: float(check["eval_score"]))
+        try:
+            best = max(checks, key=lambda check: float(check["eval_score"]))
+        except (KeyError, TypeError, ValueError):
+            raise Mistake(f"{home / 'checks.csv'}: damaged; remove or restore it") from None
         lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
-    lines += ["## Parity", "", f"{parity}.", "", "## Settings", "", "```json"]
+    lines += ["## Parity", "", "{parity}.", "", "## Settings", "", "```json"]
     return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
 
 
@@ -1710,6 +1722,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake(f"{out} is there already; give --merge a new folder")
+    card = model_card(run) if run.home else ""  # a Mistake in what it is made from comes first
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
     rows = read_greedily(model, tokenizer, ids, run.settings, voice)
@@ -1732,7 +1745,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         shutil.rmtree(part, ignore_errors=True)
     passed, told = check_merged(run, voice, out, ids, rows, logits)
     if run.home:
-        write_text(out / "README.md", model_card(run, told))
+        write_text(out / "README.md", card.replace("{parity}", told, 1))
     print(f"merged   {out}: {told}")
     if not passed:
         why = (
@@ -1781,6 +1794,14 @@ def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[
 
 def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments, judges) -> None:
     """folder/index.html: each text as recorded and as each --model speaks it, all in one file."""
+    with whole_file(folder / "index.html") as part:  # opened first: it may not be writable
+        page = page_html(texts, recordings, arguments, judges)
+        part.write_text(page, encoding="utf-8")
+    print(f"{folder / 'index.html'}  {len(texts)} texts")
+
+
+def page_html(texts: list[str], recordings: list[Path], arguments, judges) -> str:
+    """The page's text: a column for the recordings, and for each --model."""
     columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
     pace = None
     for model in arguments.model or [None]:
@@ -1799,8 +1820,7 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
     ]
     page = {"blind": arguments.blind, "columns": list(columns), "lines": lines}
     told = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
-    write_text(folder / "index.html", read_text(ROOT / "page.html").replace("PAGE", told, 1))
-    print(f"{folder / 'index.html'}  {len(texts)} texts, {len(columns)} sounds of each")
+    return read_text(ROOT / "page.html").replace("PAGE", told, 1)
 
 
 # ---------------------------------------------------------------- command line

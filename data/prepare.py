@@ -70,6 +70,9 @@ class Clips(NamedTuple):
 def read_clips(settings: Settings) -> Clips:
     """The first `limit` clips of any accepted form. Faults of the whole are told here."""
     path = Path(settings.dataset)
+    for name in ("dataset_config", "dataset_revision"):
+        if getattr(settings, name) and path.exists():
+            raise Mistake(f"{name} is of a hub dataset, and {path} is a local one; set it to null")
     if os.path.isdir(path):
         clips, count, note = read_folder(path, settings)
     elif os.path.isfile(path):
@@ -253,6 +256,8 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
     try:
         columns = {file: set(parquet.read_schema(file).names) for file in files}
         same = all(names == columns[files[0]] for names in columns.values())
+        if not any(parquet.read_metadata(file).num_rows for file in files):
+            raise Mistake(f"{home}: no rows in it")
         table = Dataset.from_parquet(files) if same else None
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
@@ -489,10 +494,9 @@ def make_folder(path: str, name: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except (OSError, ValueError) as error:  # a ValueError for a NUL byte in the path
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         remedy = f"set --{name} to a folder that can be written"
-        raise Mistake(f"{path!r}: {reason}; {remedy}") from None
+        raise Mistake(f"{path}: {error.strerror}; {remedy}") from None
 
 
 def find_entry(audio: Path | bytes, home: Path | None) -> Path | None:

@@ -144,6 +144,17 @@ def test_a_broken_run_is_named_in_one_line(name, adapter):
         infer.read_run(str(adapter), {})
 
 
+@pytest.mark.parametrize("name", [REPORT, "checks.csv"])
+def test_a_merge_finds_damaged_scores_first(name, adapter, tmp_path):
+    if name == REPORT:
+        change(adapter / REPORT, rows=None)
+    else:
+        (adapter / name).write_text("step\n1\n")
+    with pytest.raises(infer.Mistake, match=f"{name}: damaged"):
+        infer.merge(infer.read_run(str(adapter), {}), None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_report_without_characters_has_no_pace(adapter):
     change(adapter / REPORT, characters=0)
     assert infer.read_run(str(adapter), {}).pace is None

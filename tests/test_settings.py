@@ -1,5 +1,6 @@
 """Settings and command lines: bounds, config files, paths, and options that exclude each other."""
 
+import argparse
 import itertools
 import json
 import os
@@ -142,7 +143,6 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
         ("lr_scheduler_kwargs", "nonsense", "lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"nonsense": 1}', "lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"num_cycles": "x"}', "lr_scheduler_kwargs"),
-        ("lr_scheduler_kwargs", '{"num_cycles": NaN}', "learning rate becomes nan"),
         ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
         ("accelerator_config", '{"nonsense": 1}', "nonsense"),
         ("dataloader_persistent_workers", "true", "dataloader_num_workers above 0"),
@@ -306,6 +306,35 @@ def test_every_option_is_in_a_pair(monkeypatch, capsys):
 )
 def test_mistakes_of_infer(words, line, monkeypatch):
     assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.parquet"])
+def test_other_tables_are_not_spoken_as_lines(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text('{"file_name": "a.wav", "text": "hi"}\n')
+    line = one_line(infer.main, monkeypatch, "--file", tmp_path / name)
+    assert "--file takes a metadata.csv" in line
+
+
+@pytest.mark.parametrize("header", ["file_name,text", "File Name, Text", "file_name;text",
+                                    "file_name\ttext", "file_name|text"])  # fmt: skip
+def test_separators_of_a_table_to_speak(header, tmp_path):
+    path = tmp_path / "lines.tsv"
+    path.write_text(f"{header}\n{header.replace('Text', 'text')}\n")
+    texts, clips = infer.read_texts(argparse.Namespace(texts=[], file=str(path)))
+    assert [text.strip() for text in texts] == ["text"] and len(clips) == 1
+
+
+def test_a_page_that_cannot_be_written_is_told_before_speaking(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "load_run", lambda run: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    words = ["hi", "--model", "data/demo/base", "--codec", "data/demo/codec", "--page"]
+    line = one_line(infer.main, monkeypatch, *words, tmp_path / "file/page")
+    assert "file/page/index.html: cannot be written" in line
+
+
+def test_a_pipe_is_no_list_of_texts(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in one_line(infer.main, monkeypatch, "--file", tmp_path / "pipe")
 
 
 def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
