@@ -256,9 +256,8 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
     try:
         columns = {file: set(parquet.read_schema(file).names) for file in files}
         same = all(names == columns[files[0]] for names in columns.values())
-        if not any(parquet.read_metadata(file).num_rows for file in files):
-            raise Mistake(f"{home}: no rows in it")
-        table = Dataset.from_parquet(files) if same else None
+        rows = sum(parquet.read_metadata(file).num_rows for file in files)
+        table = Dataset.from_parquet(files) if same and rows else None
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
         raise Mistake(f"{home}: parquet that does not load: {reason}") from None
@@ -266,6 +265,8 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
         if other := ", ".join(sorted(names ^ columns[files[0]])):
             fault = f"its columns differ from those of {Path(files[0]).name}"
             raise Mistake(f"{file}: {fault}: {other}; make them the same")
+    if not rows:
+        raise Mistake(f"{home}: no rows in it")
     return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 

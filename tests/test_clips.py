@@ -130,7 +130,7 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
 def test_parquet_without_rows(tmp_path, tokenizer):
     rows = pandas.DataFrame({"audio": [], "text": []})
     rows.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(infer.Mistake, match="no rows in it"):
+    with pytest.raises(infer.Mistake, match=f"^{tmp_path}: no rows in it"):
         rows_of(tmp_path, tokenizer)
 
 

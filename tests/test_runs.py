@@ -206,10 +206,10 @@ def test_a_file_in_the_place_of_the_adapters_part_costs_nothing(tmp_path, monkey
 
 def test_a_killed_run_with_a_checkpoint_is_kept(run_copy):
     finetune.set_aside(run_copy)
-    os.rename(run_copy / finetune.PREVIOUS / "checkpoint-1", run_copy / "checkpoint-1")
-    finetune.record_files(run_copy, "checkpoint-1")
+    os.rename(run_copy / finetune.PREVIOUS / "checkpoint-3", run_copy / "checkpoint-3")
+    finetune.record_files(run_copy, "checkpoint-3")
     settings = settings_of(output_dir=str(run_copy), resume="true")
-    assert finetune.check_output(settings) == run_copy / "checkpoint-1"
+    assert finetune.check_output(settings) == run_copy / "checkpoint-3"
     assert not (run_copy / finetune.PREVIOUS).exists()
 
 
@@ -290,10 +290,10 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
 @pytest.mark.parametrize("out", ["/proc/x", "file/out", "n" * 300, "loop/out", "/dev/null",
                                  "d/" * 3000])  # fmt: skip
 def test_an_impossible_output_dir_is_one_line(out, tmp_path, monkeypatch):
+    settings = settings_of(output_dir=out)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
-    settings = settings_of(output_dir=out)
     with pytest.raises(infer.Mistake) as caught, finetune.output_lock(settings):
         pytest.fail("a run began")
     assert "\n" not in str(caught.value)
