@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +41,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
-PREVIOUS, MOVING = ".previous_run", ".previous_run.part"  # a replaced run, and one being moved
+PREVIOUS, MOVING = infer.PREVIOUS, ".previous_run.part"  # a replaced run, and one being moved
 # Everything that a run may write into output_dir, for runs from before there was a manifest.
 RUN_FILES = re.compile(
     r"checkpoint-[0-9]+|samples/step-[0-9]{6,}|runs/[A-Z][a-z]{2}[0-9]{2}_[0-9-]{8}_.+|checks\.csv"
@@ -74,7 +75,8 @@ def output_lock(settings: Settings):
             told = f"another run (process {file.read().strip()}) is writing to {out}"
             raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
         except OSError as error:
-            raise Mistake(f"{out}: cannot be written: {error.strerror}; try --output_dir") from None
+            reason = error.strerror or error
+            raise Mistake(f"{out}: cannot be written: {reason}; try --output_dir") from None
         yield
 
 
@@ -90,13 +92,7 @@ def lock_file(file) -> None:
 
 def check_place(settings: Settings) -> Path:
     """output_dir. `Mistake` where it is, or holds, what the run reads."""
-    try:
-        settings.output_dir.encode()
-        out = Path(os.path.realpath(settings.output_dir))
-    except ValueError as error:
-        raise Mistake(f"output_dir {settings.output_dir!r}: no path: {error}") from None
-    if not settings.output_dir.strip():
-        raise Mistake("output_dir is empty: name a folder")
+    out = Path(os.path.realpath(settings.output_dir))
     for name in ("dataset", "model", "codec"):
         given = getattr(settings, name)
         source = Path(os.path.realpath(given)) if os.path.exists(given) else None
@@ -238,15 +234,24 @@ def check_output(settings: Settings) -> Path | None:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint: one whose trainer_state.json parses, which is written last."""
+    """The newest checkpoint that is whole."""
     checkpoints = [p for p in out.glob("checkpoint-*") if p.name[11:].isdecimal()]
     for path in sorted(checkpoints, key=lambda p: int(p.name[11:]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
+        if is_whole(path):
             return path
-        except (OSError, ValueError):
-            print(f"{path} was not written to its end: passed over")
+        print(f"{path} is incomplete or damaged: passed over")
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read: its state, which is written last, weights and tensors."""
+    try:
+        step = infer.read_json(checkpoint / "trainer_state.json").get("global_step")
+        if not any(checkpoint.glob("pytorch_model*")):  # as FSDP writes them
+            infer.check_weights(checkpoint)
+    except Mistake:
+        return False
+    return isinstance(step, int) and all(map(zipfile.is_zipfile, checkpoint.glob("*.pt*")))
 
 
 # On resuming, the length of the run and what is told and kept may change; what is learnt may not.
@@ -298,6 +303,7 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("assistant_only_loss", "chat_template_path", "eos_token"), ROWS),
     **dict.fromkeys(("pad_token", "train_sampling_strategy", "length_column_name"), ROWS),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "weights and device_map say how"),
+    "parallelism_config": "device_map, torchrun and fsdp say how several GPUs share the work",
 }
 PIP_NAMES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
@@ -318,18 +324,35 @@ def check_reports(report_to: list[str]) -> None:
 def check_optimizer(arguments) -> None:
     """`Mistake` where the optimizer or schedule could not be made once the model is loaded."""
     import torch
-    from transformers import Trainer, get_scheduler
+    from transformers import Trainer
 
     layer = torch.nn.Linear(1, 1)
-    keys = {"num_warmup_steps": 1, "num_training_steps": 100}
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate)
-        more = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs}
-        get_scheduler(arguments.lr_scheduler_type, optimizer, **keys, **more)
     except (ImportError, ValueError, TypeError) as error:
-        names = "optim, optim_args, lr_scheduler_type or lr_scheduler_kwargs"
-        raise Mistake(f"settings: {names}: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split())
+        raise Mistake(f"settings: optim or optim_args: {told}") from None
+    check_schedule(arguments, arguments.max_steps if arguments.max_steps > 0 else 100)
+
+
+def check_schedule(arguments, steps: int) -> None:
+    """`Mistake` where there is no learning rate for the first, last or any warm-up step."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=arguments.learning_rate)
+    warmup, more = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
+    names = f"settings: lr_scheduler_type {arguments.lr_scheduler_type.value}, over {steps} steps"
+    try:
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=more
+        )
+        optimizer.step()  # else torch warns of a schedule that goes ahead of its optimizer
+        for schedule.last_epoch in (0, warmup - 1, steps - 1):
+            schedule.step()
+    except (ImportError, ValueError, TypeError, ArithmeticError) as error:
+        told = f"{' '.join(str(error).split())}; change it, lr_scheduler_kwargs or warmup_steps"
+        raise Mistake(f"{names} of which {warmup} warm up: {told}") from None
 
 
 def trainer_arguments(settings: Settings):
@@ -362,7 +385,7 @@ def trainer_arguments(settings: Settings):
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         arguments = SFTConfig(**asked)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise Mistake(f"settings: {' '.join(str(error).split())}") from None
     check_reports(arguments.report_to)
     return arguments, asked
@@ -386,6 +409,7 @@ OFFLOAD = 'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to t
 FSDP = 'fsdp needs backend "transformers"'
 LIGER = "use_liger_kernel needs its package: pip install liger-kernel"
 WORKERS = "dataloader_multiprocessing_context needs dataloader_num_workers above 0"
+PERSISTENT = "dataloader_persistent_workers needs dataloader_num_workers above 0"
 RANKED = "fit looks at one GPU: leave it out with several ranks"
 
 
@@ -396,6 +420,7 @@ def check_remedies(settings: Settings, arguments) -> None:
     gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
     optimiser = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimiser for word in ("8bit", "paged", "bnb"))
+    persistent = arguments.dataloader_persistent_workers
     in_processes = arguments.dataloader_multiprocessing_context is not None
     for refused, line in (
         (settings.weights == "8bit" and unsloth and not gpu, W8),
@@ -408,6 +433,7 @@ def check_remedies(settings: Settings, arguments) -> None:
         (arguments.activation_offloading and not gpu, "activation_offloading needs a GPU"),
         (arguments.use_liger_kernel and not find_spec("liger_kernel"), LIGER),
         (in_processes and not arguments.dataloader_num_workers, WORKERS),
+        (persistent and not arguments.dataloader_num_workers, PERSISTENT),
         (settings.fit is not False and RANKS > 1, RANKED),
     ):
         if refused:
@@ -418,6 +444,8 @@ def check_remedies(settings: Settings, arguments) -> None:
 # ---------------------------------------------------------------- model
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 @contextlib.contextmanager
 def quiet_libraries():
     """Keeps what libraries print off the console, but for their warnings (on standard error).
@@ -456,7 +484,9 @@ def load_model(settings: Settings, arguments):
     disable_progress_bar()
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     dtype = resolve_dtype(settings, arguments)
-    with quiet_libraries():
+    if os.path.isdir(settings.model):  # of the hub's, Unsloth may take a 4-bit copy
+        infer.check_weights(Path(settings.model))
+    with infer.loads(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     classes = {type(module).__name__ for module in model.modules()}
     wanted = QUANTISED.get(settings.weights)
@@ -507,14 +537,14 @@ def load_with_unsloth(settings: Settings, dtype):
 def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     config = infer.nf4(dtype) if settings.weights == "4bit" else None
     if settings.weights == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     folder = infer.fetch(settings.model, infer.MODEL_FILES)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, quantization_config=config, device_map=settings.device_map
+    model = infer.load_base(
+        folder, dtype=dtype, quantization_config=config, device_map=settings.device_map
     )
     if settings.full_finetuning:
         return model
@@ -558,14 +588,11 @@ def count_weights(config) -> Base:
 
 def read_config(settings: Settings):
     """The base's config.json; `Mistake` where max_length is more than it sees."""
-    from transformers import AutoConfig
-
-    folder = infer.fetch(settings.model, ["config.json"])
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-        context = config.max_position_embeddings
-    except (OSError, ValueError, AttributeError) as error:
-        raise Mistake(f"{folder}: no model that loads: {str(error).splitlines()[0]}") from None
+    folder = infer.fetch(settings.model, ["*config.json"])
+    if infer.is_adapter(folder):
+        raise Mistake(f"model {folder} is an adapter; give the base that it was trained on")
+    config = infer.read_model_config(folder)
+    context = config.max_position_embeddings
     if settings.max_length > context:
         over = f"max_length {settings.max_length} is over"
         raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
@@ -574,7 +601,9 @@ def read_config(settings: Settings):
 
 def read_base(settings: Settings) -> Base:
     """The base's shape."""
-    return count_weights(read_config(settings))
+    config = read_config(settings)
+    with infer.loads(Path(settings.model, "config.json")):
+        return count_weights(config)
 
 
 def state_bytes(optimiser: str) -> float:
@@ -839,9 +868,9 @@ def save_checks(trainer, out: Path) -> None:
     record_files(out, "checks.csv")
     infer.write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
-    told = ", ".join(f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best)
-    kept = ", kept" if (out / f"checkpoint-{best['step']}").is_dir() else ""
-    print(f"best     step {best['step']} of {len(checks)} checks: {told}{kept}")
+    told = [f"{name[5:]} {best[name]:.3g}" for name in EAR if name in best]
+    told += ["kept"] if (out / f"checkpoint-{best['step']}").is_dir() else []
+    print(f"best     step {best['step']} of {len(checks)} checks: {', '.join(told)}")
 
 
 # ---------------------------------------------------------------- training
@@ -1125,6 +1154,7 @@ def tell_batches(trainer, lengths: list[int]) -> None:
     batches = math.ceil(len(trainer.train_dataset) / (size * RANKS))
     epoch = math.ceil(batches / args.gradient_accumulation_steps)  # optimiser steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    check_schedule(args, steps)
     used = f"{100 * sum(lengths) / slots:.1f} % used"
     print(f"batches  {how}, {used}; {rows} rows a step; {steps} steps")
 
@@ -1284,7 +1314,8 @@ def save_model(trainer, tokenizer, out: Path) -> None:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
     if RANK:
         return
-    shutil.rmtree(part, ignore_errors=True)
+    if os.path.lexists(part):  # of a run that was killed
+        remove(part)
     try:
         trainer.model.save_pretrained(str(part), state_dict=weights)
         tokenizer.save_pretrained(str(part))

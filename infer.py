@@ -30,6 +30,7 @@ import struct
 import sys
 import textwrap
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,7 @@ SLOTS = 7
 MOST_SECONDS = 600  # of one recording
 LOUDEST = 10  # times full scale; a recording above that was saved with the wrong scale
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
+PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
 
@@ -178,6 +180,7 @@ Count = Annotated[int, Ge(1), Le(10**6)]
 Steps = Annotated[float, Gt(0), Le(10**9)]  # under 1: a share of all steps
 Share = Annotated[float, Ge(0), Lt(1)]
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 TRAINER_TYPES = {
     "adam_beta1": Share,
     "adam_beta2": Share,
@@ -202,6 +205,7 @@ TRAINER_TYPES = {
     "per_device_train_batch_size": Count,
     "save_steps": Steps,
     "save_total_limit": Count | None,
+    "torch_compile_mode": CompileMode | None,
     "torch_empty_cache_steps": Count | None,
     "warmup_steps": Annotated[float, Ge(0), Le(10**9)],
     "weight_decay": Annotated[float, Ge(0), Le(100)],
@@ -279,6 +283,12 @@ def check_names(settings: Settings) -> None:
                 raise unknown_key(name, [*OWN_KEYS, *known], settings.trainer[name][1])
 
 
+def check_regular(path: str | Path) -> None:
+    """`Mistake` for a folder, pipe or device: reading one could wait or go on forever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Mistake(f"{path}: cannot be read: not a regular file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A flat JSON object from a file; `Mistake` with the place where it is not one."""
 
@@ -290,8 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise Mistake(f"{path}: the key {twice[:80]!r} is there twice; remove one")
         return values
 
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could wait forever
-        raise Mistake(f"{path}: cannot be read: not a regular file")
+    check_regular(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
@@ -466,7 +475,8 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
         raise Mistake("the text is empty")
     if voice:
         line = f"{voice}: {line}"
-    words = tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    keys = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    words = tokenizer(line, **keys)["input_ids"]
     return [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
 
 
@@ -616,14 +626,15 @@ def decode_stream(codec, frames, size: int = STREAM_FRAMES):
 
 
 def read_text(path: str | Path) -> str:
+    check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
         kind = "UTF-16" if utf_16 else f"another encoding ({error})"
         raise Mistake(f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # a ValueError for a NUL byte in the path
-        raise Mistake(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def wav_bytes(file) -> tuple[int, int] | None:
@@ -840,8 +851,10 @@ def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice
     frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
     room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS  # frames
     if min(frames, room) < 1:
-        what = "max_seconds leaves" if frames < 1 else f"a text of {len(prompt)} tokens leaves"
-        raise Mistake(f"{text[:40]!r}: {what} no room for a frame of speech; shorten the text")
+        what = f"a text of {len(prompt)} tokens leaves no room for a frame of speech; shorten it"
+        if frames < 1:
+            what = f"max_seconds {settings.max_seconds} is less than a frame of speech; raise it"
+        raise Mistake(f"{text[:40]!r}: {what}")
     return Utterance(text, prompt, min(frames, room), candidate)
 
 
@@ -1087,7 +1100,7 @@ def loads(path: Path):
     damaged += (NameError, OSError, RuntimeError, TypeError, re.error)
     try:
         yield
-    except Mistake:
+    except (Mistake, *out_of_memory()):
         raise
     except (*damaged, ValueError, StrictDataclassError, SafetensorError) as error:
         raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
@@ -1095,6 +1108,17 @@ def loads(path: Path):
         if type(error) is not Exception:  # the tokenizers library has no class of its own
             raise
         raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
+
+
+def read_model_config(folder: Path):
+    """The config of a Llama, by transformers; `Mistake` for a damaged one and for other models."""
+    from transformers import AutoConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "llama":
+        raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
+    with loads(folder / "config.json"):
+        return AutoConfig.from_pretrained(str(folder))
 
 
 def load_tokenizer(folder: Path):
@@ -1137,7 +1161,7 @@ def find_base(adapter: Path) -> Path:
 
 
 def check_weights(folder: Path) -> None:
-    """`Mistake` where weights are missing or damaged, or where the model is not a Llama."""
+    """`Mistake` where weights are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -1150,10 +1174,6 @@ def check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise Mistake(f"{file}: damaged or cut short: {first_reason(error)}") from None
-    if not is_adapter(folder):
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind != "llama":
-            raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
 
 
 def check_fit(folder: Path, missing: set, unexpected: set) -> None:
@@ -1186,6 +1206,20 @@ def choose_dtype(folder: Path, fp32: bool):
     return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
 
 
+def load_base(folder: Path, **keys):
+    """transformers' model of a folder; `Mistake` where that is damaged or lacks weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    keys["output_loading_info"] = True
+    with loads(folder / "config.json"):
+        model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
+    layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
+    check_fit(folder, set(info["missing_keys"]), layers)
+    return model
+
+
 def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: bool = True):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
@@ -1195,30 +1229,28 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: boo
         fp32: on a CPU, compute in fp32 even where the base is stored in bfloat16.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
+    read_model_config(whole)
     for part in {folder, whole}:
         check_weights(part)
+    tokenizer = load_tokenizer(folder)
     keys = {"dtype": torch.float16 if merged else choose_dtype(whole, fp32)}
     if torch.cuda.is_available() or merged:
         keys["device_map"] = device()
     if torch.cuda.is_available() and in_4bit and not merged:
         keys["quantization_config"] = nf4(keys["dtype"])
-    with loads(whole / "config.json"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(whole), output_loading_info=True, **keys
-        )
-    check_fit(whole, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    model = load_base(whole, **keys)
     if whole != folder:
         from peft import PeftModel
 
-        with loads(folder / "adapter_config.json"):
+        with loads(folder / "adapter_config.json"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # check_adapter's
             model = PeftModel.from_pretrained(model, str(folder))
             check_adapter(model, folder)
             model = model.merge_and_unload() if merged else model
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), tokenizer
 
 
 @dataclass
@@ -1242,7 +1274,8 @@ def read_run(
     plain = read_settings(config, overrides)
     chosen = read_json(Path(config)) if config else {}  # of these, the run keeps what made it
     if model is None:
-        made = is_model(Path(plain.output_dir))
+        out = Path(plain.output_dir)
+        made = is_model(out) or (out / PREVIOUS).is_dir()
         if not made and patterns is TOKENIZER_FILES:
             return Run(plain)
         model = plain.output_dir if made else plain.model
@@ -1261,6 +1294,9 @@ def read_run(
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
             settings = dataclasses.replace(settings, **spoken_with)
             return Run(settings, folder, voices, pace, home)
+    if (folder / PREVIOUS).is_dir():
+        told = "the run that was to replace the one in it was killed"
+        raise Mistake(f"{folder}: {told}; finetune.py --resume puts the earlier one back")
     return Run(plain, folder)
 
 
@@ -1645,7 +1681,8 @@ def read_greedily(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -
     greedy = dataclasses.replace(
         settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
     )
-    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in settings.sample_texts]
+    texts = settings.sample_texts or read_settings().sample_texts
+    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in texts]
     speak_rows(model, rows, ids, greedy)
     return rows
 
@@ -1681,8 +1718,8 @@ def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tu
     return passed, f"{told}, logits differ by {far:.4f} at most"
 
 
-def model_card(run: Run, parity: str) -> str:
-    """README.md of a merged folder: where it comes from, data, settings, scores."""
+def model_card(run: Run) -> str:
+    """README.md of a merged folder: where it comes from, data, settings, scores, {parity}."""
     settings, home = run.settings, run.home
     report = read_json(home / SAVED_REPORT)
     base = settings.model if on_hub(settings.model) else Path(settings.model).name
@@ -1701,7 +1738,7 @@ def model_card(run: Run, parity: str) -> str:
             best = max(checks, key=lambda check: float(check["eval_score"]))
         lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
-    lines += ["## Parity", "", f"{parity}.", "", "## Settings", "", "```json"]
+    lines += ["## Parity", "", "{parity}.", "", "## Settings", "", "```json"]
     return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
 
 
@@ -1713,8 +1750,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake(f"{out} is there already; give --merge a new folder")
-    if run.home:
-        model_card(run, "")  # what it is made of is checked before the work
+    card = model_card(run) if run.home else ""  # a Mistake in what it is made from comes first
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
     rows = read_greedily(model, tokenizer, ids, run.settings, voice)
@@ -1737,7 +1773,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         shutil.rmtree(part, ignore_errors=True)
     passed, told = check_merged(run, voice, out, ids, rows, logits)
     if run.home:
-        write_text(out / "README.md", model_card(run, told))
+        write_text(out / "README.md", card.replace("{parity}", told, 1))
     print(f"merged   {out}: {told}")
     if not passed:
         why = (
@@ -1786,6 +1822,14 @@ def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[
 
 def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments, judges) -> None:
     """folder/index.html: each text as recorded and as each --model speaks it, all in one file."""
+    with whole_file(folder / "index.html") as part:  # opened first: it may not be writable
+        page = page_html(texts, recordings, arguments, judges)
+        part.write_text(page, encoding="utf-8")
+    print(f"{folder / 'index.html'}  {len(texts)} texts")
+
+
+def page_html(texts: list[str], recordings: list[Path], arguments, judges) -> str:
+    """The page's text: a column for the recordings, and for each --model."""
     columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
     pace = None
     for model in arguments.model or [None]:
@@ -1804,8 +1848,7 @@ def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments,
     ]
     page = {"blind": arguments.blind, "columns": list(columns), "lines": lines}
     told = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
-    write_text(folder / "index.html", read_text(ROOT / "page.html").replace("PAGE", told, 1))
-    print(f"{folder / 'index.html'}  {len(texts)} texts, {len(columns)} sounds of each")
+    return read_text(ROOT / "page.html").replace("PAGE", told, 1)
 
 
 # ---------------------------------------------------------------- command line
@@ -1890,16 +1933,31 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return given | ({"codec": local(given["codec"])} if "codec" in given else {})
 
 
+def read_table(path: str) -> list[dict[str, str]]:
+    """Rows with a file_name and a text, separated by whatever the header is separated by."""
+    text = read_text(path)
+    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
+    table = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        table.fieldnames = [
+            name.strip().lower().replace(" ", "_") for name in table.fieldnames or ()
+        ]
+        rows = list(table)
+    except csv.Error as error:
+        raise Mistake(f"{path}: not a table that can be read: {error}") from None
+    if not all(row.get("file_name") and row.get("text") for row in rows):
+        raise Mistake(f"{path}: every row needs a text and a file_name, columns of the first line")
+    return rows
+
+
 def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     """(the texts to say, none of them empty; the recordings of each, where --file is a table)."""
     texts, clips, source = arguments.texts, [], arguments.file or "command line"
-    if arguments.file and arguments.file.lower().endswith(".csv"):
-        try:
-            rows = list(csv.DictReader(io.StringIO(read_text(source))))
-        except csv.Error as error:
-            raise Mistake(f"{source}: not a table that can be read: {error}") from None
-        if not all(row.get("file_name") and row.get("text") for row in rows):
-            raise Mistake(f"{source}: every row needs a file_name and a text")
+    kind = Path(source).suffix.lower() if arguments.file else ""
+    if kind in (".json", ".jsonl", ".parquet"):
+        raise Mistake(f"{source}: --file takes a metadata.csv, or a .txt of one text a line")
+    if kind in (".csv", ".tsv"):
+        rows = read_table(source)
         texts = [row["text"] for row in rows]
         clips = [Path(source).parent / row["file_name"] for row in rows]
     elif arguments.file:

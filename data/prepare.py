@@ -70,8 +70,9 @@ class Clips(NamedTuple):
 def read_clips(settings: Settings) -> Clips:
     """The first `limit` clips of any accepted form. Faults of the whole are told here."""
     path = Path(settings.dataset)
-    if not settings.dataset.strip() or "\0" in settings.dataset:
-        raise Mistake(f"--dataset is {settings.dataset!r}; set it to a folder of clips")
+    for name in ("dataset_config", "dataset_revision"):
+        if getattr(settings, name) and path.exists():
+            raise Mistake(f"{name} is of a hub dataset, and {path} is a local one; set it to null")
     if os.path.isdir(path):
         clips, count, note = read_folder(path, settings)
     elif os.path.isfile(path):
@@ -81,7 +82,7 @@ def read_clips(settings: Settings) -> Clips:
     else:
         clips, count, note = read_hub(settings)
     if settings.limit is not None:
-        clips = itertools.islice(clips, min(settings.limit, sys.maxsize))
+        clips = itertools.islice(clips, settings.limit)
         count = min(count or settings.limit, settings.limit)
     return Clips(clips, count, note)
 
@@ -255,7 +256,8 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
     try:
         columns = {file: set(parquet.read_schema(file).names) for file in files}
         same = all(names == columns[files[0]] for names in columns.values())
-        table = Dataset.from_parquet(files) if same else None
+        rows = sum(parquet.read_metadata(file).num_rows for file in files)
+        table = Dataset.from_parquet(files) if same and rows else None
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
         raise Mistake(f"{home}: parquet that does not load: {reason}") from None
@@ -263,6 +265,8 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
         if other := ", ".join(sorted(names ^ columns[files[0]])):
             fault = f"its columns differ from those of {Path(files[0]).name}"
             raise Mistake(f"{file}: {fault}: {other}; make them the same")
+    if not rows:
+        raise Mistake(f"{home}: no rows in it")
     return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 
@@ -425,7 +429,7 @@ def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
     if settings.keep_silence is None:
         return audio
     first, last = edges(audio, settings.silence_db)
-    keep = int(min(settings.keep_silence, infer.MOST_SECONDS) * SAMPLE_RATE)
+    keep = int(settings.keep_silence * SAMPLE_RATE)
     return audio[max(first - keep, 0) : last + keep]
 
 
@@ -491,10 +495,9 @@ def make_folder(path: str, name: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except (OSError, ValueError) as error:  # a ValueError for a NUL byte in the path
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         remedy = f"set --{name} to a folder that can be written"
-        raise Mistake(f"{path!r}: {reason}; {remedy}") from None
+        raise Mistake(f"{path}: {error.strerror}; {remedy}") from None
 
 
 def find_entry(audio: Path | bytes, home: Path | None) -> Path | None:
@@ -729,7 +732,8 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     `codec` is settings.codec, where the caller has loaded it already.
     """
     if unknown := set(settings.leave_out) - FINDINGS.keys():
-        raise infer.unknown_key(min(unknown), FINDINGS, "leave_out")
+        told = f"no finding is named {min(unknown)[:80]!r}; there are {', '.join(FINDINGS)}"
+        raise Mistake(f"leave_out: {told}")
     config = infer.fetch(settings.codec, infer.CODEC_FILES) / "config.json"
     size = infer.read_json(config).get("codebook_size")
     if not isinstance(size, int):
@@ -793,7 +797,10 @@ def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[
     if not rows:
         first = (report.left_out + report.dropped + ["no clips"])[0]
         none = f"{settings.dataset}: no rows left of {report.clips} clips"
-        raise Mistake(f"{none}; the first: {first}")
+        remedy = "see data/README.md"
+        if report.dropped and not report.left_out:
+            remedy = f"raise max_length, which is {settings.max_length}"
+        raise Mistake(f"{none}; the first: {first}; {remedy}")
     whole = hashlib.sha256()
     for row in rows:
         whole.update(row["input_ids"].tobytes() + row["labels"].tobytes())
@@ -856,11 +863,7 @@ def count_padded(lengths: list[int], size: int, seed: int) -> int:
 
 def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
     """Share of the slots of a run's batches that hold a token of a row, by `batching`."""
-    name, longest = "per_device_train_batch_size", settings.max_length
-    value, source = settings.trainer[name]  # not checked yet, where no trainer is made
-    size = int(value) if str(value).isdecimal() else 0
-    if not size:
-        raise Mistake(f"{source}: {name} is {value!r}: a whole number over 0 is wanted")
+    longest, size = settings.max_length, settings.trainer["per_device_train_batch_size"][0]
     slots = {
         "pack": count_packed(lengths, longest) * longest,
         "pad": count_padded(lengths, size, settings.seed),

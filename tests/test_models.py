@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, one_line
+from conftest import DEMO, ROOT, one_line
 from safetensors.torch import load_file, save_file
 
+import finetune
 import infer
 
 BASE = ROOT / "data/demo/base"
@@ -113,6 +114,21 @@ def test_a_broken_base_is_named_in_one_line(name, base):
     assert len(str(caught.value)) < 400 and str(base) in str(caught.value)
 
 
+# (Training replaces the quantisation that a config claims, so that one is no fault there.)
+@pytest.mark.parametrize("name", [name for name in BROKEN_BASES if name != "no GPTQ here"])
+def test_training_names_a_broken_base_in_one_line(name, base, tmp_path, monkeypatch):
+    spoil, _ = BROKEN_BASES[name]
+    spoil(base)
+    words = [*DEMO, "--model", base, "--backend", "transformers", "--limit", "2"]
+    words += ["--cache_dir", "null", "--output_dir", tmp_path / "out", "--max_steps", "1"]
+    assert str(base) in one_line(finetune.main, monkeypatch, *words)
+
+
+def test_an_adapter_is_no_base(adapter, tmp_path, monkeypatch):
+    words = [*DEMO, "--model", adapter, "--output_dir", tmp_path / "out", "--plan"]
+    assert "is an adapter; give the base" in one_line(finetune.main, monkeypatch, *words)
+
+
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BROKEN_ADAPTERS = {
     "weights cut short": (lambda d: cut(d / ADAPTER, 5000), f"{ADAPTER}: damaged"),
@@ -182,6 +198,17 @@ def test_a_broken_run_is_named_in_one_line(name, adapter):
     spoil(adapter)
     with pytest.raises(infer.Mistake, match=line):
         infer.read_run(str(adapter), {})
+
+
+@pytest.mark.parametrize("name", [REPORT, "checks.csv"])
+def test_a_merge_finds_damaged_scores_first(name, adapter, tmp_path):
+    if name == REPORT:
+        change(adapter / REPORT, rows=None)
+    else:
+        (adapter / name).write_text("step\n1\n")
+    with pytest.raises(infer.Mistake, match=f"{name}: does not load"):
+        infer.merge(infer.read_run(str(adapter), {}), None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_report_without_characters_has_no_pace(adapter):

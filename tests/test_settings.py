@@ -1,5 +1,6 @@
 """Settings and command lines: bounds, config files, paths, and options that exclude each other."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -53,6 +54,7 @@ BAD = {
     "language": ["", "English", "e"],
     "dataset": ["", " ", "a\0b", "\udcff"],
     "model": ["", "a\0b", "null"],
+    "torch_compile_mode": ["nonsense"],
     "output_dir": ["", "a\0b", "\udcff"],
     "cache_dir": ["", "a\0b"],
     "voice": ["", "\udcff"],
@@ -141,7 +143,10 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
         ("optim_args", "nonsense", "optim_args"),
         ("lr_scheduler_kwargs", "nonsense", "lr_scheduler_kwargs"),
         ("lr_scheduler_kwargs", '{"nonsense": 1}', "lr_scheduler_kwargs"),
+        ("lr_scheduler_kwargs", '{"num_cycles": "x"}', "lr_scheduler_kwargs"),
         ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
+        ("accelerator_config", '{"nonsense": 1}', "nonsense"),
+        ("dataloader_persistent_workers", "true", "dataloader_num_workers above 0"),
     ],
 )
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
@@ -150,6 +155,15 @@ def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
     with pytest.raises(infer.Mistake, match=line):
         settings = infer.read_settings("data/demo/config.json", keys)
         finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+
+
+def test_a_schedule_without_a_step_to_decay_over():
+    keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
+    settings = infer.read_settings("data/demo/config.json", keys)
+    arguments = finetune.trainer_arguments(settings)[0]
+    with pytest.raises(infer.Mistake, match="polynomial, over 1 steps of which 1 warm up"):
+        finetune.check_optimizer(arguments)
+    finetune.check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
@@ -293,6 +307,35 @@ def test_every_option_is_in_a_pair(monkeypatch, capsys):
 )
 def test_mistakes_of_infer(words, line, monkeypatch):
     assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.parquet"])
+def test_other_tables_are_not_spoken_as_lines(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text('{"file_name": "a.wav", "text": "hi"}\n')
+    line = one_line(infer.main, monkeypatch, "--file", tmp_path / name)
+    assert "--file takes a metadata.csv" in line
+
+
+@pytest.mark.parametrize("header", ["file_name,text", "File Name, Text", "file_name;text",
+                                    "file_name\ttext", "file_name|text"])  # fmt: skip
+def test_separators_of_a_table_to_speak(header, tmp_path):
+    path = tmp_path / "lines.tsv"
+    path.write_text(f"{header}\n{header.replace('Text', 'text')}\n")
+    texts, clips = infer.read_texts(argparse.Namespace(texts=[], file=str(path)))
+    assert [text.strip() for text in texts] == ["text"] and len(clips) == 1
+
+
+def test_a_page_that_cannot_be_written_is_told_before_speaking(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "load_run", lambda run: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    words = ["hi", "--model", "data/demo/base", "--codec", "data/demo/codec", "--page"]
+    line = one_line(infer.main, monkeypatch, *words, tmp_path / "file/page")
+    assert "file/page/index.html: cannot be written" in line
+
+
+def test_a_pipe_is_no_list_of_texts(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in one_line(infer.main, monkeypatch, "--file", tmp_path / "pipe")
 
 
 def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
