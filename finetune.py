@@ -356,7 +356,7 @@ def check_schedule(arguments, steps: int) -> None:
 
 
 def trainer_arguments(settings: Settings):
-    """(SFTConfig, what it was asked for) from every key it knows; `Mistake` for an unknown one."""
+    """(SFTConfig, what it was asked for); `Mistake` for a value that it does not take."""
     from typing import get_type_hints
 
     import torch
@@ -378,8 +378,6 @@ def trainer_arguments(settings: Settings):
             raise Mistake(f"{source}: {name} is set by finetune.py itself; leave it out")
         if name in WITHOUT_EFFECT:
             raise Mistake(f"{source}: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
-        if name not in hints:
-            raise infer.unknown_key(name, [*infer.OWN_KEYS, *hints], source)
         hint = infer.TRAINER_TYPES.get(name, hints[name])
         settings.trainer[name] = infer.checked(name, value, hint, source), "settings"
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
@@ -1413,6 +1411,7 @@ def settle(settings: Settings, checkpoint: Path | None):
 def main() -> None:
     started = time.perf_counter()
     settings = infer.read_command_line(__doc__)
+    infer.check_names(settings)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     if settings.plan:
@@ -1424,7 +1423,6 @@ def main() -> None:
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to adapter, in an output_dir that is this process's own."""
     checkpoint, out = check_output(settings), Path(settings.output_dir)
-    infer.check_names(settings)
     clips = prepare.read_clips(settings)
     arguments, asked = settle(settings, checkpoint)
     tokenizer = infer.load_tokenizer(infer.fetch(settings.model, infer.TOKENIZER_FILES))

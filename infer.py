@@ -84,6 +84,9 @@ def run(main):
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; `make` installs what is needed", file=sys.stderr)
+        sys.exit(2)
     except out_of_memory():
         remedy = "README, Out of memory, says what to change in which order"
         print(f"error: the GPU's memory is full: {remedy}", file=sys.stderr)

@@ -62,7 +62,9 @@ def test_unknown_and_wrong_trainer_keys():
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
         with pytest.raises(infer.Mistake, match=line):
-            finetune.trainer_arguments(settings_of(**overrides))
+            settings = settings_of(**overrides)
+            infer.check_names(settings)
+            finetune.trainer_arguments(settings)
 
 
 def test_the_top_level_config_without_a_gpu(monkeypatch, tmp_path):

@@ -333,6 +333,17 @@ def test_a_page_that_cannot_be_written_is_told_before_speaking(tmp_path, monkeyp
     assert "file/page/index.html: cannot be written" in line
 
 
+def test_a_missing_package_is_one_line(capsys):
+    def main():
+        import no_such_package  # noqa: F401
+
+    with pytest.raises(SystemExit, match="2"):
+        infer.run(main)
+    assert capsys.readouterr().err == (
+        "error: No module named 'no_such_package'; `make` installs what is needed\n"
+    )
+
+
 def test_a_pipe_is_no_list_of_texts(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in one_line(infer.main, monkeypatch, "--file", tmp_path / "pipe")
