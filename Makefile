@@ -3,8 +3,8 @@
 # make train  python finetune.py, on a GPU
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
-REQUIREMENTS := requirements-$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
-# Without its dependencies, which would replace the pins: requirements-*.txt name those it needs.
+REQUIREMENTS := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
+# Without its dependencies, which would replace the pins: requirements/*.txt name those it needs.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
 demo: .venv/ready

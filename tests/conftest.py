@@ -13,7 +13,10 @@ os.chdir(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
-import infer  # noqa: E402
+from orpheus.codec import load_codec  # noqa: E402
+from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.settings import Mistake  # noqa: E402
+from orpheus.tokens import read_speech_ids  # noqa: E402
 
 
 def script(*words, timeout=300, env=None):
@@ -38,7 +41,7 @@ def program(name, *words):
 def one_line(main, monkeypatch, *words):
     """The one line that `main` ends with for these command-line words."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
-    with pytest.raises(infer.Mistake) as caught:
+    with pytest.raises(Mistake) as caught:
         main()
     line = str(caught.value)
     assert "\n" not in line
@@ -47,17 +50,17 @@ def one_line(main, monkeypatch, *words):
 
 @pytest.fixture(scope="session")
 def codec():
-    return infer.load_codec("data/demo/codec")
+    return load_codec("data/demo/codec")
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return infer.load_tokenizer(Path("data/demo/base"))
+    return load_tokenizer(Path("data/demo/base"))
 
 
 @pytest.fixture(scope="session")
 def ids(tokenizer, codec):
-    return infer.read_speech_ids(tokenizer, codec.codebook_size)
+    return read_speech_ids(tokenizer, codec.codebook_size)
 
 
 DEMO = ["--config", "data/demo/config.json"]

@@ -16,8 +16,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import infer  # noqa: E402
 from data import prepare  # noqa: E402
+from orpheus.clips import read_clips  # noqa: E402
+from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.settings import Mistake, read_settings  # noqa: E402
 
 TABLE = 'file_name,text,speaker\na.wav,"one, two",x\nb.flac,three,y\nc.ogg,"four\nfive",x\n'
 BARS = 'a|1 "one|one "one\nb.flac|two, three|two, three\n'
@@ -78,7 +80,7 @@ def make_seeds(home: Path) -> dict[str, bytes]:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    tokenizer = infer.load_tokenizer(ROOT / "data/demo/base")
+    tokenizer = load_tokenizer(ROOT / "data/demo/base")
     home, told = Path(tempfile.mkdtemp()), {"rows": 0, "mistakes": 0}
     seeds = make_seeds(home)
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("a hang: over 20 s"))
@@ -89,15 +91,13 @@ def main() -> None:
         signal.alarm(20)
         try:
             config = (home if name == "config.json" else ROOT / "data/demo") / "config.json"
-            chosen = infer.read_settings(
-                config, {"cache_dir": str(home / "cache"), "train_on": "audio"}
-            )
+            chosen = read_settings(config, {"cache_dir": str(home / "cache"), "train_on": "audio"})
             alone = name in ("list.jsonl", "bars.csv", "tabs.tsv")
             chosen.dataset = str(home / name if alone else home)
-            rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
+            rows, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
             assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
             told["rows"] += len(rows)
-        except infer.Mistake as mistake:
+        except Mistake as mistake:
             assert "\n" not in str(mistake), (n, name, str(mistake))
             told["mistakes"] += 1
         except BaseException:

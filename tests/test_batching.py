@@ -12,8 +12,9 @@ import torch
 from conftest import DEMO, script
 
 import finetune
-import infer
-from data import prepare
+from orpheus.batching import length_batches, make_row, slots_used
+from orpheus.settings import read_settings
+from orpheus.tokens import ids_to_codes
 
 PLAIN = {"backend": "transformers", "gradient_checkpointing": "false"}
 
@@ -22,9 +23,9 @@ PLAIN = {"backend": "transformers", "gradient_checkpointing": "false"}
 def rows(ids):
     """Twelve rows as prepare makes them, 40 to 240 tokens, of random legal codes."""
     draw = np.random.default_rng(5)
-    settings = infer.read_settings("data/demo/config.json")
+    settings = read_settings("data/demo/config.json")
     codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 12)]
-    return [prepare.make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+    return [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def trainer_of(tmp_path, tokenizer, rows):
     def make(**overrides):
         assert "unsloth" not in sys.modules
         overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
-        settings = infer.read_settings("data/demo/config.json", overrides)
+        settings = read_settings("data/demo/config.json", overrides)
         arguments, _ = finetune.trainer_arguments(settings)
         finetune.check_remedies(settings, arguments)
         model = finetune.load_model(settings, arguments)
@@ -113,16 +114,16 @@ def test_the_doctor_tells_of_batches_what_the_trainer_does(trainer_of, rows, cap
     keys = {"batching": batching, "per_device_train_batch_size": "2", "max_length": "256"}
     trainer_of(**keys)
     lengths = [len(row["input_ids"]) for row in rows]
-    used = prepare.slots_used(lengths, infer.read_settings("data/demo/config.json", keys))
+    used = slots_used(lengths, read_settings("data/demo/config.json", keys))
     assert f"{100 * used[batching]:.1f} % used; 2 rows a step; " in capsys.readouterr().out
 
 
 def test_length_batches_are_alike_whole_and_repeatable():
     lengths = np.random.default_rng(0).integers(50, 2000, 1003).tolist()
-    order = prepare.length_batches(lengths, 8, seed=1)
+    order = length_batches(lengths, 8, seed=1)
     assert sorted(order) == list(range(1003))
-    assert order == prepare.length_batches(lengths, 8, seed=1)
-    assert order != prepare.length_batches(lengths, 8, seed=2)
+    assert order == length_batches(lengths, 8, seed=1)
+    assert order != length_batches(lengths, 8, seed=2)
     batches = [[lengths[row] for row in order[n : n + 8]] for n in range(0, 1003, 8)]
     slots = sum(len(batch) * max(batch) for batch in batches)
     assert sum(lengths) / slots > 0.95
@@ -137,17 +138,17 @@ def test_length_sampler_changes_with_the_epoch(trainer_of):
 
 
 def test_truncated_rows_end_at_a_frames_edge_without_an_end(ids):
-    settings = infer.read_settings("data/demo/config.json", {"too_long": "truncate"})
+    settings = read_settings("data/demo/config.json", {"too_long": "truncate"})
     settings.max_length = 40
     prompt = [ids.soh, ids.bos, 65, 66, ids.sos]
     codes = np.random.default_rng(0).integers(0, ids.codebook_size, (10, 7))
-    row = prepare.make_row(prompt, codes, ids, settings)
+    row = make_row(prompt, codes, ids, settings)
     assert len(row["input_ids"]) == 5 + 35  # five frames fit, and no end
-    assert (infer.ids_to_codes(row["input_ids"][5:], ids) == codes[:5]).all()
-    short = prepare.make_row(prompt, codes[:4], ids, settings)
+    assert (ids_to_codes(row["input_ids"][5:], ids) == codes[:5]).all()
+    short = make_row(prompt, codes[:4], ids, settings)
     assert short["input_ids"][-2:].tolist() == [ids.eos, ids.eoa] and len(short["input_ids"]) == 35
     settings.max_length = 41  # 5 + 35 + 2 would be over by one: cut, though the frames fit
-    assert ids.eos not in prepare.make_row(prompt, codes[:5], ids, settings)["input_ids"]
+    assert ids.eos not in make_row(prompt, codes[:5], ids, settings)["input_ids"]
 
 
 def losses(out):

@@ -13,8 +13,15 @@ import torch
 from conftest import one_line
 from test_prepare import folder_of, noise, rows_of, same, settings, two_clips
 
-import infer
+import orpheus.encoding
 from data import prepare
+from orpheus.audio import read_audio
+from orpheus.batching import split_rows
+from orpheus.clips import read_clips, read_dataset
+from orpheus.doctor import Report, draw_report
+from orpheus.encoding import Measures
+from orpheus.settings import ROOT, Mistake, read_settings
+from orpheus.tokens import codes_to_ids, prompt_ids
 
 
 def texts_of(folder, tokenizer, **overrides):
@@ -66,7 +73,7 @@ def test_separators_and_headers(text, tmp_path, tokenizer):
     ],
 )
 def test_tables_that_are_refused(text, line, tmp_path, tokenizer):
-    with pytest.raises(infer.Mistake, match=line) as caught:
+    with pytest.raises(Mistake, match=line) as caught:
         rows_of(table(tmp_path, text), tokenizer)
     assert "\n" not in str(caught.value) and "metadata.csv" in str(caught.value)
 
@@ -74,7 +81,7 @@ def test_tables_that_are_refused(text, line, tmp_path, tokenizer):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_a_utf_16_table_is_named(encoding, tmp_path, tokenizer):
     folder = table(tmp_path, "file_name,text\na.wav,one", encoding=encoding)
-    with pytest.raises(infer.Mistake, match=r"UTF-16.*save it as UTF-8"):
+    with pytest.raises(Mistake, match=r"UTF-16.*save it as UTF-8"):
         rows_of(folder, tokenizer)
 
 
@@ -115,7 +122,7 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
     for name, columns in (("a", ("audio", "text")), ("b", ("file_name", "text"))):
         rows = dict(zip(columns, ([f"{name}.wav"], ["one"]), strict=True))
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(infer.Mistake, match=r"b\.parquet: its columns differ from those of"):
+    with pytest.raises(Mistake, match=r"b\.parquet: its columns differ from those of"):
         rows_of(tmp_path, tokenizer)
     datasets.Dataset.from_dict({"Audio": ["b.wav"], "Text": [1]}).to_parquet(tmp_path / "b.parquet")
     (tmp_path / "a.parquet").unlink()
@@ -123,20 +130,20 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"Audio": ["a.wav"], "Text": [[1]]}).to_parquet(
         tmp_path / "a.parquet"
     )
-    with pytest.raises(infer.Mistake, match="parquet that does not load"):
+    with pytest.raises(Mistake, match="parquet that does not load"):
         rows_of(tmp_path, tokenizer)
 
 
 def test_parquet_without_rows(tmp_path, tokenizer):
     rows = pandas.DataFrame({"audio": [], "text": []})
     rows.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(infer.Mistake, match=f"^{tmp_path}: no rows in it"):
+    with pytest.raises(Mistake, match=f"^{tmp_path}: no rows in it"):
         rows_of(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["dataset_config", "dataset_revision"])
 def test_keys_of_the_hub_do_nothing_for_a_folder(name, tokenizer):
-    with pytest.raises(infer.Mistake, match=f"{name} is of a hub dataset"):
+    with pytest.raises(Mistake, match=f"{name} is of a hub dataset"):
         rows_of("data/numbers", tokenizer, **{name: "x"})
 
 
@@ -147,7 +154,7 @@ def test_a_streamed_csv(tmp_path, tokenizer):
     table(tmp_path, "file_name,text\na.wav,one\n")
     files = {"data_files": str(tmp_path / "metadata.csv"), "split": "train"}
     stream = datasets.load_dataset("csv", streaming=True, **files)
-    clips = prepare.read_dataset(stream, tmp_path, settings("x/y"), tmp_path)
+    clips = read_dataset(stream, tmp_path, settings("x/y"), tmp_path)
     assert [clip.text for clip in clips.each] == ["one"]
 
 
@@ -183,17 +190,17 @@ def test_names_that_are_no_utf_8(tmp_path, tokenizer, capsys):
 def test_tables_in_the_current_folder(tmp_path, tokenizer, monkeypatch):
     folder_of(tmp_path, [("a.wav", "one", "x")])
     two_clips(tmp_path)
-    codec = {"codec": infer.ROOT / "data/demo/codec"}
+    codec = {"codec": ROOT / "data/demo/codec"}
     chosen = settings(".", **codec)
     monkeypatch.chdir(tmp_path)
     for dataset in (".", "metadata.csv"):
         chosen.dataset = dataset
-        rows, _ = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
+        rows, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
         assert len(rows) == 1
 
 
 def test_a_sound_is_no_dataset(tmp_path, tokenizer):
-    with pytest.raises(infer.Mistake, match="one sound; set --dataset to a folder"):
+    with pytest.raises(Mistake, match="one sound; set --dataset to a folder"):
         rows_of(noise(tmp_path / "a.wav"), tokenizer)
 
 
@@ -224,8 +231,8 @@ def test_rows_that_are_left_out(row, fault, tmp_path, tokenizer):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, report = rows_of(tmp_path, tokenizer)
     assert len(made) == 1 and report.voices == {"x y": 1}
-    with pytest.raises(infer.Mistake, match=fault):
-        raise infer.Mistake(report.left_out[0])
+    with pytest.raises(Mistake, match=fault):
+        raise Mistake(report.left_out[0])
     assert report.reasons.total() == 1 and ("broken row" not in report.reasons), report.reasons
 
 
@@ -269,12 +276,12 @@ def sound_of(seconds=2.0, **how):
 )
 def test_a_sound_that_is_cut_short(how, tmp_path):
     data = sound_of(**how)
-    audio, _, _ = infer.read_audio(data)
+    audio, _, _ = read_audio(data)
     assert abs(len(audio) - 48_000) < 2_400
-    with pytest.raises(infer.Mistake, match=r"cut short.*: the header says 2\.0 s"):
-        infer.read_audio(data[: len(data) // 2])
+    with pytest.raises(Mistake, match=r"cut short.*: the header says 2\.0 s"):
+        read_audio(data[: len(data) // 2])
     if how["format"] not in ("FLAC", "MP3"):
-        assert len(infer.read_audio(data[:-20])[0]) > 47_000  # a few samples do not matter
+        assert len(read_audio(data[:-20])[0]) > 47_000  # a few samples do not matter
 
 
 def test_sizes_that_are_unknown_are_not_cut_short():
@@ -282,12 +289,12 @@ def test_sizes_that_are_unknown_are_not_cut_short():
     data = bytearray(sound_of(format="WAV"))
     for size in (2**32 - 1, 2**31 - 1, 2**31 - 1 - 36):
         data[40:44] = struct.pack("<I", size)
-        assert len(infer.read_audio(bytes(data))[0]) == 48_000
+        assert len(read_audio(bytes(data))[0]) == 48_000
     flac = bytearray(sound_of(format="FLAC"))
     flac[21] &= 0xF0
     flac[22:26] = bytes(4)
-    with pytest.raises(infer.Mistake, match="does not say how long it is"):
-        infer.read_audio(bytes(flac))
+    with pytest.raises(Mistake, match="does not say how long it is"):
+        read_audio(bytes(flac))
 
 
 @pytest.mark.parametrize("peak, kept", [(0.9, True), (3.0, True), (1e4, False), (1e30, False)])
@@ -341,8 +348,8 @@ def test_rare_kinds_of_sound(tmp_path, tokenizer):
 )
 def test_faults_of_rows_made_elsewhere(change, fault, tmp_path, tokenizer, ids):
     codes = np.ones((2, 7), dtype=np.int64)
-    prompt = infer.prompt_ids(tokenizer, ids, "one", "x")
-    row = [*prompt, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    prompt = prompt_ids(tokenizer, ids, "one", "x")
+    row = [*prompt, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
     labels = [-100] * len(prompt) + row[len(prompt) :]
     if "at" in change:
         row[change["at"]] = change["id"]
@@ -353,7 +360,7 @@ def test_faults_of_rows_made_elsewhere(change, fault, tmp_path, tokenizer, ids):
     if "codes" in change:
         made = change | {"text": "one"}
     (tmp_path / "list.jsonl").write_text(json.dumps(made))
-    with pytest.raises(infer.Mistake, match=fault):
+    with pytest.raises(Mistake, match=fault):
         rows_of(tmp_path / "list.jsonl", tokenizer)
 
 
@@ -405,7 +412,7 @@ def test_a_cache_entry_of_another_shape_is_made_anew(broken, tmp_path, tokenizer
 def test_a_folder_that_cannot_be_written_is_told_first(key, path, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     path = path if path[0] == "/" else f"{tmp_path}/{path}"
-    monkeypatch.setattr(infer, "encode", None)  # it is not reached
+    monkeypatch.setattr(orpheus.encoding, "encode", None)  # it is not reached
     words = ["--config", "data/demo/config.json", "--limit", "1"]
     words += ["--output_dir", str(tmp_path / "out"), "--cache_dir", "null"]
     words[words.index(f"--{key}") + 1] = path
@@ -432,7 +439,7 @@ def test_an_error_while_encoding_leaves_no_trace(tmp_path, tokenizer, monkeypatc
         raise RuntimeError("no encoder")
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    monkeypatch.setattr(infer, "encode", broken)
+    monkeypatch.setattr(orpheus.encoding, "encode", broken)
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="no encoder"):
@@ -444,9 +451,9 @@ def test_an_error_while_encoding_leaves_no_trace(tmp_path, tokenizer, monkeypatc
 
 def test_a_codec_that_is_loaded_is_taken(tokenizer, codec, monkeypatch):
     chosen = settings("data/numbers", limit=6, held_out=0.3)
-    monkeypatch.setattr(infer, "load_codec", None)
-    rows, report = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer, codec)
-    assert report.split == prepare.split_rows(rows, chosen)
+    monkeypatch.setattr(orpheus.encoding, "load_codec", None)
+    rows, report = prepare.make_rows(read_clips(chosen), chosen, tokenizer, codec)
+    assert report.split == split_rows(rows, chosen)
     assert report.held_out == len(report.split[1]) > 0
 
 
@@ -461,11 +468,11 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
     noise(tmp_path / "long.wav", 3.0)
     names = [f"{n}.wav" for n in range(6)] + ["long.wav"]
     folder_of(tmp_path, [(name, f"text {name} 1", "anna") for name in names])
-    root = infer.ROOT
+    root = ROOT
     config = {"codec": root / "data/demo/codec", "max_length": 200, "output_dir": "out"}
     overrides = {"dataset": ".", "cache_dir": "null", **{k: str(v) for k, v in config.items()}}
-    chosen = infer.read_settings(root / "data/demo/config.json", overrides)
-    _, report = prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
+    chosen = read_settings(root / "data/demo/config.json", overrides)
+    _, report = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
     report.tell(chosen)
     lines = capsys.readouterr().out.splitlines()
     counts = "5 of 7 clips, 0.1 min, voice anna; 2 left out (1 silent, 1 too long)"
@@ -481,7 +488,7 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
 
 
 def test_a_share_that_is_kept_is_told_only_if_it_is_less_than_all(capsys):
-    report = prepare.Report("x", measures=[prepare.Measures("a", "", "t")])
+    report = Report("x", measures=[Measures("a", "", "t")])
     report.lengths = [100] * 50
     report.tell_rows(settings("x"))
     assert "99 %" not in capsys.readouterr().out
@@ -491,7 +498,7 @@ def test_a_share_that_is_kept_is_told_only_if_it_is_less_than_all(capsys):
 
 
 def test_a_picture_of_a_voice_that_looks_like_a_formula(tmp_path):
-    measures = [prepare.Measures("a", "$\\frac$", "text", seconds=1.0)]
-    report = prepare.Report("a$b$_^", measures=measures)
-    prepare.draw_report(report, tmp_path / "x.png")
+    measures = [Measures("a", "$\\frac$", "text", seconds=1.0)]
+    report = Report("a$b$_^", measures=measures)
+    draw_report(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size

@@ -21,6 +21,12 @@ from conftest import DEMO, ROOT, one_line, program, script
 import finetune
 import infer
 from data import prepare
+from orpheus.batching import split_rows
+from orpheus.clips import read_clips
+from orpheus.models import is_adapter, load_model, load_tokenizer
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.settings import OWN_KEYS, Mistake, check_names, read_settings
+from orpheus.trainer import held_out_metrics, loss_warnings, make_listener
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -33,18 +39,19 @@ def test_every_key_is_read_and_stands_in_the_readme():
     from trl import SFTConfig
 
     config = json.loads((ROOT / "config.json").read_text())
-    source = "".join((ROOT / f).read_text() for f in ("infer.py", "finetune.py", "data/prepare.py"))
+    files = [ROOT / "infer.py", ROOT / "finetune.py", *ROOT.glob("orpheus/*.py")]
+    source = "".join(file.read_text() for file in files)
     hints = typing.get_type_hints(SFTConfig)
     for name in config:
         assert name in hints or re.search(rf"settings\.{name}\b", source), name
-    assert set(infer.OWN_KEYS) <= set(config)
+    assert set(OWN_KEYS) <= set(config)
     table = (ROOT / "README.md").read_text().split("| key |")[1].split("\n\n")[0]
     first = " ".join(line.split("|")[1] for line in table.splitlines()[2:])
     assert sorted(re.findall(r"`(\w+)`", first)) == sorted(config)
 
 
 def settings_of(**overrides):
-    return infer.read_settings("data/demo/config.json", overrides)
+    return read_settings("data/demo/config.json", overrides)
 
 
 def test_every_sftconfig_key_is_reachable(tmp_path):
@@ -61,9 +68,9 @@ def test_unknown_and_wrong_trainer_keys():
         ({"learning_rate": "fast"}, 'learning_rate is "fast": .* valid number'),
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
-        with pytest.raises(infer.Mistake, match=line):
+        with pytest.raises(Mistake, match=line):
             settings = settings_of(**overrides)
-            infer.check_names(settings)
+            check_names(settings)
             finetune.trainer_arguments(settings)
 
 
@@ -114,8 +121,8 @@ def test_a_remedy_trains_and_reloads(name, tmp_path, monkeypatch, capsys):
     assert sign in printed
     first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", printed).groups())
     assert last < first
-    assert infer.is_adapter(tmp_path) == (name != "full")
-    model, _ = infer.load_model(str(tmp_path))
+    assert is_adapter(tmp_path) == (name != "full")
+    model, _ = load_model(str(tmp_path))
     assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()
 
 
@@ -134,7 +141,7 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
         assert line in one_line(finetune.main, monkeypatch, *words)
     settings = settings_of(weights="8bit")
-    with pytest.raises(infer.Mistake, match='backend "transformers" has them'):
+    with pytest.raises(Mistake, match='backend "transformers" has them'):
         finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
 
 
@@ -152,7 +159,7 @@ def test_resume_past_the_first_epoch_is_bit_identical(batching, tmp_path, monkey
     run_here(monkeypatch, tmp_path / "whole", **keys)
     torn = tmp_path / "torn"
     torn.mkdir()
-    for name in (infer.SAVED_CONFIG, infer.SAVED_REPORT):
+    for name in (SAVED_CONFIG, SAVED_REPORT):
         (torn / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     state = json.loads((tmp_path / "whole/checkpoint-7/trainer_state.json").read_text())
     assert state["epoch"] > 1
@@ -173,7 +180,7 @@ def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_here(monkeypatch, out, save_steps="2")
     (out / "adapter_config.json").unlink()  # as if the end had not been reached
-    with pytest.raises(infer.Mistake, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
+    with pytest.raises(Mistake, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
         run_here(monkeypatch, out, resume="true", lora_r="4", limit="7", max_steps="4")
     assert "limit was 8 and is 7" in str(told.value) and "rows are others" in str(told.value)
     assert "max_steps" not in str(told.value)
@@ -218,8 +225,8 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
 def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
     """Against one log-softmax over all positions and a loop in Python."""
     rows, _ = prepare_rows(limit="3", train_on="all")
-    model, _ = infer.load_model("data/demo/base")
-    metrics = finetune.held_out_metrics(model, rows, ids)
+    model, _ = load_model("data/demo/base")
+    metrics = held_out_metrics(model, rows, ids)
     seen = {}
     for row in rows:
         inputs = torch.from_numpy(row["input_ids"])
@@ -241,18 +248,18 @@ def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
 
 def prepare_rows(**overrides):
     settings = settings_of(**overrides)
-    tokenizer = infer.load_tokenizer(ROOT / settings.model)
-    return prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
+    tokenizer = load_tokenizer(ROOT / settings.model)
+    return prepare.make_rows(read_clips(settings), settings, tokenizer)
 
 
 def test_no_text_stands_on_both_sides():
     rows = [{"text": f"text {n % 40}", "n": n} for n in range(100)]
     settings = settings_of(held_out="0.25")
-    train, held = prepare.split_rows(rows, settings)
+    train, held = split_rows(rows, settings)
     assert len(train) + len(held) == 100
     assert len({row["text"] for row in held}) == 10
     assert not {row["text"] for row in held} & {row["text"] for row in train}
-    assert prepare.split_rows(rows, settings) == (train, held)
+    assert split_rows(rows, settings) == (train, held)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -264,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(finetune, "load_model", spoilt)
-    with pytest.raises(infer.Mistake, match=r"loss is nan at step 1; .* in the batch: slt:"):
+    with pytest.raises(Mistake, match=r"loss is nan at step 1; .* in the batch: slt:"):
         run_here(monkeypatch, tmp_path)
 
 
@@ -285,7 +292,7 @@ def test_a_loss_that_rises_is_a_warning(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.findall(r"warning  step 3: loss rose from [\d.]+ to .* learning_rate", printed)
     assert printed.count("warning") == 1
-    assert infer.is_adapter(tmp_path)
+    assert is_adapter(tmp_path)
 
 
 def state_of(*losses, every=10):
@@ -295,7 +302,7 @@ def state_of(*losses, every=10):
 
 def warnings_of(*losses, **logs):
     state = state_of(*losses)
-    return finetune.loss_warnings({"loss": losses[-1], **logs}, state, 156_940)
+    return loss_warnings({"loss": losses[-1], **logs}, state, 156_940)
 
 
 def test_signs_of_wrong_tokens_are_named_and_only_those():
@@ -330,7 +337,7 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
 
 def test_the_time_of_checks_is_told_apart(tmp_path, monkeypatch, capsys):
     """The speed is that of training alone, however long a check takes."""
-    make = finetune.make_listener
+    make = make_listener
 
     def slow(*words):
         listen = make(*words)
@@ -366,12 +373,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
     keys = {"save_steps": "1", "save_total_limit": "1", "report_to": "none"}
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
-        with pytest.raises(infer.Mistake) as caught:
+        with pytest.raises(Mistake) as caught:
             run_here(patch, tmp_path, **keys)
     told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
     assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"
     run_here(monkeypatch, tmp_path, **keys, resume="true")
-    assert infer.is_adapter(tmp_path)
+    assert is_adapter(tmp_path)
 
 
 # ---------------------------------------------------------------- batches
@@ -390,12 +397,12 @@ def test_rows_of_1054_and_337_tokens_train_in_one_batch(tmp_path):
 
 def test_a_run_leaves_adapter_config_report_and_samples(finished):
     out, printed = finished
-    config = json.loads((out / infer.SAVED_CONFIG).read_text())
+    config = json.loads((out / SAVED_CONFIG).read_text())
     assert config["model"] == str(ROOT / "data/demo/base") and config["max_steps"] == 4
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         ROOT / "data/demo/base"
     )
-    assert json.loads((out / infer.SAVED_REPORT).read_text())["voices"] == {"slt": 16}
+    assert json.loads((out / SAVED_REPORT).read_text())["voices"] == {"slt": 16}
     assert (out / "adapter_model.safetensors").is_file()
     assert not list(out.glob(".*"))
     wavs = sorted((out / "samples/step-000004").glob("*.wav"))

@@ -14,6 +14,22 @@ from conftest import one_line, script
 from snac import SNAC
 
 import infer
+import orpheus.codec
+from orpheus.audio import audio_file, read_audio
+from orpheus.codec import LOOKAHEAD, encode
+from orpheus.generation import SlotProcessor, generate
+from orpheus.models import fetch, load_model, load_tokenizer
+from orpheus.settings import Mistake, read_settings
+from orpheus.tokens import (
+    FRAME_SAMPLES,
+    SpeechIds,
+    codes_to_ids,
+    ids_to_codes,
+    prompt_ids,
+    read_speech_ids,
+    read_tokens,
+    whole_frames,
+)
 
 
 def test_true_orpheus_ids():
@@ -27,7 +43,7 @@ def test_true_orpheus_ids():
     del vocabulary["word128000"], vocabulary["word128009"]
     vocabulary |= {"<|begin_of_text|>": 128_000, "<|eot_id|>": 128_009}
     whole = Tokenizer(models.WordLevel(vocabulary, unk_token="word0"))
-    ids = infer.read_speech_ids(PreTrainedTokenizerFast(tokenizer_object=whole))
+    ids = read_speech_ids(PreTrainedTokenizerFast(tokenizer_object=whole))
     assert ids._asdict() == {
         "bos": 128_000, "eot": 128_009, "sos": 128_257, "eos": 128_258, "soh": 128_259,
         "eoh": 128_260, "soa": 128_261, "eoa": 128_262, "pad": 128_263, "audio": 128_266,
@@ -36,8 +52,8 @@ def test_true_orpheus_ids():
 
 
 def test_tokenizer_without_orpheus_tokens_is_refused(tokenizer):
-    with pytest.raises(infer.Mistake, match="no token <custom_token_28681>"):
-        infer.read_speech_ids(tokenizer, 4096)
+    with pytest.raises(Mistake, match="no token <custom_token_28681>"):
+        read_speech_ids(tokenizer, 4096)
 
 
 def literal_ids(first, second, third, audio, size):
@@ -80,12 +96,10 @@ def test_layout_equals_the_literal_loop():
     first, second, third = (draw.integers(0, 4096, 13 * n) for n in (1, 2, 4))
     first[0], third[5], second[1] = 0, 4095, 0
     codec = LevelsCodec([torch.from_numpy(x)[None] for x in (first, second, third)])
-    codes = infer.encode(codec, [np.zeros(13 * infer.FRAME_SAMPLES, np.float32)])[0]
-    orpheus = infer.SpeechIds(*range(8), 0, 128_266, 4096)
-    assert infer.codes_to_ids(codes, orpheus).tolist() == literal_ids(
-        first, second, third, 128_266, 4096
-    )
-    infer.decode(codec, codes)
+    codes = encode(codec, [np.zeros(13 * FRAME_SAMPLES, np.float32)])[0]
+    orpheus = SpeechIds(*range(8), 0, 128_266, 4096)
+    assert codes_to_ids(codes, orpheus).tolist() == literal_ids(first, second, third, 128_266, 4096)
+    orpheus.codec.decode(codec, codes)
     for level, expected in zip(codec.decoded, (first, second, third), strict=True):
         assert level[0].tolist() == expected.tolist()
 
@@ -93,29 +107,29 @@ def test_layout_equals_the_literal_loop():
 def test_codes_round_trip_with_the_extremes(ids):
     codes = np.random.default_rng(1).integers(0, ids.codebook_size, (50, 7))
     codes[0], codes[1] = 0, ids.codebook_size - 1
-    assert (infer.ids_to_codes(infer.codes_to_ids(codes, ids), ids) == codes).all()
+    assert (ids_to_codes(codes_to_ids(codes, ids), ids) == codes).all()
 
 
 def test_a_wrong_slot_is_told_by_place(ids):
-    speech = infer.codes_to_ids(np.zeros((3, 7), int), ids)
+    speech = codes_to_ids(np.zeros((3, 7), int), ids)
     speech[9], speech[10] = speech[10], speech[9]
-    with pytest.raises(infer.Mistake, match=r"position 9 \(frame 1, slot 2\) belongs in slot 3"):
-        infer.ids_to_codes(speech, ids)
+    with pytest.raises(Mistake, match=r"position 9 \(frame 1, slot 2\) belongs in slot 3"):
+        ids_to_codes(speech, ids)
     speech[3] = ids.eos
-    with pytest.raises(infer.Mistake, match=r"position 3 \(frame 0, slot 3\) is no audio id"):
-        infer.ids_to_codes(speech, ids)
-    with pytest.raises(infer.Mistake, match="20 audio ids are no whole frames"):
-        infer.ids_to_codes(speech[:20], ids)
+    with pytest.raises(Mistake, match=r"position 3 \(frame 0, slot 3\) is no audio id"):
+        ids_to_codes(speech, ids)
+    with pytest.raises(Mistake, match="20 audio ids are no whole frames"):
+        ids_to_codes(speech[:20], ids)
 
 
 def test_encode_is_the_same_alone_and_in_any_batch(codec):
     draw = np.random.default_rng(2)
     lengths = [1, 2047, 2048, 2049, 30_000, 61_440]
     clips = [draw.normal(0, 0.1, n).astype(np.float32) for n in lengths]
-    alone = [infer.encode(codec, [clip])[0] for clip in clips]
+    alone = [encode(codec, [clip])[0] for clip in clips]
     assert [len(codes) for codes in alone] == [1, 1, 1, 2, 15, 30]
     random.Random(0).shuffle(order := list(range(len(clips))))
-    together = infer.encode(codec, [clips[n] for n in order])
+    together = encode(codec, [clips[n] for n in order])
     for n, codes in zip(order, together, strict=True):
         assert (codes == alone[n]).all(), lengths[n]
 
@@ -124,17 +138,17 @@ def test_the_encoder_sees_as_far_as_encode_adds_zeros():
     """In the full size and the demo's: the samples behind a frame that its codes depend on."""
     for folder, ahead in ("tests/snac_24khz", 4757), ("data/demo/codec", 3888):
         encoder = SNAC.from_config(f"{folder}/config.json").encoder
-        audio = torch.randn(1, 1, 7 * infer.FRAME_SAMPLES, requires_grad=True)
+        audio = torch.randn(1, 1, 7 * FRAME_SAMPLES, requires_grad=True)
         latents = encoder(audio)[..., : 4 * 3]  # three frames
         (slope,) = torch.autograd.grad(latents.square().sum(), audio)
-        assert int(slope.nonzero()[-1, 2]) + 1 - 3 * infer.FRAME_SAMPLES == ahead
-        assert ahead <= infer.LOOKAHEAD
+        assert int(slope.nonzero()[-1, 2]) + 1 - 3 * FRAME_SAMPLES == ahead
+        assert ahead <= LOOKAHEAD
 
 
 def test_a_codec_for_speaking_is_snac_bit_for_bit(codec):
     """Weight norm folded, activations in place."""
     plain = SNAC.from_pretrained("data/demo/codec").eval()
-    audio = torch.randn(1, 1, 4 * infer.FRAME_SAMPLES) / 10
+    audio = torch.randn(1, 1, 4 * FRAME_SAMPLES) / 10
     with torch.inference_mode():
         levels = plain.encode(audio)
         assert all(a.equal(b) for a, b in zip(codec.encode(audio), levels, strict=True))
@@ -143,23 +157,23 @@ def test_a_codec_for_speaking_is_snac_bit_for_bit(codec):
 
 def test_decode_gives_whole_frames_and_repeats(codec):
     codes = np.random.default_rng(3).integers(0, codec.codebook_size, (5, 7))
-    audio = infer.decode(codec, codes)
-    assert audio.shape == (5 * infer.FRAME_SAMPLES,)
-    assert (audio == infer.decode(codec, codes)).all()
+    audio = orpheus.codec.decode(codec, codes)
+    assert audio.shape == (5 * FRAME_SAMPLES,)
+    assert (audio == orpheus.codec.decode(codec, codes)).all()
 
 
 def test_prompt(tokenizer, ids):
-    prompt = infer.prompt_ids(tokenizer, ids, "  seven\n two ", "slt")
+    prompt = prompt_ids(tokenizer, ids, "  seven\n two ", "slt")
     words = tokenizer("slt: seven two", add_special_tokens=False)["input_ids"]
     assert prompt == [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
-    without = infer.prompt_ids(tokenizer, ids, "seven two")
+    without = prompt_ids(tokenizer, ids, "seven two")
     assert tokenizer.decode(without[2:-4]) == "seven two"
-    with pytest.raises(infer.Mistake, match="empty"):
-        infer.prompt_ids(tokenizer, ids, " \n")
+    with pytest.raises(Mistake, match="empty"):
+        prompt_ids(tokenizer, ids, " \n")
 
 
 def test_special_tokens_in_a_text_stay_text(tokenizer, ids):
-    prompt = infer.prompt_ids(tokenizer, ids, "a <custom_token_2> b <|eot_id|> <laugh>")
+    prompt = prompt_ids(tokenizer, ids, "a <custom_token_2> b <|eot_id|> <laugh>")
     assert ids.eos not in prompt
     assert prompt.count(ids.eot) == 1
 
@@ -170,7 +184,7 @@ def test_special_tokens_in_a_text_stay_text(tokenizer, ids):
 def test_ten_thousand_frames_and_none_illegal(ids):
     """10⁴ constrained frames at a high temperature, drawn through the processor."""
     torch.manual_seed(0)
-    processor = infer.SlotProcessor(ids, prompt_length=3)
+    processor = SlotProcessor(ids, prompt_length=3)
     vocabulary = ids.audio + 7 * ids.codebook_size
     speech = torch.zeros(600, 3, dtype=torch.long)  # 600 at once, 20 frames each
     ended = torch.zeros(600, dtype=torch.bool)
@@ -182,29 +196,29 @@ def test_ten_thousand_frames_and_none_illegal(ids):
     frames = speech[:, 3:].reshape(-1, 7)
     whole = frames[frames[:, 0] != ids.eos].numpy()
     assert len(whole) > 10_000
-    infer.ids_to_codes(whole.reshape(-1), ids)  # raises for any id out of its slot
+    ids_to_codes(whole.reshape(-1), ids)  # raises for any id out of its slot
     assert (frames[:, 1:] != ids.eos).all()
     assert not (speech[:, 3] == ids.eos).any(), "an end before the first frame"
 
 
 def test_generate_is_repeatable_and_says_when_cut(tokenizer, ids, codec):
-    model, _ = infer.load_model("data/demo/base")
-    settings = infer.read_settings("data/demo/config.json", {"max_seconds": "0.35"})
+    model, _ = load_model("data/demo/base")
+    settings = read_settings("data/demo/config.json", {"max_seconds": "0.35"})
     settings.temperature, settings.top_p = 5.0, 1.0
-    codes, ended = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
-    again, _ = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    codes, ended = generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    again, _ = generate(model, tokenizer, ids, "one two three four", settings, "rms")
     assert codes.shape == (4, 7) and not ended
     assert (codes == again).all()
     settings.seed = 1
-    other, _ = infer.generate(model, tokenizer, ids, "one two three four", settings, "rms")
+    other, _ = generate(model, tokenizer, ids, "one two three four", settings, "rms")
     assert not np.array_equal(codes, other)
 
 
 def test_a_hot_generation_has_no_illegal_id(tokenizer, ids):
-    model, _ = infer.load_model("data/demo/base")
+    model, _ = load_model("data/demo/base")
     hot = {"temperature": "5", "top_p": "1", "max_seconds": "3"}
-    settings = infer.read_settings("data/demo/config.json", hot)
-    codes, _ = infer.generate(model, tokenizer, ids, "nine", settings, "rms")
+    settings = read_settings("data/demo/config.json", hot)
+    codes, _ = generate(model, tokenizer, ids, "nine", settings, "rms")
     assert len(codes) > 0 and 0 <= codes.min() <= codes.max() < ids.codebook_size
 
 
@@ -217,15 +231,15 @@ def test_a_gated_model_is_told_in_one_line(monkeypatch):
         raise huggingface_hub.errors.GatedRepoError("403", response=answer)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
-    with pytest.raises(infer.Mistake, match="some/model: gated: accept its terms"):
-        infer.fetch("some/model", ["*"])
+    with pytest.raises(Mistake, match="some/model: gated: accept its terms"):
+        fetch("some/model", ["*"])
 
 
 def test_text_longer_than_the_context_is_refused(tokenizer, ids):
-    model, _ = infer.load_model("data/demo/base")
-    settings = infer.read_settings("data/demo/config.json")
-    with pytest.raises(infer.Mistake, match="no room for a frame"):
-        infer.generate(model, tokenizer, ids, "seven " * 3000, settings)
+    model, _ = load_model("data/demo/base")
+    settings = read_settings("data/demo/config.json")
+    with pytest.raises(Mistake, match="no room for a frame"):
+        generate(model, tokenizer, ids, "seven " * 3000, settings)
 
 
 # ---------------------------------------------------------------- settings
@@ -235,7 +249,7 @@ def test_settings_layers(tmp_path):
     config = tmp_path / "mine.json"
     config.write_text('{"lora_r": 8, "temperature": 1}')
     overrides = {"lora_r": "32", "sample_texts": '["a", "b"]', "limit": "null", "voice": "7"}
-    settings = infer.read_settings(config, overrides)
+    settings = read_settings(config, overrides)
     assert (settings.lora_r, settings.temperature, settings.limit) == (32, 1.0, None)
     assert (settings.sample_texts, settings.voice) == (["a", "b"], "7")
 
@@ -255,8 +269,8 @@ def test_settings_layers(tmp_path):
 def test_wrong_values_are_named(tmp_path, values, line):
     config = tmp_path / "mine.json"
     config.write_text(json.dumps(values))
-    with pytest.raises(infer.Mistake, match=line) as caught:
-        infer.read_settings(config)
+    with pytest.raises(Mistake, match=line) as caught:
+        read_settings(config)
     assert "mine.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -264,8 +278,8 @@ def test_wrong_values_are_named(tmp_path, values, line):
 def test_a_config_that_is_no_json_object(tmp_path, text):
     config = tmp_path / "mine.json"
     config.write_text(text, encoding="latin-1")
-    with pytest.raises(infer.Mistake, match=r"mine\.json: (not JSON|must be)"):
-        infer.read_settings(config)
+    with pytest.raises(Mistake, match=r"mine\.json: (not JSON|must be)"):
+        read_settings(config)
 
 
 # ---------------------------------------------------------------- the command line
@@ -295,16 +309,14 @@ def test_wav_and_tokens(tmp_path, ids, codec):
     assert "12 frames" in printed
     heard, rate = soundfile.read(tmp_path / "heard.wav", dtype="float32")
     assert (len(heard), rate) == (12 * 2048, 24_000)
-    codes = infer.encode(codec, [infer.read_audio(recording)[0]])[0]
-    assert abs(infer.decode(codec, codes) - heard).max() < 1e-3  # 16-bit wav
+    codes = encode(codec, [read_audio(recording)[0]])[0]
+    assert abs(orpheus.codec.decode(codec, codes) - heard).max() < 1e-3  # 16-bit wav
 
-    speech = [ids.sos, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    speech = [ids.sos, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
     names = "".join(f"<custom_token_{n - ids.audio + 10}>" for n in speech[1:-2])
     for n, text in enumerate([json.dumps(speech), " ".join(map(str, speech)), names]):
         (tmp_path / "ids").write_text(text)
-        read = infer.read_tokens(
-            tmp_path / "ids", infer.load_tokenizer("data/demo/base"), codec.codebook_size
-        )
+        read = read_tokens(tmp_path / "ids", load_tokenizer("data/demo/base"), codec.codebook_size)
         assert (read == codes).all(), n
     code, _, errors = script(
         "infer.py", "--tokens", tmp_path / "ids", *words, "--out", tmp_path / "ids.wav"
@@ -356,7 +368,7 @@ def test_every_whole_frame_of_unconstrained_ids_is_decoded(ids):
     random = np.random.default_rng(0)
     for _ in range(200):
         codes = random.integers(0, ids.codebook_size, (random.integers(0, 9), 7))
-        speech = infer.codes_to_ids(codes, ids).tolist()
+        speech = codes_to_ids(codes, ids).tolist()
         for _ in range(random.integers(0, 4)):
             at = int(random.integers(0, len(speech) + 1))
             kind = random.integers(0, 3)
@@ -365,7 +377,7 @@ def test_every_whole_frame_of_unconstrained_ids_is_decoded(ids):
             else:
                 foreign = int(random.integers(0, ids.audio + 8 * ids.codebook_size))
                 speech.insert(at, speech[at - 1] if kind == 1 and speech else foreign)
-        found, left_out = infer.whole_frames(np.array(speech, dtype=np.int64), ids)
+        found, left_out = whole_frames(np.array(speech, dtype=np.int64), ids)
         frames, expected = frames_one_by_one(speech, ids)
         assert found.tolist() == frames and left_out.tolist() == expected
 
@@ -377,7 +389,7 @@ def test_a_broken_frame_as_orpheus_writes_it(tmp_path, capsys):
     numbers = [4, 5, 1, *whole[0], *broken, *whole[1], *whole[2], *whole[0][:3], 2, 6, 3]
     path = tmp_path / "orpheus.txt"
     path.write_text("".join(f"<custom_token_{n}>" for n in numbers))
-    codes = infer.read_tokens(path)
+    codes = read_tokens(path)
     assert codes.tolist() == [[7 * n + slot for slot in range(7)] for n in range(3)]
     assert "left out 5 ids that belong to no whole frame, at 10, 11, 26, 27, 28" in (
         capsys.readouterr().out
@@ -389,15 +401,15 @@ def test_ids_after_an_end_token_and_garbage(tmp_path, capsys):
     frame = [10 + 4096 * slot for slot in range(7)]
     path = tmp_path / "ids.txt"
     path.write_text("".join(f"<custom_token_{n}>" for n in [4, 5, 1, *frame, 2, 6, 3] * 2))
-    assert infer.read_tokens(path).tolist() == [[0] * 7] * 2
+    assert read_tokens(path).tolist() == [[0] * 7] * 2
     assert capsys.readouterr().out == ""
     ids = [n + 128_256 for n in frame]
     path.write_text(json.dumps([128_000, 9906, 128_257, *ids, -100, 10**30, *ids, 128_258]))
-    assert infer.read_tokens(path).tolist() == [[0] * 7] * 2
+    assert read_tokens(path).tolist() == [[0] * 7] * 2
     assert "left out 2 ids that belong to no whole frame, at 10, 11\n" in capsys.readouterr().out
     path.write_text("<custom_token_99999999999>" * 7)
-    with pytest.raises(infer.Mistake, match="no whole frame"):
-        infer.read_tokens(path)
+    with pytest.raises(Mistake, match="no whole frame"):
+        read_tokens(path)
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
@@ -406,8 +418,8 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with (
-            pytest.raises(infer.Mistake, match=r"a\.wav: cannot be written: the disk may be full"),
-            infer.audio_file(tmp_path / "a.wav") as write,
+            pytest.raises(Mistake, match=r"a\.wav: cannot be written: the disk may be full"),
+            audio_file(tmp_path / "a.wav") as write,
         ):
             for _ in range(10):
                 write(np.zeros(24_000, "f4"))

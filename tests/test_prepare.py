@@ -17,11 +17,19 @@ import torch
 from conftest import DEMO, ROOT, one_line, script
 
 import infer
+import orpheus.codec
 from data import prepare
+from orpheus.batching import count_packed
+from orpheus.clips import read_clips
+from orpheus.doctor import FINDINGS
+from orpheus.encoding import measure_clip, trim
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.settings import Mistake, read_settings
+from orpheus.tokens import FRAME_SAMPLES, codes_to_ids, ids_to_codes, prompt_ids
 
 
 def settings(folder, **overrides):
-    return infer.read_settings(
+    return read_settings(
         "data/demo/config.json",
         {"dataset": str(folder), "cache_dir": "null", **{k: str(v) for k, v in overrides.items()}},
     )
@@ -43,21 +51,21 @@ def folder_of(path, rows, header=("file_name", "text", "speaker")):
 
 def rows_of(folder, tokenizer, **overrides):
     chosen = settings(folder, **overrides)
-    return prepare.make_rows(prepare.read_clips(chosen), chosen, tokenizer)
+    return prepare.make_rows(read_clips(chosen), chosen, tokenizer)
 
 
 def test_every_row_starts_with_the_prompt_that_infer_builds(tokenizer, codec, ids):
     rows, report = rows_of("data/numbers", tokenizer, limit=20)
-    clips = prepare.read_clips(settings("data/numbers", limit=20)).each
+    clips = read_clips(settings("data/numbers", limit=20)).each
     assert len(rows) == len(report.measures) == 20 and report.voices == {"slt": 20}
     for row, clip in zip(rows, clips, strict=True):
-        prompt = infer.prompt_ids(tokenizer, ids, clip.text, clip.voice)
-        audio = prepare.measure(clip.audio, settings("data/numbers"))[0]
-        n, frames = len(prompt), -(-len(audio) // infer.FRAME_SAMPLES)
+        prompt = prompt_ids(tokenizer, ids, clip.text, clip.voice)
+        audio = measure_clip(clip.audio, settings("data/numbers"))[0]
+        n, frames = len(prompt), -(-len(audio) // FRAME_SAMPLES)
         assert row["input_ids"][:n].tolist() == prompt
         assert row["input_ids"][n + 7 * frames :].tolist() == [ids.eos, ids.eoa]
-        codes = infer.ids_to_codes(row["input_ids"][n : n + 7 * frames], ids)
-        assert (codes == infer.encode(codec, [audio])[0]).all()
+        codes = ids_to_codes(row["input_ids"][n : n + 7 * frames], ids)
+        assert (codes == orpheus.codec.encode(codec, [audio])[0]).all()
         assert (row["labels"][:n] == -100).all()
         assert (row["labels"][n:] == row["input_ids"][n:]).all()
 
@@ -149,7 +157,7 @@ def test_forms_with_voices(form, tmp_path, tokenizer, ids):
     rows, report = rows_of(tmp_path / "set", tokenizer)
     assert report.left_out == [] and report.voices == {"x": 1, "y": 1}
     for row, (text, voice) in zip(rows, (("one", "x"), ('two, "three" four', "y")), strict=True):
-        prompt = infer.prompt_ids(tokenizer, ids, text, voice)
+        prompt = prompt_ids(tokenizer, ids, text, voice)
         assert row["input_ids"][: len(prompt)].tolist() == prompt
     assert len(rows_of(tmp_path / "set", tokenizer, limit=1)[0]) == 1
 
@@ -187,7 +195,7 @@ def test_forms_of_one_voice(form, tmp_path, tokenizer, ids):
     rows, report = rows_of(dataset, tokenizer)
     assert report.left_out == [] and report.voices == {}
     for row, text in zip(rows, ('number "one', "two"), strict=True):
-        prompt = infer.prompt_ids(tokenizer, ids, text)
+        prompt = prompt_ids(tokenizer, ids, text)
         assert row["input_ids"][: len(prompt)].tolist() == prompt
 
 
@@ -221,15 +229,15 @@ def test_columns_can_be_named(tmp_path, tokenizer):
     names = {"audio_column": "sound", "text_column": "spoken", "voice_column": "who"}
     rows, report = rows_of(tmp_path, tokenizer, **names)
     assert [row["text"] for row in rows] == ["one", "two"] and report.voices == {"x": 1, "y": 1}
-    with pytest.raises(infer.Mistake, match="no column spoke; there are: sound, spoken, text, who"):
+    with pytest.raises(Mistake, match="no column spoke; there are: sound, spoken, text, who"):
         rows_of(tmp_path, tokenizer, **names | {"text_column": "spoke"})
 
 
 def test_rows_tokenised_elsewhere(tmp_path, tokenizer, ids):
     """input_ids with and without labels, codes as frames and as SNAC's levels; faults by place."""
     codes = np.random.default_rng(0).integers(0, ids.codebook_size, (3, 7))
-    prompt = infer.prompt_ids(tokenizer, ids, "one", "x")
-    whole = [*prompt, *infer.codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    prompt = prompt_ids(tokenizer, ids, "one", "x")
+    whole = [*prompt, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
     labels = [-100] * len(prompt) + whole[len(prompt) :]
     levels = [codes[:, [0]].ravel(), codes[:, [1, 4]].ravel(), codes[:, [2, 3, 5, 6]].ravel()]
     swapped = [*whole]
@@ -378,8 +386,8 @@ def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
             if not (folder / name).is_file()
             else folder / name
         )
-        audio, _ = prepare.measure(path, chosen)
-        codes = infer.codes_to_ids(infer.encode(codec, [audio])[0], ids)
+        audio, _ = measure_clip(path, chosen)
+        codes = codes_to_ids(orpheus.codec.encode(codec, [audio])[0], ids)
         assert (row["input_ids"][-2 - len(codes) : -2] == codes).all(), name
 
 
@@ -402,7 +410,7 @@ def test_tables_that_are_no_tables(tmp_path, tokenizer):
         folder = tmp_path / str(n)
         folder.mkdir()
         (folder / name).write_bytes(data)
-        with pytest.raises(infer.Mistake, match=line) as told:
+        with pytest.raises(Mistake, match=line) as told:
             rows_of(folder, tokenizer)
         assert "\n" not in str(told.value)
 
@@ -419,7 +427,7 @@ def test_a_file_without_permission(tmp_path, tokenizer):
 def test_absolute_paths_on_request(tmp_path, tokenizer):
     two_clips(tmp_path / "sounds")
     folder_of(tmp_path / "set", [(str(tmp_path / "sounds/a.wav"), "one", "x")])
-    with pytest.raises(infer.Mistake, match="outside the dataset's folder"):
+    with pytest.raises(Mistake, match="outside the dataset's folder"):
         rows_of(tmp_path / "set", tokenizer)
     assert len(rows_of(tmp_path / "set", tokenizer, absolute_paths="true")[0]) == 1
 
@@ -464,7 +472,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
         name: [rows[int(re.search(r"row (\d+):", clip)[1]) - 2][0][:-4] for clip in clips]
         for name, clips in report.findings.items()
     }
-    assert set(named) == set(prepare.FINDINGS)
+    assert set(named) == set(FINDINGS)
     assert named["narrow"] == ["narrower", "narrow"]  # the worst comes first
     for name, clips in named.items():
         assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
@@ -472,7 +480,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
         assert not sound, (name, sound)
     _, report = rows_of(tmp_path, tokenizer, max_length=4000, leave_out='["pace", "long"]')
     assert len(report.measures) == len(rows) - len(set(named["pace"]) | set(named["long"]))
-    with pytest.raises(infer.Mistake, match=r"no finding is named 'pase'; there are .*, pace,"):
+    with pytest.raises(Mistake, match=r"no finding is named 'pase'; there are .*, pace,"):
         rows_of(tmp_path, tokenizer, leave_out='["pase"]')
 
 
@@ -481,9 +489,9 @@ def test_trimming_keeps_a_short_tail():
     speech = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
     hiss = np.random.default_rng(1).normal(0, 0.0003, 24_000).astype(np.float32)
     audio = np.concatenate([hiss, speech, hiss])
-    assert abs(len(prepare.trim(audio, chosen)) - 1.2 * 24_000) <= 480
+    assert abs(len(trim(audio, chosen)) - 1.2 * 24_000) <= 480
     chosen.keep_silence = None
-    assert len(prepare.trim(audio, chosen)) == 72_000
+    assert len(trim(audio, chosen)) == 72_000
 
 
 @pytest.fixture
@@ -574,18 +582,18 @@ def test_a_torn_file_in_the_cache_is_made_anew(tmp_path, tokenizer):
 def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch):
     two_clips(tmp_path, [f"{n}.wav" for n in range(10)])
     folder_of(tmp_path, [(f"{n}.wav", f"text {n}", "x") for n in range(10)])
-    encode, eighth = infer.encode, soundfile.read(tmp_path / "8.wav", dtype="float32")[0]
+    encode, eighth = orpheus.codec.encode, soundfile.read(tmp_path / "8.wav", dtype="float32")[0]
 
     def killed(codec, clips):
         if np.array_equal(clips[0], eighth):
             raise KeyboardInterrupt
         return encode(codec, clips)
 
-    monkeypatch.setattr(infer, "encode", killed)
+    monkeypatch.setattr(orpheus.encoding, "encode", killed)
     cache = {"cache_dir": tmp_path / "cache", "keep_silence": "null"}
     with pytest.raises(KeyboardInterrupt):
         rows_of(tmp_path, tokenizer, **cache)
-    monkeypatch.setattr(infer, "encode", encode)
+    monkeypatch.setattr(orpheus.encoding, "encode", encode)
     rows, report = rows_of(tmp_path, tokenizer, **cache)
     assert report.cached == 8 and len(rows) == 10
     assert same(rows, rows_of(tmp_path, tokenizer, keep_silence="null")[0])
@@ -613,13 +621,13 @@ def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
 
 def test_the_doctor_leaves_a_run_its_report(tmp_path, monkeypatch):
     """Which names the voices that the run was trained on."""
-    (tmp_path / infer.SAVED_CONFIG).write_text("{}")
-    (tmp_path / infer.SAVED_REPORT).write_text("the run's")
+    (tmp_path / SAVED_CONFIG).write_text("{}")
+    (tmp_path / SAVED_REPORT).write_text("the run's")
     words = [*DEMO, "--limit", "2", "--cache_dir", "null", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     prepare.main()
-    assert (tmp_path / infer.SAVED_REPORT).read_text() == "the run's"
-    assert json.loads((tmp_path / "doctor" / infer.SAVED_REPORT).read_text())["rows"] == 2
+    assert (tmp_path / SAVED_REPORT).read_text() == "the run's"
+    assert json.loads((tmp_path / "doctor" / SAVED_REPORT).read_text())["rows"] == 2
 
 
 def test_packed_rows_are_counted_as_trl_packs_them():
@@ -629,7 +637,7 @@ def test_packed_rows_are_counted_as_trl_packs_them():
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(20, 1024, 300).tolist()
         table = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
-        assert prepare.count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
+        assert count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
 
 
 def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
@@ -639,7 +647,7 @@ def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
     rows, report = rows_of(tmp_path, tokenizer, max_length=100)
     assert len(rows) == 1 and report.voices == {"me": 1}
     assert report.dropped == ["metadata.csv row 3: 180 tokens, 2.0 s"]
-    with pytest.raises(infer.Mistake, match="no rows left of 2 clips"):
+    with pytest.raises(Mistake, match="no rows left of 2 clips"):
         rows_of(tmp_path, tokenizer, max_length=40)
 
 

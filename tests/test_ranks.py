@@ -8,7 +8,8 @@ import pytest
 from conftest import DEMO, script
 
 import finetune
-import infer
+from orpheus.models import is_adapter
+from orpheus.settings import Mistake, read_settings
 
 WORDS = [*DEMO, "--limit", "16", "--held_out", "0.2", "--max_steps", "3", "--logging_steps", "1"]
 WORDS += ["--sample_texts", '["one"]', "--max_seconds", "0.5", "--save_steps", "3"]
@@ -37,7 +38,7 @@ def test_two_ranks_learn_what_one_does(backend, tmp_path):
     assert code == 0, errors
     assert printed.count("adapter  ") == printed.count("data    ") == 1  # one rank speaks
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert infer.is_adapter(tmp_path / "two")
+    assert is_adapter(tmp_path / "two")
     checks = [(tmp_path / name / "checks.csv").read_text() for name in ("one", "two")]
     assert checks[0].split("\n")[0] == checks[1].split("\n")[0]
 
@@ -45,9 +46,9 @@ def test_two_ranks_learn_what_one_does(backend, tmp_path):
 def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it(monkeypatch):
     layers = '{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
     words = {"fsdp": "full_shard", "fsdp_config": layers}
-    settings = infer.read_settings("data/demo/config.json", words)
+    settings = read_settings("data/demo/config.json", words)
     arguments, _ = finetune.trainer_arguments(settings)
     assert arguments.fsdp and "LlamaDecoderLayer" in str(arguments.fsdp_config)
-    with pytest.raises(infer.Mistake, match='fsdp needs backend "transformers"'):
+    with pytest.raises(Mistake, match='fsdp needs backend "transformers"'):
         finetune.check_remedies(settings, arguments)
     assert "unsloth" not in sys.modules

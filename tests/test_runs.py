@@ -13,7 +13,28 @@ from conftest import DEMO, ROOT, one_line
 from test_finetune import run_here, settings_of
 
 import finetune
-import infer
+import orpheus.audio
+import orpheus.runs
+from orpheus.audio import whole_file, write_text
+from orpheus.merge import merge
+from orpheus.models import is_adapter, is_model
+from orpheus.runs import (
+    MANIFEST,
+    PREVIOUS,
+    SAVED_CONFIG,
+    check_output,
+    check_place,
+    disk_watched,
+    last_checkpoint,
+    output_lock,
+    owned_files,
+    read_run,
+    record_files,
+    set_aside,
+    settle_previous,
+)
+from orpheus.settings import Mistake, read_settings
+from orpheus.trainer import stopping_on_signals, write_unbuffered
 
 KEYS = {"save_steps": "1", "report_to": "none", "sample_steps": "3"}
 
@@ -56,12 +77,12 @@ def run_copy(run_folder, tmp_path):
 )
 def test_a_damaged_checkpoint_is_passed_over(name, content, run_copy, capsys):
     newest, before = sorted(run_copy.glob("checkpoint-*"), reverse=True)[:2]
-    assert finetune.last_checkpoint(run_copy) == newest
+    assert last_checkpoint(run_copy) == newest
     if content is None:
         (newest / name).unlink()
     else:
         (newest / name).write_bytes(content)
-    assert finetune.last_checkpoint(run_copy) == before
+    assert last_checkpoint(run_copy) == before
     assert f"{newest} is incomplete or damaged: passed over" in capsys.readouterr().out
 
 
@@ -77,7 +98,7 @@ def add_mine(out: Path) -> None:
 
 
 def test_the_manifest_lists_all_that_a_run_leaves(run_folder):
-    names = json.loads((run_folder / finetune.MANIFEST).read_text())["files"]
+    names = json.loads((run_folder / MANIFEST).read_text())["files"]
     for path in contents(run_folder):
         assert any(path == name or path.startswith(name + "/") for name in names), path
     assert not list(run_folder.glob(".*"))
@@ -86,17 +107,17 @@ def test_the_manifest_lists_all_that_a_run_leaves(run_folder):
 def test_checkpoints_at_an_epochs_end_are_listed(tmp_path, monkeypatch):
     keys = {"max_steps": "-1", "num_train_epochs": "1", "report_to": "none"}
     run_here(monkeypatch, tmp_path, limit="4", save_strategy="epoch", **keys)
-    assert tmp_path / "checkpoint-2" in finetune.owned_files(tmp_path)
+    assert tmp_path / "checkpoint-2" in owned_files(tmp_path)
 
 
-@pytest.mark.parametrize("error", [infer.Mistake("a"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("error", [Mistake("a"), KeyboardInterrupt(), SystemExit(1)])
 def test_a_run_that_fails_gives_the_replaced_one_back(error, run_copy, monkeypatch, capsys):
     add_mine(run_copy)
     before = contents(run_copy)
 
     def fail(trainer, *_):
-        assert not infer.is_model(run_copy)
-        assert (run_copy / infer.SAVED_CONFIG).is_file()
+        assert not is_model(run_copy)
+        assert (run_copy / SAVED_CONFIG).is_file()
         (run_copy / "samples/later.wav").parent.mkdir(exist_ok=True)
         raise error
 
@@ -118,9 +139,9 @@ def test_a_new_run_replaces_the_old_and_nothing_else(run_copy, monkeypatch):
     add_mine(run_copy)
     (run_copy / "README.md").unlink()
     (run_copy / "README.md").write_text("mine")
-    names = json.loads((run_copy / finetune.MANIFEST).read_text())["files"]
+    names = json.loads((run_copy / MANIFEST).read_text())["files"]
     listed = json.dumps({"files": [name for name in names if name != "README.md"]})
-    (run_copy / finetune.MANIFEST).write_text(listed)
+    (run_copy / MANIFEST).write_text(listed)
     keys = KEYS | {"save_steps": "2", "max_steps": "2", "sample_steps": "9"}
     run_here(monkeypatch, run_copy, overwrite="true", **keys)
     found = contents(run_copy)
@@ -135,7 +156,7 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
     save = finetune.save_model
 
     def look(trainer, tokenizer, out):
-        assert not (out / finetune.PREVIOUS).exists() and (out / "checkpoint-1").is_dir()
+        assert not (out / PREVIOUS).exists() and (out / "checkpoint-1").is_dir()
         save(trainer, tokenizer, out)
 
     monkeypatch.setattr(finetune, "save_model", look)
@@ -144,11 +165,11 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
 
 def test_a_run_from_before_the_manifest_goes_by_its_known_names(run_copy):
     add_mine(run_copy)
-    (run_copy / finetune.MANIFEST).unlink()
-    owned = {str(path.relative_to(run_copy)) for path in finetune.owned_files(run_copy)}
+    (run_copy / MANIFEST).unlink()
+    owned = {str(path.relative_to(run_copy)) for path in owned_files(run_copy)}
     assert {"checkpoint-3", "samples/step-000003", "adapter_model.safetensors"} <= owned
     assert any(name.startswith("runs/") for name in owned)
-    finetune.set_aside(run_copy)
+    set_aside(run_copy)
     assert set(contents(run_copy)) >= set(MINE)
     left = {name for name in contents(run_copy) if not name.startswith(".previous_run/")}
     assert left == {*MINE, "README.md"}
@@ -168,49 +189,49 @@ def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", fail)
-        finetune.set_aside(run_copy)
+        set_aside(run_copy)
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         calls.clear()
         moved //= 2
         patch.setattr(os, "replace", fail)
-        finetune.settle_previous(run_copy)
-    finetune.settle_previous(run_copy)
+        settle_previous(run_copy)
+    settle_previous(run_copy)
     assert contents(run_copy) == before
 
 
 def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
     before = contents(run_copy)
-    finetune.set_aside(run_copy)
-    finetune.record_files(run_copy, infer.SAVED_CONFIG, "checkpoint-1")
-    (run_copy / infer.SAVED_CONFIG).write_text("{}")
+    set_aside(run_copy)
+    record_files(run_copy, SAVED_CONFIG, "checkpoint-1")
+    (run_copy / SAVED_CONFIG).write_text("{}")
     (run_copy / "checkpoint-1").mkdir()  # torn
-    finetune.check_output(settings_of(output_dir=str(run_copy), overwrite="true"))
+    check_output(settings_of(output_dir=str(run_copy), overwrite="true"))
     assert contents(run_copy) == before
     with pytest.raises(SystemExit):  # finished: nothing to resume
-        finetune.check_output(settings_of(output_dir=str(run_copy), resume="true"))
+        check_output(settings_of(output_dir=str(run_copy), resume="true"))
 
 
 def test_speaking_says_how_to_get_the_replaced_run_back(run_copy):
-    finetune.set_aside(run_copy)
+    set_aside(run_copy)
     for words in ({"model": str(run_copy)}, {"model": None, "config": run_copy / "mine.json"}):
         (run_copy / "mine.json").write_text(json.dumps({"output_dir": str(run_copy)}))
-        with pytest.raises(infer.Mistake, match="--resume puts the earlier one back"):
-            infer.read_run(overrides={}, **words)
+        with pytest.raises(Mistake, match="--resume puts the earlier one back"):
+            read_run(overrides={}, **words)
 
 
 def test_a_file_in_the_place_of_the_adapters_part_costs_nothing(tmp_path, monkeypatch):
     (tmp_path / ".adapter.part").write_text("left behind")
     run_here(monkeypatch, tmp_path, limit="2", max_steps="1", **KEYS)
-    assert infer.is_adapter(tmp_path) and not (tmp_path / ".adapter.part").exists()
+    assert is_adapter(tmp_path) and not (tmp_path / ".adapter.part").exists()
 
 
 def test_a_killed_run_with_a_checkpoint_is_kept(run_copy):
-    finetune.set_aside(run_copy)
-    os.rename(run_copy / finetune.PREVIOUS / "checkpoint-3", run_copy / "checkpoint-3")
-    finetune.record_files(run_copy, "checkpoint-3")
+    set_aside(run_copy)
+    os.rename(run_copy / PREVIOUS / "checkpoint-3", run_copy / "checkpoint-3")
+    record_files(run_copy, "checkpoint-3")
     settings = settings_of(output_dir=str(run_copy), resume="true")
-    assert finetune.check_output(settings) == run_copy / "checkpoint-3"
-    assert not (run_copy / finetune.PREVIOUS).exists()
+    assert check_output(settings) == run_copy / "checkpoint-3"
+    assert not (run_copy / PREVIOUS).exists()
 
 
 BAD_MANIFESTS = ["[]", "{", "{}", '{"files": 1}', '{"files": [1]}', '{"files": [""]}']
@@ -219,9 +240,9 @@ BAD_MANIFESTS += ['{"files": ["../x"]}', '{"files": ["a/../../x"]}', '{"files": 
 
 @pytest.mark.parametrize("text", BAD_MANIFESTS)
 def test_a_manifest_of_another_shape_is_refused(text, tmp_path):
-    (tmp_path / finetune.MANIFEST).write_text(text)
-    with pytest.raises(infer.Mistake, match=finetune.MANIFEST):
-        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(Mistake, match=MANIFEST):
+        check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
 
 
 # ---------------------------------------------------------------- the user's files
@@ -234,16 +255,16 @@ def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(infer.Mistake, match=rf"{name}: finetune.py did not .* --output_dir"):
-        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite=overwrite))
+    with pytest.raises(Mistake, match=rf"{name}: finetune.py did not .* --output_dir"):
+        check_output(settings_of(output_dir=str(tmp_path), overwrite=overwrite))
     assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["samples", "runs"])
 def test_a_file_in_the_place_of_a_folder_is_refused(name, tmp_path):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(infer.Mistake, match=f"{name} is a file"):
-        finetune.check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
+    with pytest.raises(Mistake, match=f"{name} is a file"):
+        check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
 
 
 def test_a_users_readme_is_kept_and_ours_is_a_model_card(run_folder, tmp_path, capsys):
@@ -278,12 +299,12 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
     paths = {name: str(ROOT / f"data/demo/{name}") for name in ("base", "codec")}
     for out, dataset, told in cases:
         keys = {"model": paths["base"], "codec": paths["codec"]}
-        settings = infer.read_settings(None, keys | {"output_dir": out, "dataset": dataset})
-        with pytest.raises(infer.Mistake, match=told), finetune.output_lock(settings):
+        settings = read_settings(None, keys | {"output_dir": out, "dataset": dataset})
+        with pytest.raises(Mistake, match=told), output_lock(settings):
             pytest.fail("a run began")
     inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
-    settings = infer.read_settings(None, inside)
-    finetune.check_place(settings)
+    settings = read_settings(None, inside)
+    check_place(settings)
     assert sorted(p.name for p in (tmp_path / "voices/anna").iterdir()) == ["metadata.csv"]
 
 
@@ -294,7 +315,7 @@ def test_an_impossible_output_dir_is_one_line(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(infer.Mistake) as caught, finetune.output_lock(settings):
+    with pytest.raises(Mistake) as caught, output_lock(settings):
         pytest.fail("a run began")
     assert "\n" not in str(caught.value)
 
@@ -304,35 +325,35 @@ def test_an_impossible_output_dir_is_one_line(out, tmp_path, monkeypatch):
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     settings = settings_of(output_dir=str(tmp_path / "out"))
-    with finetune.output_lock(settings):
+    with output_lock(settings):
         line = one_line(finetune.main, monkeypatch, *DEMO, "--output_dir", tmp_path / "out")
         assert f"another run (process {os.getpid()}) is writing to" in line
-        assert finetune.check_output(settings) is None
+        assert check_output(settings) is None
     assert not list((tmp_path / "out").iterdir())
     (tmp_path / "out/.finetune.lock").write_text("123")  # as a killed run leaves it
-    with finetune.output_lock(settings):
+    with output_lock(settings):
         pass
 
 
 def test_only_the_first_rank_locks(tmp_path, monkeypatch):
     settings = settings_of(output_dir=str(tmp_path / "out"))
-    with finetune.output_lock(settings):
-        monkeypatch.setattr(finetune, "RANK", 1)
-        with finetune.output_lock(settings):
-            assert finetune.check_output(settings) is None
+    with output_lock(settings):
+        monkeypatch.setattr(orpheus.runs, "RANK", 1)
+        with output_lock(settings):
+            assert check_output(settings) is None
 
 
 def test_a_part_that_a_kill_left_is_taken_up(tmp_path):
     path = tmp_path / "a.wav"
     (tmp_path / ".a.wav.part").write_text("torn and much longer")
-    infer.write_text(path, "whole")
+    write_text(path, "whole")
     assert contents(tmp_path) == {"a.wav": b"whole"}
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), infer.whole_file(path) as part:
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"a.txt": b"old"}
@@ -357,14 +378,14 @@ def test_several_processes_write_one_file(tmp_path):
 
 def write_often(path, letter):
     for _ in range(200):
-        infer.write_text(path, letter * 50_000)
+        write_text(path, letter * 50_000)
 
 
 def test_a_part_in_use_is_not_touched(tmp_path):
     path = tmp_path / "a.txt"
     with (tmp_path / ".a.txt.part").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        infer.write_text(path, "ours")
+        write_text(path, "ours")
         assert (tmp_path / ".a.txt.part").exists()
     assert path.read_text() == "ours"
 
@@ -395,13 +416,13 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
     assert command.startswith(f"go on with: {finetune.python_command()} finetune.py --config")
     assert command.endswith(" --resume")
     run_here(monkeypatch, tmp_path, max_steps="3", report_to="none", resume="true")
-    assert infer.is_adapter(tmp_path)
+    assert is_adapter(tmp_path)
 
 
 def test_nohup_stays_in_force():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with finetune.stopping_on_signals(stop := {}):
+        with stopping_on_signals(stop := {}):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -414,7 +435,7 @@ def test_a_closed_terminal_does_not_stop_the_saving():
     os.close(ours)
     with pytest.raises(OSError):
         os.write(theirs, b"a")
-    finetune.write_unbuffered(theirs, "a")
+    write_unbuffered(theirs, "a")
     assert os.write(theirs, b"a") == 1
     os.close(theirs)
 
@@ -454,10 +475,10 @@ def test_a_full_disk_in_a_merge_leaves_nothing(run_folder, tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(infer, "write_text", full)
-    run = infer.read_run(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
-    with pytest.raises(infer.Mistake, match="merged: cannot be written: No space left"):
-        infer.merge(run, "slt", tmp_path / "merged")
+    monkeypatch.setattr(orpheus.merge, "write_text", full)
+    run = read_run(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
+    with pytest.raises(Mistake, match="merged: cannot be written: No space left"):
+        merge(run, "slt", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
@@ -478,8 +499,8 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
 
     Trainer.model = Saver()
     with (
-        pytest.raises(infer.Mistake, match="disk is full"),
-        finetune.disk_watched(tmp_path, lambda: "the adapter"),
+        pytest.raises(Mistake, match="disk is full"),
+        disk_watched(tmp_path, lambda: "the adapter"),
     ):
         finetune.save_model(Trainer, Saver(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,15 @@ from conftest import DEMO, ROOT, one_line, script
 
 import finetune
 import infer
+import orpheus.page
+import orpheus.settings
 from data import prepare
+from orpheus.generation import parts_of, split_text
+from orpheus.models import fetch
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, read_run
+from orpheus.settings import TRAINER_TYPES, Mistake, parsed, read_settings
+from orpheus.tokens import TOKEN_NAMES, read_speech_ids
+from orpheus.trainer import check_schedule
 
 BAD = {
     "temperature": ["-1", "inf", "nan", "1e-300", "1e300"],
@@ -66,16 +74,16 @@ BAD = {
 def test_a_value_out_of_bounds_is_named(name, tmp_path):
     """From the command line and, where JSON can say it, from a config."""
     for text in BAD[name]:
-        with pytest.raises(infer.Mistake, match=f"^command line: {name}") as caught:
-            infer.read_settings(None, {name: text})
+        with pytest.raises(Mistake, match=f"^command line: {name}") as caught:
+            read_settings(None, {name: text})
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-        given = infer.parsed(text)
+        given = parsed(text)
         if given is None or text.startswith("[[") or len(text) > 1000:
             continue
         config = tmp_path / "mine.json"
         config.write_text(json.dumps({name: given}))
-        with pytest.raises(infer.Mistake, match=rf"mine\.json: {name}"):
-            infer.read_settings(config)
+        with pytest.raises(Mistake, match=rf"mine\.json: {name}"):
+            read_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_a_value_out_of_bounds_is_named(name, tmp_path):
     ],
 )
 def test_a_value_within_bounds(name, text, value):
-    found = getattr(infer.read_settings(None, {name: text}), name)
+    found = getattr(read_settings(None, {name: text}), name)
     assert found == value and isinstance(found, bool) == isinstance(value, bool)
 
 
@@ -102,20 +110,20 @@ def test_bounds_are_of_keys_that_exist():
     from trl import SFTConfig
 
     known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert set(infer.TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
+    assert set(TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
     assert not set(finetune.WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
 
 
 def test_every_other_number_of_the_trainer_is_finite():
-    settings = infer.read_settings(None, {"router_aux_loss_coef": "nan"})
-    with pytest.raises(infer.Mistake, match=r"router_aux_loss_coef is .* finite"):
+    settings = read_settings(None, {"router_aux_loss_coef": "nan"})
+    with pytest.raises(Mistake, match=r"router_aux_loss_coef is .* finite"):
         finetune.trainer_arguments(settings)
 
 
 @pytest.mark.parametrize("name", finetune.WITHOUT_EFFECT)
 def test_trainer_keys_without_effect_are_refused(name):
-    settings = infer.read_settings("data/demo/config.json", {name: "1"})
-    with pytest.raises(infer.Mistake, match=f"^command line: {name} has no effect, leave it out: "):
+    settings = read_settings("data/demo/config.json", {name: "1"})
+    with pytest.raises(Mistake, match=f"^command line: {name} has no effect, leave it out: "):
         finetune.trainer_arguments(settings)
 
 
@@ -124,8 +132,8 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
     from transformers import integrations
 
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: [])
-    settings = infer.read_settings("data/demo/config.json", {"report_to": name})
-    with pytest.raises(infer.Mistake, match=f"report_to {name} needs its package: pip install"):
+    settings = read_settings("data/demo/config.json", {"report_to": name})
+    with pytest.raises(Mistake, match=f"report_to {name} needs its package: pip install"):
         finetune.trainer_arguments(settings)
 
 
@@ -152,30 +160,28 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
     monkeypatch.setattr(finetune, "find_spec", lambda name: None)
     keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
-    with pytest.raises(infer.Mistake, match=line):
-        settings = infer.read_settings("data/demo/config.json", keys)
+    with pytest.raises(Mistake, match=line):
+        settings = read_settings("data/demo/config.json", keys)
         finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
 
 
 def test_a_schedule_without_a_step_to_decay_over():
     keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
-    settings = infer.read_settings("data/demo/config.json", keys)
+    settings = read_settings("data/demo/config.json", keys)
     arguments = finetune.trainer_arguments(settings)[0]
-    with pytest.raises(infer.Mistake, match="polynomial, over 1 steps of which 1 warm up"):
+    with pytest.raises(Mistake, match="polynomial, over 1 steps of which 1 warm up"):
         finetune.check_optimizer(arguments)
-    finetune.check_schedule(arguments, 2)
+    check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
-    with pytest.raises(infer.Mistake, match="report_to papertape: give one of none, "):
+    with pytest.raises(Mistake, match="report_to papertape: give one of none, "):
         finetune.check_reports(["papertape"])
 
 
 def test_packing_is_not_told_as_a_change(capsys):
     keys = {"batching": "pack", "backend": "transformers"}
-    arguments, asked = finetune.trainer_arguments(
-        infer.read_settings("data/demo/config.json", keys)
-    )
+    arguments, asked = finetune.trainer_arguments(read_settings("data/demo/config.json", keys))
     arguments.padding_free = True
     finetune.tell_changes(asked, arguments)
     assert capsys.readouterr().out == ""
@@ -204,23 +210,23 @@ def test_packing_is_not_told_as_a_change(capsys):
 )
 def test_a_config_that_cannot_be_used(content, line, tmp_path):
     (tmp_path / "mine.json").write_bytes(content)
-    with pytest.raises(infer.Mistake, match=rf"mine\.json: .*{line}|mine\.json: {line}"):
-        infer.read_settings(tmp_path / "mine.json")
+    with pytest.raises(Mistake, match=rf"mine\.json: .*{line}|mine\.json: {line}"):
+        read_settings(tmp_path / "mine.json")
 
 
 def test_a_config_with_a_byte_order_mark(tmp_path):
     (tmp_path / "mine.json").write_text('{"limit": 5}', encoding="utf-8-sig")
-    assert infer.read_settings(tmp_path / "mine.json").limit == 5
+    assert read_settings(tmp_path / "mine.json").limit == 5
 
 
 def test_a_config_that_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
-        with pytest.raises(infer.Mistake, match="not a regular file"):
-            infer.read_settings(path)
+        with pytest.raises(Mistake, match="not a regular file"):
+            read_settings(path)
     for path in ("no.json", "a\0b", "x" * 300, ""):
-        with pytest.raises(infer.Mistake):
-            infer.read_settings(path)
+        with pytest.raises(Mistake):
+            read_settings(path)
 
 
 def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
@@ -228,13 +234,13 @@ def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
     config = tmp_path / "there/mine.json"
     config.write_text('{"dataset": "clips", "output_dir": "out", "model": "you/anna"}')
     monkeypatch.chdir(tmp_path)
-    settings = infer.read_settings(config)
+    settings = read_settings(config)
     assert settings.dataset == str(tmp_path / "there/clips")
     assert (settings.output_dir, settings.model) == ("out", "you/anna")
-    assert infer.read_settings().dataset == str(ROOT / "data/numbers")
-    assert infer.read_settings(config, {"dataset": "numbers"}).dataset == "numbers"
+    assert read_settings().dataset == str(ROOT / "data/numbers")
+    assert read_settings(config, {"dataset": "numbers"}).dataset == "numbers"
     (tmp_path / "clips").mkdir()
-    assert infer.read_settings(config).dataset == "clips"
+    assert read_settings(config).dataset == "clips"
 
 
 # ---------------------------------------------------------------- command lines
@@ -326,7 +332,7 @@ def test_separators_of_a_table_to_speak(header, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_told_before_speaking(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "load_run", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr(orpheus.page, "load_run", lambda run: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
     words = ["hi", "--model", "data/demo/base", "--codec", "data/demo/codec", "--page"]
     line = one_line(infer.main, monkeypatch, *words, tmp_path / "file/page")
@@ -338,7 +344,7 @@ def test_a_missing_package_is_one_line(capsys):
         import no_such_package  # noqa: F401
 
     with pytest.raises(SystemExit, match="2"):
-        infer.run(main)
+        orpheus.settings.run(main)
     assert capsys.readouterr().err == (
         "error: No module named 'no_such_package'; `make` installs what is needed\n"
     )
@@ -363,11 +369,11 @@ def test_infer_takes_a_config(tmp_path, monkeypatch):
     home = tmp_path / "run"
     home.mkdir()
     shutil.copy("data/demo/base/config.json", home)
-    (home / infer.SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
-    (home / infer.SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
-    settings = infer.read_run(str(home), {"seed": "4"}, config=config).settings
+    (home / SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
+    (home / SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
+    settings = read_run(str(home), {"seed": "4"}, config=config).settings
     assert (settings.temperature, settings.lora_r, settings.top_p) == (0.9, 5, 0.5)
-    assert infer.read_run(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
+    assert read_run(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
     config.write_text('{"temprature": 0.9}')
     line = one_line(infer.main, monkeypatch, "hi", "--config", config)
     assert "mine.json: no key is named 'temprature'" in line
@@ -397,8 +403,8 @@ def test_an_unreachable_hub_names_a_way_out(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(infer.Mistake, match=r"hub cannot be reached .*data/demo/config\.json"):
-        infer.fetch("some/model", ["*"])
+    with pytest.raises(Mistake, match=r"hub cannot be reached .*data/demo/config\.json"):
+        fetch("some/model", ["*"])
 
 
 def test_audio_tokens_out_of_order_are_refused():
@@ -406,22 +412,22 @@ def test_audio_tokens_out_of_order_are_refused():
         name_or_path = "mine"
 
         def get_vocab(self):
-            names = [*infer.TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
+            names = [*TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
             return {name: n for n, name in enumerate(names)}
 
-    with pytest.raises(infer.Mistake, match="mine: its audio tokens are not in order"):
-        infer.read_speech_ids(Tokenizer())
+    with pytest.raises(Mistake, match="mine: its audio tokens are not in order"):
+        read_speech_ids(Tokenizer())
 
 
 def test_sentences_are_split_by_their_language():
     text = "Τι κάνεις; Είμαι καλά."
-    assert len(infer.split_text(text, 12, "el")) == 2
-    settings = infer.read_settings(None, {"language": "el", "max_seconds": "1"})
-    assert infer.parts_of(text, settings)[0] == "Τι κάνεις;"
+    assert len(split_text(text, 12, "el")) == 2
+    settings = read_settings(None, {"language": "el", "max_seconds": "1"})
+    assert parts_of(text, settings)[0] == "Τι κάνεις;"
 
 
 def test_a_closed_pipe_ends_quietly():
-    program = "import infer; infer.run(lambda: [print('x' * 999) for _ in range(999)])"
+    program = "from orpheus.settings import run; run(lambda: [print('x' * 999) for _ in range(99)])"
     command = f"{sys.executable} -c {json.dumps(program)} | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.endswith("\n141\n")

@@ -9,9 +9,16 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-import finetune
-import infer
 from data import prepare
+from orpheus.batching import split_rows
+from orpheus.clips import read_clips
+from orpheus.codec import load_codec
+from orpheus.generation import generate
+from orpheus.models import load_model, load_tokenizer
+from orpheus.runs import SAVED_CONFIG
+from orpheus.settings import read_settings
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, ids_to_codes, read_speech_ids
+from orpheus.trainer import held_out_metrics
 
 sys.path.insert(0, str(ROOT / "data/demo"))
 import make_demo
@@ -33,38 +40,38 @@ def seconds_a_word():
 
 def says_all(folder, voice, settings):
     """Every held-out string ends by itself, at a pace within the corpus's."""
-    model, tokenizer = infer.load_model(str(folder))
-    ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
+    model, tokenizer = load_model(str(folder))
+    ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     least, most = seconds_a_word()
     for text in TEXTS:
-        codes, ended = infer.generate(model, tokenizer, ids, text, settings, voice)
-        pace = len(codes) * infer.FRAME_SAMPLES / infer.SAMPLE_RATE / len(text.split())
+        codes, ended = generate(model, tokenizer, ids, text, settings, voice)
+        pace = len(codes) * FRAME_SAMPLES / SAMPLE_RATE / len(text.split())
         assert ended and least * 0.7 < pace < most * 1.4, (voice, text, ended, pace)
 
 
 @pytest.mark.parametrize("voice", ["rms", "awb", "kal16"])
 def test_the_base_speaks_its_voices(voice):
-    says_all(ROOT / "data/demo/base", voice, infer.read_settings("data/demo/config.json"))
+    says_all(ROOT / "data/demo/base", voice, read_settings("data/demo/config.json"))
 
 
 @pytest.mark.xdist_group("demo")  # one run of it for both
 def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     out, _ = demo_run
-    settings = infer.read_settings(out / infer.SAVED_CONFIG)
+    settings = read_settings(out / SAVED_CONFIG)
     says_all(out, "slt", settings)
-    tokenizer = infer.load_tokenizer(Path(settings.model))
-    codec = infer.load_codec(settings.codec)
-    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    rows, _ = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
-    _, held = prepare.split_rows(rows, settings)
+    tokenizer = load_tokenizer(Path(settings.model))
+    codec = load_codec(settings.codec)
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
+    rows, _ = prepare.make_rows(read_clips(settings), settings, tokenizer)
+    _, held = split_rows(rows, settings)
     assert len(held) >= 4
-    models = [infer.load_model(str(folder))[0] for folder in (settings.model, out)]
-    losses = [finetune.held_out_metrics(model, held, ids)["eval_loss"] for model in models]
+    models = [load_model(str(folder))[0] for folder in (settings.model, out)]
+    losses = [held_out_metrics(model, held, ids)["eval_loss"] for model in models]
     assert losses[0] > BASE_LOSS and losses[1] < TUNED_LOSS, losses
     right = 0
     for row in held:  # strings it never heard: as the recordings have them, code for code
-        codes, _ = infer.generate(models[1], tokenizer, ids, row["text"], settings, "slt")
-        told = infer.ids_to_codes(row["labels"][row["labels"] != -100][:-2], ids)
+        codes, _ = generate(models[1], tokenizer, ids, row["text"], settings, "slt")
+        told = ids_to_codes(row["labels"][row["labels"] != -100][:-2], ids)
         common = min(len(codes), len(told))  # the silence at a clip's end may be a frame shorter
         right += (codes[:common] == told[:common]).mean() > 0.9 and abs(len(codes) - len(told)) < 2
     assert right >= len(held) - 1, (right, len(held))

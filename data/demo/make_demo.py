@@ -27,11 +27,20 @@ import numpy as np
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parents[1]))
-import infer  # noqa: E402
+from orpheus.audio import whole_file  # noqa: E402
+from orpheus.codec import encode, load_codec  # noqa: E402
+from orpheus.tokens import (  # noqa: E402
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    codes_to_ids,
+    prompt_ids,
+    read_speech_ids,
+    slots_to_levels,
+)
 
 NUMBERS = DEMO.parent / "numbers"
 WORK = Path(os.environ.get("DEMO_WORK", DEMO / "work"))
-RATE, FRAME = infer.SAMPLE_RATE, infer.FRAME_SAMPLES  # Hz, samples
+RATE, FRAME = SAMPLE_RATE, FRAME_SAMPLES  # Hz, samples
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 # name: (flite's voice, how much its formants and pitch are raised). The base learns the first three
@@ -45,7 +54,7 @@ VOICES |= {
 }
 CLIPS = 500  # of each voice
 
-# Sees no further than the full-size codec, in encoding (infer.LOOKAHEAD) and in decoding.
+# Sees no further than the full-size codec, in encoding (LOOKAHEAD) and in decoding.
 CODEC = {
     "sampling_rate": RATE,
     "encoder_dim": 8,
@@ -183,7 +192,7 @@ def train(name: str, model, learned: list, loss_of, steps: int, rate: float, kee
         bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.3f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": model.state_dict()}
-            with infer.whole_file(checkpoint) as part:
+            with whole_file(checkpoint) as part:
                 torch.save(state | {"optimizer": optimizer.state_dict()}, part)
             keep()
 
@@ -369,7 +378,7 @@ def save_codec(codec) -> None:
 
     folder = DEMO / "codec"
     weights = {name: weight.half() for name, weight in codec.state_dict().items()}
-    with infer.whole_file(folder / "pytorch_model.bin") as part:
+    with whole_file(folder / "pytorch_model.bin") as part:
         torch.save(weights, part)
     (folder / "config.json").write_text(json.dumps(CODEC, indent=2) + "\n")
 
@@ -379,15 +388,15 @@ def encode_voice(voice: str) -> None:
     from torch import nn
     from tqdm import tqdm
 
-    codec = infer.load_codec(str(DEMO / "codec"))
+    codec = load_codec(str(DEMO / "codec"))
     *blocks, filters = list(codec.encoder.block)[1:5]
     for block in [*blocks, filters]:  # units that add nothing take most of the time
         for unit in range(block is filters, 3):
             block.block[unit] = nn.Identity()
     texts = training_texts(list(VOICES).index(voice), CLIPS)
-    codes = [infer.encode(codec, [speak(voice, text)])[0] for text in tqdm(texts, voice)]
+    codes = [encode(codec, [speak(voice, text)])[0] for text in tqdm(texts, voice)]
     frames = [len(code) for code in codes]
-    with infer.whole_file(WORK / f"{voice}.npz") as part, part.open("wb") as file:
+    with whole_file(WORK / f"{voice}.npz") as part, part.open("wb") as file:
         np.savez(file, texts=texts, codes=np.concatenate(codes), frames=frames)
 
 
@@ -403,7 +412,7 @@ def make_decoder(frames: int = 8) -> None:
     import torch
     from snac import SNAC
 
-    codec = SNAC.from_pretrained(str(DEMO / "codec"))  # infer.load_codec's has no weight norm
+    codec = SNAC.from_pretrained(str(DEMO / "codec"))  # load_codec's has no weight norm
     clips = {voice: load_codes(voice) for voice in VOICES}
     shares = [
         0.01 if raised != 1 else 0.25 if voice == NEW else 0.2
@@ -419,7 +428,7 @@ def make_decoder(frames: int = 8) -> None:
             piece = speak(voice, text)[first * FRAME :][: frames * FRAME]
             sides.append(np.pad(part, ((0, frames - len(part)), (0, 0)), mode="edge"))
             audio.append(np.pad(piece, (0, frames * FRAME - len(piece))))
-        levels = infer.slots_to_levels(torch.tensor(np.stack(sides)))
+        levels = slots_to_levels(torch.tensor(np.stack(sides)))
         latents = codec.quantizer.from_codes(levels).detach()
         return spectral_loss(codec.decoder(latents)[:, 0], torch.tensor(np.stack(audio)))
 
@@ -501,11 +510,11 @@ def save_base(model, tokenizer, rows: list, ids) -> None:
 
 def make_rows(tokenizer):
     """[(prompt, audio and ends)] of all voices but the new one, by length, and the SpeechIds."""
-    ids, rows = infer.read_speech_ids(tokenizer, CODEC["codebook_size"]), []
+    ids, rows = read_speech_ids(tokenizer, CODEC["codebook_size"]), []
     for voice in VOICES.keys() - {NEW}:
         for text, codes in load_codes(voice):
-            prompt = infer.prompt_ids(tokenizer, ids, text, voice)
-            rows.append((prompt, [*infer.codes_to_ids(codes, ids), ids.eos, ids.eoa]))
+            prompt = prompt_ids(tokenizer, ids, text, voice)
+            rows.append((prompt, [*codes_to_ids(codes, ids), ids.eos, ids.eoa]))
     return sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row)), ids
 
 

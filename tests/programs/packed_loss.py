@@ -8,20 +8,23 @@ import numpy as np
 import torch
 
 import finetune
-import infer
-from data import prepare
+from orpheus.batching import make_row
+from orpheus.codec import load_codec
+from orpheus.models import load_tokenizer
+from orpheus.settings import read_settings
+from orpheus.tokens import read_speech_ids
 
 overrides = json.loads(sys.argv[1])
 if overrides["backend"] == "unsloth":
     import unsloth  # noqa: F401 (before transformers, which it patches)
 
-settings = infer.read_settings("data/demo/config.json", overrides)
+settings = read_settings("data/demo/config.json", overrides)
 arguments, _ = finetune.trainer_arguments(settings)
-tokenizer = infer.load_tokenizer(Path(settings.model))
-ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
+tokenizer = load_tokenizer(Path(settings.model))
+ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(5)
 codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 24)]
-rows = [prepare.make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+rows = [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
 model = finetune.load_model(settings, arguments)
 trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, None)
 assert trainer.args.packing

@@ -3,12 +3,15 @@
 import json
 import sys
 
-import infer
+from orpheus.generation import begin, speak_rows
+from orpheus.models import load_model
+from orpheus.settings import read_settings
+from orpheus.tokens import read_speech_ids
 
 graph, temperature, weights = sys.argv[1:]
 overrides = {"cuda_graph": graph, "temperature": temperature}
-settings = infer.read_settings("data/demo/config.json", overrides)
-model, tokenizer = infer.load_model("data/demo/base", weights == "4bit")
+settings = read_settings("data/demo/config.json", overrides)
+model, tokenizer = load_model("data/demo/base", weights == "4bit")
 if weights == "4bit":
     from peft import LoraConfig, get_peft_model
 
@@ -16,8 +19,8 @@ if weights == "4bit":
     model = get_peft_model(model, lora).eval()
 else:
     model = model.float()
-ids = infer.read_speech_ids(tokenizer, 256)
+ids = read_speech_ids(tokenizer, 256)
 texts = "one two", "seven", "three nine nine four"
-rows = [infer.begin(model, tokenizer, ids, text, settings, "rms") for text in texts]
-infer.speak_rows(model, rows, ids, settings)
+rows = [begin(model, tokenizer, ids, text, settings, "rms") for text in texts]
+speak_rows(model, rows, ids, settings)
 print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))

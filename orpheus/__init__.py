@@ -1,0 +1,1 @@
+"""The package behind finetune.py, infer.py and data/prepare.py; README lists its modules."""
