@@ -255,8 +255,10 @@ def load_model(settings: Settings, arguments):
         # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked.
         model.peft_config["default"].base_model_name_or_path = local(settings.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    assert settings.weights != "16bit" or model.dtype == dtype, (model.dtype, dtype)
-    weights = str(dtype).removeprefix("torch.")
+    used = model.dtype if settings.weights == "16bit" else dtype
+    if used != dtype:
+        print(f"changed dtype: {dtype} was asked for, {settings.backend} loaded {used}")
+    weights = str(used).removeprefix("torch.")
     if settings.weights != "16bit":
         weights = f"{settings.weights.replace('bit', '-bit')}, {weights}"
     method = "all weights" if settings.full_finetuning else f"LoRA r={settings.lora_r}"

@@ -1,4 +1,4 @@
-"""The speech language of Orpheus (prompt, slots, codec), and speaking with it: text → tokens → wav.
+"""Speaks with Orpheus or a fine-tune of it: text → wav; ids → wav; recording → codec → wav.
 
 python infer.py "Hello there"                                 # the run of config.json
 python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wav
@@ -73,7 +73,7 @@ def read_arguments() -> argparse.Namespace:
         "page": "folder for an index.html to listen to, instead of wavs",
         "voice": "voice name (the adapter's first)",
         "merge": "new folder for the adapter merged into its base, in 16 bits",
-        "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm, speakers",
+        "out": "wav, or folder for several (out.wav, out/); streams: also -, pcm",
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
     for name in RUN_KEYS:

@@ -7,7 +7,6 @@ import os
 import struct
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,14 +156,10 @@ def wav_header(size: int) -> bytes:
 
 @contextlib.contextmanager
 def growing_audio(out: Path):
-    """write(samples) to be heard at once, from a growing wav, standard output or the speakers."""
+    """write(samples) to be heard at once, from a growing wav or standard output."""
     piped, size = str(out) in ("-", "pcm"), 0
-    if str(out) == "speakers":
-        with speakers() as write:
-            yield write
-        return
     if not piped and out.suffix != ".wav":
-        raise Mistake(f"{out}: a stream goes to a .wav, - (standard output), pcm (bare), speakers")
+        raise Mistake(f"{out}: a stream goes to a .wav, - (standard output) or pcm (bare)")
 
     def write(audio):
         nonlocal size
@@ -187,21 +182,6 @@ def growing_audio(out: Path):
         raise
     except OSError as error:
         raise Mistake(f"{out}: cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def speakers():
-    """write(samples) to the loudspeakers, which play while the next samples are made."""
-    try:
-        import sounddevice
-
-        stream = sounddevice.OutputStream(SAMPLE_RATE, channels=1, dtype="float32")
-    except (ImportError, OSError) as error:  # OSError: no PortAudio
-        raise Mistake(f"speakers: {error}; `pip install sounddevice`, or --out a file") from None
-    except sounddevice.PortAudioError as error:
-        raise Mistake(f"speakers: {error}; --out takes a file") from None
-    with stream, ThreadPoolExecutor(1) as player:
-        yield lambda audio: player.submit(stream.write, audio[:, None])
 
 
 def make_folder(path: str, name: str) -> None:

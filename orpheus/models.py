@@ -190,12 +190,17 @@ def choose_dtype(folder: Path, fp32: bool):
 def load_base(folder: Path, **keys):
     """transformers' model of a folder; `Mistake` where that is damaged or lacks weights."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     keys["output_loading_info"] = True
-    with loads(folder / "config.json"):
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # check_fit says what its table of weights would
+    try:
+        with loads(folder / "config.json"):
+            model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
     check_fit(folder, set(info["missing_keys"]), layers)
     return model
