@@ -243,7 +243,7 @@ def load_model(settings: Settings, arguments):
     disable_progress_bar()
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     dtype = resolve_dtype(settings, arguments)
-    if os.path.isdir(settings.model):  # of the hub's, Unsloth may take a 4-bit copy
+    if os.path.isdir(settings.model):  # the hub's is not downloaded yet
         check_weights(Path(settings.model))
     with loads(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
@@ -252,7 +252,6 @@ def load_model(settings: Settings, arguments):
     if wanted and wanted not in classes:
         raise Mistake(f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead")
     if not settings.full_finetuning:
-        # Unsloth may have loaded another repository's 4-bit copy; the adapter names what was asked.
         model.peft_config["default"].base_model_name_or_path = local(settings.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     used = model.dtype if settings.weights == "16bit" else dtype
@@ -280,6 +279,7 @@ def load_with_unsloth(settings: Settings, dtype):
         load_in_16bit=settings.weights == "16bit",
         full_finetuning=settings.full_finetuning,
         use_gradient_checkpointing=settings.gradient_checkpointing,
+        use_exact_model_name=True,  # else a 4-bit copy, quantised otherwise than in infer.py
         **optional,
     )
     if settings.full_finetuning:

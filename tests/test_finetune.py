@@ -420,6 +420,17 @@ def test_the_adapter_gives_the_same_logits_in_plain_transformers(finished):
     assert difference < 1e-4 < without
 
 
+def test_training_and_speaking_quantise_the_same_layers():
+    """Otherwise an adapter would speak over weights that it was not trained over."""
+    layers = {}
+    for purpose in ("training", "speaking"):
+        code, printed, errors = program("quantised_layers", purpose)
+        assert code == 0, errors
+        layers[purpose] = [line for line in printed.splitlines() if line.startswith("layer ")]
+    assert layers["training"] == layers["speaking"]
+    assert len(layers["training"]) == 4 * 7  # the demo's base has four blocks
+
+
 @pytest.mark.parametrize("native", ["0", "1"])
 @pytest.mark.parametrize("bf16", ["false", "true"])
 def test_the_dtype_is_the_setting_s_on_any_cpu(bf16, native, tmp_path, monkeypatch):
