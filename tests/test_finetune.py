@@ -509,7 +509,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         (["--config", tmp_path / "config.json"], "not JSON"),
         ([*DEMO, "--dataset", tmp_path / "none"], "no such folder of clips"),
         ([*DEMO, "--output_dir", tmp_path / "file" / "out"], "cannot be written"),
-        ([*DEMO, "--model", tmp_path / "llama"], "no model that loads"),
+        ([*DEMO, "--model", tmp_path / "llama"], "config.json: cannot be read"),
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
         ([*DEMO, "--model", "some/model"], "no GPU for the hub's"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),

@@ -25,6 +25,7 @@ import infer
 import orpheus.codec
 import orpheus.generation
 import orpheus.models
+import orpheus.scoring
 from orpheus.audio import growing_audio, read_audio
 from orpheus.codec import CONTEXT, decode_stream
 from orpheus.generation import (
@@ -522,7 +523,7 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
 
 
 def test_scores_tell_what_could_be_done(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: None)
     say(monkeypatch, "seven", *SHORT, "--score", "--out", tmp_path / "a.wav")
     printed = capsys.readouterr().out
     assert "scores   silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
@@ -661,7 +662,7 @@ def listening_page(tmp_path, monkeypatch):
         say(monkeypatch, *names, *SHORT, *words)
         return text, (tmp_path / "page/index.html").read_text()
 
-    monkeypatch.setattr(infer, "find_spec", lambda name: None)
+    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: None)
     return page
 
 

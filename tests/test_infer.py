@@ -97,8 +97,8 @@ def test_layout_equals_the_literal_loop():
     first[0], third[5], second[1] = 0, 4095, 0
     codec = LevelsCodec([torch.from_numpy(x)[None] for x in (first, second, third)])
     codes = encode(codec, [np.zeros(13 * FRAME_SAMPLES, np.float32)])[0]
-    orpheus = SpeechIds(*range(8), 0, 128_266, 4096)
-    assert codes_to_ids(codes, orpheus).tolist() == literal_ids(first, second, third, 128_266, 4096)
+    ids = SpeechIds(*range(8), 0, 128_266, 4096)
+    assert codes_to_ids(codes, ids).tolist() == literal_ids(first, second, third, 128_266, 4096)
     orpheus.codec.decode(codec, codes)
     for level, expected in zip(codec.decoded, (first, second, third), strict=True):
         assert level[0].tolist() == expected.tolist()
@@ -448,13 +448,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (["hi", "--model", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "not a SNAC codec"),
-        (["hi", "--model", tmp_path / "llama", *demo[:2]], "no model.safetensors"),
+        (["hi", "--model", tmp_path / "llama", *demo[:2]], "config.json: cannot be read"),
         (["hi", "--model", "outputs/my voice"], "not a hub id"),
         (["hi", "--model", "data/demo/bas"], "no such folder"),
         (["hi", "--model", "some/model"], "no GPU for the hub's"),
         (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
         (["hi", *demo[2:], "--codec", tmp_path / "snac"], r"pytorch_model\.bin: not plain weights"),
-        (["hi", *demo, "--max_seconds", "0.01"], "no room"),
+        (["hi", *demo, "--max_seconds", "0.01"], "less than a frame of speech"),
         (["hi", *demo, "--temperature", "warm"], "temperature"),
         (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),
         (["--wav", tmp_path / "none.wav", *demo], "does not exist"),

@@ -16,8 +16,8 @@ import soundfile
 import torch
 from conftest import DEMO, ROOT, one_line, script
 
-import infer
 import orpheus.codec
+import orpheus.encoding
 from data import prepare
 from orpheus.batching import count_packed
 from orpheus.clips import read_clips
@@ -497,7 +497,7 @@ def test_trimming_keeps_a_short_tail():
 @pytest.fixture
 def work(monkeypatch):
     """What was done in earnest: sounds that were decoded, encoded, codecs that were loaded."""
-    done = {"measure": 0, "encode": 0, "load_codec": 0}
+    done = {"measure_clip": 0, "encode": 0, "load_codec": 0}
 
     def count(module, name):
         real = getattr(module, name)
@@ -508,10 +508,9 @@ def work(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(prepare, "measure")
-    count(infer, "encode")
-    count(infer, "load_codec")
-    return lambda: (done["measure"], done["encode"], done["load_codec"])
+    for name in done:
+        count(orpheus.encoding, name)
+    return lambda: (done["measure_clip"], done["encode"], done["load_codec"])
 
 
 def same(rows, others):

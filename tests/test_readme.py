@@ -62,12 +62,13 @@ def test_pins_are_named_once():
 
 def test_links_and_files_of_the_readme_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    files = README.split("## Files")[1].split("```")[1].strip().splitlines()
+    lines = README.split("## Files")[1].split("```")[1].strip().splitlines()
+    files = [("orpheus/" if line[0] == " " else "") + line.split()[0].strip(",") for line in lines]
     assert links and files
-    for link in links:
-        assert (ROOT / link).exists(), link
-    for line in files:
-        assert (ROOT / line.split()[0]).exists(), line
+    for path in links + files:
+        assert (ROOT / path).exists(), path
+    modules = {path.name for path in ROOT.glob("orpheus/[a-z]*.py")}
+    assert modules == {path[8:] for path in files if path[:8] == "orpheus/"} - {""}
 
 
 def test_prepare_as_the_readme_has_it(tmp_path):
