@@ -26,7 +26,7 @@ from orpheus.audio import write_text
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
 from orpheus.doctor import Report
-from orpheus.memory import GIB, check_memory, peak_memory, read_base, step_down, tell_plan
+from orpheus.memory import GIB, check_memory, peak_memory, print_plan, read_base, step_down
 from orpheus.models import (
     LINEAR_LAYERS,
     MODEL_FILES,
@@ -60,24 +60,24 @@ from orpheus.runs import (
 )
 from orpheus.settings import (
     TRAINER_TYPES,
-    Mistake,
     Settings,
+    UserError,
     check_names,
-    checked,
     read_command_line,
     read_json,
     run,
+    validate,
 )
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 from orpheus.trainer import (
     align_special_tokens,
     check_schedule,
-    make_listener,
+    make_sample_evaluator,
+    print_batches,
     quiet_libraries,
     run_recorder,
     save_checks,
     stopping_on_signals,
-    tell_batches,
     trainer_class,
     training_monitor,
 )
@@ -111,20 +111,20 @@ PIP_NAMES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flyte
 
 
 def check_reports(report_to: list[str]) -> None:
-    """`Mistake` for a tracker whose package is missing: it is needed only after loading."""
+    """`UserError` for a tracker whose package is missing: it is needed only after loading."""
     from transformers import integrations
 
     known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
     for name in report_to:
         if name not in known:
-            raise Mistake(f"settings: report_to {name}: give one of none, {', '.join(known)}")
+            raise UserError(f"settings: report_to {name}: give one of none, {', '.join(known)}")
         if name not in integrations.get_available_reporting_integrations():
             package = PIP_NAMES.get(name, name)
-            raise Mistake(f"settings: report_to {name} needs its package: pip install {package}")
+            raise UserError(f"settings: report_to {name} needs its package: pip install {package}")
 
 
 def check_optimizer(arguments) -> None:
-    """`Mistake` where the optimizer or schedule could not be made once the model is loaded."""
+    """`UserError` where the optimizer or schedule could not be made once the model is loaded."""
     import torch
     from transformers import Trainer
 
@@ -133,12 +133,12 @@ def check_optimizer(arguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
     except (ImportError, ValueError, TypeError) as error:
         told = " ".join(str(error).split())
-        raise Mistake(f"settings: optim or optim_args: {told}") from None
+        raise UserError(f"settings: optim or optim_args: {told}") from None
     check_schedule(arguments, arguments.max_steps if arguments.max_steps > 0 else 100)
 
 
 def trainer_arguments(settings: Settings):
-    """(SFTConfig, what it was asked for); `Mistake` for a value that it does not take."""
+    """(SFTConfig, what it was asked for); `UserError` for a value that it does not take."""
 
     import torch
     from trl import SFTConfig
@@ -156,21 +156,21 @@ def trainer_arguments(settings: Settings):
     }
     for name, (value, source) in settings.trainer.items():
         if name in ours:
-            raise Mistake(f"{source}: {name} is set by finetune.py itself; leave it out")
+            raise UserError(f"{source}: {name} is set by finetune.py itself; leave it out")
         if name in WITHOUT_EFFECT:
-            raise Mistake(f"{source}: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
+            raise UserError(f"{source}: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
         hint = TRAINER_TYPES.get(name, hints[name])
-        settings.trainer[name] = checked(name, value, hint, source), "settings"
+        settings.trainer[name] = validate(name, value, hint, source), "settings"
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         arguments = SFTConfig(**asked)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise Mistake(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {' '.join(str(error).split())}") from None
     check_reports(arguments.report_to)
     return arguments, asked
 
 
-def tell_changes(asked: dict, arguments) -> None:
+def print_changes(asked: dict, arguments) -> None:
     """What the backend replaced: a remedy not in force must not look as if it were."""
     for name, value in asked.items():
         used = getattr(arguments, name)
@@ -192,7 +192,7 @@ PERSISTENT = "dataloader_persistent_workers needs dataloader_num_workers above 0
 RANKED = "fit looks at one GPU: leave it out with several ranks"
 
 
-def check_remedies(settings: Settings, arguments) -> None:
+def check_compatibility(settings: Settings, arguments) -> None:
     """Refuses by name what this backend or machine cannot do, before anything would replace it."""
     import torch
 
@@ -216,7 +216,7 @@ def check_remedies(settings: Settings, arguments) -> None:
         (settings.fit is not False and RANKS > 1, RANKED),
     ):
         if refused:
-            raise Mistake(f"settings: {line}")
+            raise UserError(f"settings: {line}")
     check_optimizer(arguments)
 
 
@@ -250,7 +250,9 @@ def load_model(settings: Settings, arguments):
     classes = {type(module).__name__ for module in model.modules()}
     wanted = QUANTISED.get(settings.weights)
     if wanted and wanted not in classes:
-        raise Mistake(f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead")
+        raise UserError(
+            f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead"
+        )
     if not settings.full_finetuning:
         model.peft_config["default"].base_model_name_or_path = local(settings.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -344,12 +346,12 @@ def make_trainer(model, tokenizer, rows, arguments, settings: Settings, stop: di
                 processing_class=tokenizer,
             )
     except ValueError as error:
-        raise Mistake(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {' '.join(str(error).split())}") from None
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.monitor = training_monitor(settings, stop)
     trainer.add_callback(trainer.monitor)
-    tell_batches(trainer, lengths)
+    print_batches(trainer, lengths)
     return trainer
 
 
@@ -375,7 +377,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
         if settings.fit is not False and trainer.state.global_step == 0:
             step_down(settings, trainer.args)
         told = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
-        raise Mistake(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
+        raise UserError(f"{told}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
     finally:
         trainer.monitor.close()
     state = trainer.state
@@ -476,14 +478,14 @@ def first_rank_first():
     return PartialState().main_process_first() if RANKS > 1 else contextlib.nullcontext()
 
 
-def settle(settings: Settings, checkpoint: Path | None):
+def resolve_training_args(settings: Settings, checkpoint: Path | None):
     """(SFTConfig, what it was asked for), once machine, backend and memory allow the settings."""
     check_machine(settings.model)
     if settings.backend == "unsloth":
         with quiet_libraries():
             import unsloth  # noqa: F401  before trl, transformers and peft, which it patches
     arguments, _ = trainer_arguments(settings)
-    check_remedies(settings, arguments)
+    check_compatibility(settings, arguments)
     check_memory(settings, arguments, read_base(settings), checkpoint)
     return trainer_arguments(settings)
 
@@ -495,7 +497,7 @@ def main() -> None:
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     if settings.plan:
-        return tell_plan(settings, trainer_arguments(settings)[0], read_base(settings))
+        return print_plan(settings, trainer_arguments(settings)[0], read_base(settings))
     with output_lock(settings):
         fine_tune(settings, started)
 
@@ -504,7 +506,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     """From clips to adapter, in an output_dir that is this process's own."""
     checkpoint, out = check_output(settings), Path(settings.output_dir)
     clips = read_clips(settings)
-    arguments, asked = settle(settings, checkpoint)
+    arguments, asked = resolve_training_args(settings, checkpoint)
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     codec = load_codec(settings.codec, device())
     with first_rank_first():
@@ -515,10 +517,10 @@ def fine_tune(settings: Settings, started: float) -> None:
     if checkpoint:
         check_resumed(settings, report.digest)
     rows, held = report.split
-    listen = make_listener(tokenizer, codec, settings, report, held)
+    listen = make_sample_evaluator(tokenizer, codec, settings, report, held)
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)
-    tell_changes(asked, trainer.args)
+    print_changes(asked, trainer.args)
     with previous_run(settings):
         if not RANK:
             record_files(out, SAVED_CONFIG, SAVED_REPORT)

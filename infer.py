@@ -20,17 +20,17 @@ from typing import Any
 
 from orpheus.audio import read_audio
 from orpheus.codec import decode, encode, load_codec
-from orpheus.generation import HEARD, save_speech, speak
+from orpheus.generation import STREAM_TARGETS, save_speech, speak
 from orpheus.merge import merge
 from orpheus.models import MODEL_FILES, TOKENIZER_FILES, device, load_tokenizer
 from orpheus.page import make_page
-from orpheus.runs import Run, choose_voice, load_run, overrides, read_run
+from orpheus.runs import RunInfo, choose_voice, load_run, load_run_info, overrides
 from orpheus.scoring import Utterance, load_judges
 from orpheus.settings import (
     OWN_KEYS,
     RUN_KEYS,
-    Mistake,
     Parser,
+    UserError,
     check_names,
     check_strings,
     read_settings,
@@ -90,25 +90,25 @@ def read_arguments() -> argparse.Namespace:
 
 
 def check_options(given: dict[str, Any]) -> None:
-    """`Mistake` for options that do not go together: nothing that is asked for is ignored."""
+    """`UserError` for options that do not go together: nothing that is asked for is ignored."""
     for name, value in given.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and name != "texts" and not text.strip():
-                raise Mistake(f"command line: --{name} is empty; give a value, or leave it out")
+                raise UserError(f"command line: --{name} is empty; give a value, or leave it out")
         check_strings(name if name == "texts" else f"--{name}", value, "command line")
     asked = [name for name in ("texts", "file", "tokens", "wav", "merge") if name in given]
     if len(asked) != 1:
-        raise Mistake("command line: give one of: texts, --file, --tokens, --wav, --merge")
+        raise UserError("command line: give one of: texts, --file, --tokens, --wav, --merge")
     for name, other in NEEDS.items():
         if name in given and other not in given:
-            raise Mistake(f"command line: --{name} needs --{other}")
+            raise UserError(f"command line: --{name} needs --{other}")
     way = "page" if "page" in given and asked[0] in ("texts", "file") else asked[0]
     for name in given:
         if name not in {asked[0], way, "model", "config", *TAKES[way]}:
             label = "texts" if way == "texts" else f"--{way}"
-            raise Mistake(f"command line: --{name} does nothing with {label}; leave it out")
+            raise UserError(f"command line: --{name} does nothing with {label}; leave it out")
     if len(given.get("model", [])) > 1 and way != "page":
-        raise Mistake("command line: only a --page takes several --model")
+        raise UserError("command line: only a --page takes several --model")
 
 
 def read_table(path: str) -> list[dict[str, str]]:
@@ -122,9 +122,11 @@ def read_table(path: str) -> list[dict[str, str]]:
         ]
         rows = list(table)
     except csv.Error as error:
-        raise Mistake(f"{path}: not a table that can be read: {error}") from None
+        raise UserError(f"{path}: not a table that can be read: {error}") from None
     if not all(row.get("file_name") and row.get("text") for row in rows):
-        raise Mistake(f"{path}: every row needs a text and a file_name, columns of the first line")
+        raise UserError(
+            f"{path}: every row needs a text and a file_name, columns of the first line"
+        )
     return rows
 
 
@@ -133,7 +135,7 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     texts, clips, source = arguments.texts, [], arguments.file or "command line"
     kind = Path(source).suffix.lower() if arguments.file else ""
     if kind in (".json", ".jsonl", ".parquet"):
-        raise Mistake(f"{source}: --file takes a metadata.csv, or a .txt of one text a line")
+        raise UserError(f"{source}: --file takes a metadata.csv, or a .txt of one text a line")
     if kind in (".csv", ".tsv"):
         rows = read_table(source)
         texts = [row["text"] for row in rows]
@@ -141,11 +143,11 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
     elif arguments.file:
         texts = [line for line in read_text(source).splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):
-        raise Mistake(f"{source}: the text is empty; give some to say")
+        raise UserError(f"{source}: the text is empty; give some to say")
     return texts, clips
 
 
-def decode_given(arguments: argparse.Namespace, run: Run, codec, out: Path) -> None:
+def decode_given(arguments: argparse.Namespace, run: RunInfo, codec, out: Path) -> None:
     """What the codec makes of a recording or of ids from elsewhere, to `out`."""
     import torch
 
@@ -163,10 +165,10 @@ def out_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
     """Where each text goes: --out, or numbered wavs in it."""
     several = bool(arguments.file) or count > 1
     out = Path(arguments.out or ("out" if several else "out.wav"))
-    if str(out) not in HEARD:
+    if str(out) not in STREAM_TARGETS:
         return [out / f"{n:03}.wav" for n in range(1, count + 1)] if several else [out]
     if several and str(out) == "-":
-        raise Mistake("--out -: a wav holds one text; pcm takes several, and so does a folder")
+        raise UserError("--out -: a wav holds one text; pcm takes several, and so does a folder")
     arguments.stream = True
     return [out] * count
 
@@ -182,9 +184,9 @@ def say(arguments: argparse.Namespace) -> None:
         return
     model = arguments.model[0] if arguments.model else None
     patterns = TOKENIZER_FILES if given else MODEL_FILES
-    run = read_run(model, overrides(arguments), patterns, arguments.config)
+    run = load_run_info(model, overrides(arguments), patterns, arguments.config)
     if arguments.stream and run.settings.best_of > 1:
-        raise Mistake("--stream plays what comes first: leave out --best_of, or set it to 1")
+        raise UserError("--stream plays what comes first: leave out --best_of, or set it to 1")
     voice = choose_voice(arguments.voice, run)
     codec = load_codec(run.settings.codec, device())
     if given:
@@ -206,7 +208,7 @@ def main() -> None:
             say(arguments)
             return
         model = arguments.model[0] if arguments.model else None
-        adapter = read_run(model, overrides(arguments), config=arguments.config)
+        adapter = load_run_info(model, overrides(arguments), config=arguments.config)
         if not merge(adapter, choose_voice(arguments.voice, adapter), Path(arguments.merge)):
             sys.exit(1)
 

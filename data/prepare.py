@@ -21,10 +21,10 @@ from orpheus.batching import make_row, slots_used, split_rows
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.codec import CODEC_FILES
 from orpheus.doctor import FINDINGS, Report, draw_report, examine
-from orpheus.encoding import SOUND_TYPES, Measures, frames_of, hear_all
+from orpheus.encoding import SOUND_TYPES, Measures, encode_clips, frames_of
 from orpheus.models import TOKENIZER_FILES, fetch, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import Mistake, Settings, check_names, read_command_line, read_json, run
+from orpheus.settings import Settings, UserError, check_names, read_command_line, read_json, run
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids
 
 del SOUND_TYPES["tokens"]  # of the row, not of the sound
@@ -37,14 +37,14 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     """
     if unknown := set(settings.leave_out) - FINDINGS.keys():
         told = f"no finding is named {min(unknown)[:80]!r}; there are {', '.join(FINDINGS)}"
-        raise Mistake(f"leave_out: {told}")
+        raise UserError(f"leave_out: {told}")
     config = fetch(settings.codec, CODEC_FILES) / "config.json"
     size = read_json(config).get("codebook_size")
     if not isinstance(size, int):
-        raise Mistake(f"{config}: no codebook_size: not a SNAC codec")
+        raise UserError(f"{config}: no codebook_size: not a SNAC codec")
     ids = read_speech_ids(tokenizer, size)
     report, rows = Report(printable(settings.dataset), note=clips.note), []
-    for clip, heard in hear_all(clips, settings, ids, codec):
+    for clip, heard in encode_clips(clips, settings, ids, codec):
         add_row(rows, report, clip, heard, tokenizer, ids, settings)
     return finish_rows(rows, report, settings), report
 
@@ -55,7 +55,7 @@ def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, set
     text = " ".join((clip.text or "").split())
     voice = " ".join((clip.voice or settings.voice or "").split())
     try:
-        if isinstance(heard, Mistake):
+        if isinstance(heard, UserError):
             raise heard
         row = heard.row
         if row:
@@ -63,7 +63,7 @@ def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, set
         else:
             prompt = prompt_ids(tokenizer, ids, text, voice)
             row = make_row(prompt, heard.codes, ids, settings)
-    except Mistake as mistake:
+    except UserError as mistake:
         report.add_left_out(clip.where, str(mistake))
         return
     report.cached += heard.cached
@@ -104,7 +104,7 @@ def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[
         remedy = "see data/README.md"
         if report.dropped and not report.left_out:
             remedy = f"raise max_length, which is {settings.max_length}"
-        raise Mistake(f"{none}; the first: {first}; {remedy}")
+        raise UserError(f"{none}; the first: {first}; {remedy}")
     whole = hashlib.sha256()
     for row in rows:
         whole.update(row["input_ids"].tobytes() + row["labels"].tobytes())

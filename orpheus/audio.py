@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.settings import Mistake
+from orpheus.settings import UserError
 from orpheus.tokens import SAMPLE_RATE
 
 MOST_SECONDS = 600  # of one recording
@@ -36,7 +36,7 @@ def wav_bytes(file) -> tuple[int, int] | None:
 def read_samples(file, where) -> tuple[np.ndarray, int, int]:
     """An open sound file → (samples,) mono at its own rate, the rate, the number of channels.
 
-    Raises `Mistake` for a file that holds less sound than its header declares, as after a
+    Raises `UserError` for a file that holds less sound than its header declares, as after a
     download that broke off.
     """
     import soundfile
@@ -46,18 +46,18 @@ def read_samples(file, where) -> tuple[np.ndarray, int, int]:
     with soundfile.SoundFile(file) as sound:
         rate, channels, frames = sound.samplerate, sound.channels, sound.frames
         if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-            raise Mistake(f"{where}: its header does not say how long it is; make it a wav")
+            raise UserError(f"{where}: its header does not say how long it is; make it a wav")
         if frames > MOST_SECONDS * rate:
-            raise Mistake(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
+            raise UserError(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
         try:
             audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
         except soundfile.LibsndfileError as error:
             fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
-            raise Mistake(f"{where}: {fault}: {error.error_string}") from None
+            raise UserError(f"{where}: {fault}: {error.error_string}") from None
     frames = round(len(audio) * declared / held) if declared > held > 0 else frames
     if frames - len(audio) > rate / 10:
         sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"
-        raise Mistake(f"{where}: cut short: {sizes}")
+        raise UserError(f"{where}: cut short: {sizes}")
     return audio, rate, channels
 
 
@@ -69,24 +69,24 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     where = "its audio" if isinstance(source, bytes) else source
     if where is source and not os.path.isfile(source):
         fault = "is a folder, not a sound" if os.path.isdir(source) else "does not exist"
-        raise Mistake(f"{where} {fault}")
+        raise UserError(f"{where} {fault}")
     if where is source and source.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".wma"):
         made = source.with_suffix(".wav").name
-        raise Mistake(f"{where}: not read here; ffmpeg -i {source.name} {made} makes it a wav")
+        raise UserError(f"{where}: not read here; ffmpeg -i {source.name} {made} makes it a wav")
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             audio, rate, channels = read_samples(file, where)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
-        raise Mistake(f"{where}: not audio that libsndfile reads: {reason}") from None
+        raise UserError(f"{where}: not audio that libsndfile reads: {reason}") from None
     if not np.isfinite(audio).all():
-        raise Mistake(f"{where}: samples that are not numbers (NaN or infinite)")
+        raise UserError(f"{where}: samples that are not numbers (NaN or infinite)")
     if (peak := np.abs(audio).max(initial=0)) > LOUDEST:
         fault = f"samples of up to {peak:.3g}, far over full scale (1.0)"
-        raise Mistake(f"{where}: {fault}; scale it down")
+        raise UserError(f"{where}: {fault}; scale it down")
     audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if not len(audio):
-        raise Mistake(f"{where}: no samples in it")
+        raise UserError(f"{where}: no samples in it")
     return audio, rate, channels
 
 
@@ -115,7 +115,7 @@ def whole_file(path: Path):
                 part.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise Mistake(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,7 +123,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def sixteen_bit(audio: np.ndarray) -> np.ndarray:
+def to_int16(audio: np.ndarray) -> np.ndarray:
     """Rounded here, since libsndfile cuts off: so a file and a stream hold the same samples."""
     return np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
 
@@ -135,16 +135,16 @@ def audio_file(path: Path):
 
     kind = path.suffix[1:].upper()
     if kind not in soundfile.available_formats():
-        raise Mistake(f"{path}: end the name in .wav or .flac")
+        raise UserError(f"{path}: end the name in .wav or .flac")
     try:
         with (
             whole_file(path) as part,
             soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
         ):
-            yield lambda audio: file.write(sixteen_bit(audio))
+            yield lambda audio: file.write(to_int16(audio))
     except soundfile.LibsndfileError as error:  # 2: an error of the system, which it does not name
         reason = "the disk may be full" if error.code == 2 else error.error_string
-        raise Mistake(f"{path}: cannot be written: {reason}") from None
+        raise UserError(f"{path}: cannot be written: {reason}") from None
 
 
 def wav_header(size: int) -> bytes:
@@ -155,15 +155,15 @@ def wav_header(size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def growing_audio(out: Path):
+def streamed_audio(out: Path):
     """write(samples) to be heard at once, from a growing wav or standard output."""
     piped, size = str(out) in ("-", "pcm"), 0
     if not piped and out.suffix != ".wav":
-        raise Mistake(f"{out}: a stream goes to a .wav, - (standard output) or pcm (bare)")
+        raise UserError(f"{out}: a stream goes to a .wav, - (standard output) or pcm (bare)")
 
     def write(audio):
         nonlocal size
-        samples = sixteen_bit(audio).tobytes()
+        samples = to_int16(audio).tobytes()
         file.write(samples)
         size += len(samples)
         if not piped:
@@ -181,14 +181,14 @@ def growing_audio(out: Path):
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise Mistake(f"{out}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 def make_folder(path: str, name: str) -> None:
-    """Makes a folder and tries to write into it; `Mistake` names the key that it comes from."""
+    """Makes a folder and tries to write into it; `UserError` names the key that it comes from."""
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         remedy = f"set --{name} to a folder that can be written"
-        raise Mistake(f"{path}: {error.strerror}; {remedy}") from None
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None

@@ -9,9 +9,10 @@ from orpheus.tokens import SLOTS, codes_to_ids
 
 
 def make_row(prompt: list[int], codes: np.ndarray, ids, settings: Settings) -> dict:
-    """input_ids: prompt, audio, EOS, EOA; labels: the same, −100 where there is no loss.
+    """Builds one row: `input_ids` (prompt, audio, EOS, EOA), and `labels`, −100 where no loss is.
 
-    `too_long` "truncate" cuts at a frame's edge and leaves the ends off: none learns to stop early.
+    With `too_long` "truncate", a row is cut at the end of a frame. Truncated rows get no end
+    token, so the model does not learn to stop early.
     """
     ends = [ids.eos, ids.eoa]
     room = (settings.max_length - len(prompt) - len(ends)) // SLOTS  # frames

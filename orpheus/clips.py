@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orpheus.settings import Mistake, Settings, read_text
+from orpheus.settings import Settings, UserError, read_text
 
 AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
@@ -50,13 +50,15 @@ def read_clips(settings: Settings) -> Clips:
     path = Path(settings.dataset)
     for name in ("dataset_config", "dataset_revision"):
         if getattr(settings, name) and path.exists():
-            raise Mistake(f"{name} is of a hub dataset, and {path} is a local one; set it to null")
+            raise UserError(
+                f"{name} is of a hub dataset, and {path} is a local one; set it to null"
+            )
     if os.path.isdir(path):
         clips, count, note = read_folder(path, settings)
     elif os.path.isfile(path):
         clips, count, note = read_manifest(path, settings)
     elif settings.dataset.startswith((".", "/", "~")) or settings.dataset.count("/") > 1:
-        raise Mistake(f"{path}: no such folder of clips; set --dataset to one (data/README.md)")
+        raise UserError(f"{path}: no such folder of clips; set --dataset to one (data/README.md)")
     else:
         clips, count, note = read_hub(settings)
     if settings.limit is not None:
@@ -75,7 +77,7 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
     sounds = [p for p in folder.iterdir() if p.suffix.lower() in SOUNDS and p.name[0] != "."]
     if not any(sound.with_suffix(".txt").is_file() for sound in sounds):
         forms = f"{', '.join(TABLES)}, no .parquet, and no sound file with a .txt beside it"
-        raise Mistake(f"{folder}: no {forms} (data/README.md has the forms)")
+        raise UserError(f"{folder}: no {forms} (data/README.md has the forms)")
     sounds.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.stem)])
     return Clips(map(read_pair, sounds), len(sounds))
 
@@ -85,9 +87,9 @@ def read_pair(sound: Path) -> Clip:
     path, where = sound.with_suffix(".txt"), printable(sound.name)
     try:
         if not path.is_file():
-            raise Mistake(f"no {path.name} beside it")
+            raise UserError(f"no {path.name} beside it")
         text = read_text(path)
-    except Mistake as mistake:
+    except UserError as mistake:
         return Clip(where, sound, fault=str(mistake))
     return Clip(where, sound, text, fault=find_text_fault(text))
 
@@ -100,7 +102,7 @@ def printable(name: str) -> str:
 def read_manifest(path: Path, settings: Settings) -> Clips:
     """Clips of a csv, tsv, jsonl or parquet table, whose paths are relative to it."""
     if path.suffix.lower() in SOUNDS:
-        raise Mistake(f"{path}: one sound; set --dataset to a folder or a table (data/README.md)")
+        raise UserError(f"{path}: one sound; set --dataset to a folder or a table (data/README.md)")
     if path.suffix == ".parquet":
         return read_parquet([str(path)], path.parent, settings)
     text = read_text(path)
@@ -109,7 +111,7 @@ def read_manifest(path: Path, settings: Settings) -> Clips:
     else:
         rows, settings, note = read_table(path, text, settings)
     if not rows:
-        raise Mistake(f"{path}: no rows in it")
+        raise UserError(f"{path}: no rows in it")
     columns = {name for _, row in rows for name in row if name is not None}
     to_clip = clip_maker(columns, path.parent, settings, path)
     return Clips(itertools.starmap(to_clip, rows), len(rows), note)
@@ -127,7 +129,7 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, Setting
     Returns the rows as (line, row), the settings to read them with, and a note for the report.
     """
     if "\0" in text:
-        raise Mistake(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8")
+        raise UserError(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8")
     header = text.lstrip("\n").split("\n", 1)[0]
     known = {*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS}
     known |= {"input_ids", "labels", "codes"}
@@ -147,7 +149,7 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, Setting
         return [], settings, None
     remedy = "add one such as file_name,text (data/README.md)"
     columns = ", ".join(cell.strip() for cell in header.split(separator))[:80]
-    raise Mistake(f"{path}: the first line is no header with known columns ({columns}); {remedy}")
+    raise UserError(f"{path}: the first line is no header with known columns ({columns}); {remedy}")
 
 
 def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Settings, str | None]:
@@ -161,7 +163,7 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Sett
     width = Counter(len(cells) for _, cells in lines).most_common(1)[0][0]
     remedy = "add a header line such as file_name|text|voice"
     if width > len(columns):
-        raise Mistake(f"{path}: {width} columns and no header to name them; {remedy}")
+        raise UserError(f"{path}: {width} columns and no header to name them; {remedy}")
     rows = []
     for n, cells in lines:
         row = dict(zip(columns, cells, strict=False))
@@ -173,7 +175,7 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Sett
         if resemblance(cells[1:3] for _, cells in lines if len(cells) == width) < 0.5:
             fault = "the third column does not resemble the second, so it may be voices or texts"
             remedy += ", or set --text_column to text (the second) or normalized_text (the third)"
-            raise Mistake(f"{path}: {fault}; {remedy}")
+            raise UserError(f"{path}: {fault}; {remedy}")
         chosen = "normalized_text"
     place = {"text": "second", "normalized_text": "third"}.get(chosen)
     note = f"{path.name} has no header; its {place} column holds the texts" if place else None
@@ -204,13 +206,13 @@ def csv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, dict]
     try:
         names = Counter(column_key(name) for name in table.fieldnames if name.strip())
         if twice := [name for name, count in names.items() if count > 1]:
-            raise Mistake(f"{path}: two columns are named {twice[0]}; rename one of them")
+            raise UserError(f"{path}: two columns are named {twice[0]}; rename one of them")
         for row in table:
             yield begin + 1, row
             begin = skipped + table.line_num
     except csv.Error as error:
         remedy = 'quote a field as a whole, and double the quotes in it: "a ""b"" c"'
-        raise Mistake(f"{path} line {begin + 1}: not a csv table: {error}; {remedy}") from None
+        raise UserError(f"{path} line {begin + 1}: not a csv table: {error}; {remedy}") from None
 
 
 def json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -220,9 +222,9 @@ def json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Mistake(f"{path} row {n}: not JSON: {error}") from None
+            raise UserError(f"{path} row {n}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise Mistake(f"{path} row {n}: must be one JSON object")
+            raise UserError(f"{path} row {n}: must be one JSON object")
         yield n, row
 
 
@@ -238,13 +240,13 @@ def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
         table = Dataset.from_parquet(files) if same and rows else None
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
-        raise Mistake(f"{home}: parquet that does not load: {reason}") from None
+        raise UserError(f"{home}: parquet that does not load: {reason}") from None
     for file, names in columns.items():
         if other := ", ".join(sorted(names ^ columns[files[0]])):
             fault = f"its columns differ from those of {Path(files[0]).name}"
-            raise Mistake(f"{file}: {fault}: {other}; make them the same")
+            raise UserError(f"{file}: {fault}: {other}; make them the same")
     if not rows:
-        raise Mistake(f"{home}: no rows in it")
+        raise UserError(f"{home}: no rows in it")
     return read_dataset(table, home, settings, Path(files[0]) if len(files) == 1 else home)
 
 
@@ -264,7 +266,7 @@ def read_hub(settings: Settings) -> Clips:
         )
     except (ValueError, OSError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
-        raise Mistake(f"{name}: no such folder here, and the hub's gives: {reason}") from None
+        raise UserError(f"{name}: no such folder here, and the hub's gives: {reason}") from None
     return read_dataset(table, None, settings, Path(name))
 
 
@@ -350,7 +352,7 @@ def find_column(columns, wanted: str | None, names: tuple[str, ...], where: Path
         if column_key(name) in keys:
             return keys[column_key(name)]
     there = ", ".join(sorted(map(str, columns)))
-    raise Mistake(f"{where}: no column {wanted or ' or '.join(names)}; there are: {there}")
+    raise UserError(f"{where}: no column {wanted or ' or '.join(names)}; there are: {there}")
 
 
 def find_sound(name: str, home: Path | None, anywhere: bool) -> tuple[Path, str | None]:

@@ -6,7 +6,7 @@ from pickle import UnpicklingError
 import numpy as np
 
 from orpheus.models import fetch, loads
-from orpheus.settings import Mistake
+from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to_levels
 
 CODEC_FILES = ["config.json", "pytorch_model.bin"]
@@ -17,7 +17,9 @@ def load_codec(path: str, device: str = "cpu"):
     folder = fetch(path, CODEC_FILES)
     for name in CODEC_FILES:
         if not (folder / name).is_file():
-            raise Mistake(f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is")
+            raise UserError(
+                f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is"
+            )
     import torch
     from snac import SNAC
     from snac.layers import Snake1d
@@ -30,11 +32,11 @@ def load_codec(path: str, device: str = "cpu"):
         try:
             codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
         except (UnpicklingError, EOFError):  # torch advises to load it all the same
-            raise Mistake(f"{weights}: not plain weights: damaged, or unsafe to load") from None
+            raise UserError(f"{weights}: not plain weights: damaged, or unsafe to load") from None
     codec = codec.eval().to(device)
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
-        raise Mistake(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
+        raise UserError(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
     for module in codec.modules():  # fold the weight norm, else every call computes it anew
         if is_parametrized(module):
             remove_parametrizations(module, "weight")

@@ -21,7 +21,7 @@ from orpheus.audio import make_folder, read_audio, write_text
 from orpheus.clips import Clip, Clips
 from orpheus.codec import CODEC_FILES, encode, load_codec
 from orpheus.models import device, fetch
-from orpheus.settings import Mistake, Settings
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -72,12 +72,14 @@ def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
 
 
 def measure_clip(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, dict]:
-    """(trimmed samples, what Measures says of them); `Mistake` for a sound of no use."""
+    """(trimmed samples, what Measures says of them); `UserError` for a sound of no use."""
     whole, rate, channels = read_audio(source)
     audio = trim(whole, settings)
     rms = float(np.sqrt((audio.astype(np.float64) ** 2).mean()))
     if rms < 1e-4:  # -80 dB
-        raise Mistake(f"{'its audio' if isinstance(source, bytes) else source}: silent throughout")
+        raise UserError(
+            f"{'its audio' if isinstance(source, bytes) else source}: silent throughout"
+        )
     return audio, {
         "digest": hashlib.sha256(audio.tobytes()).hexdigest(),
         "rate": rate,
@@ -91,7 +93,7 @@ def measure_clip(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, 
 
 
 @dataclass
-class Heard:
+class EncodedClip:
     """What is known of a clip's sound once it is read, and its codes as soon as they are made."""
 
     sound: dict  # fields of Measures
@@ -121,7 +123,7 @@ def open_cache(settings: Settings) -> Path | None:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "set --cache_dir, or --codec to a SNAC codec's folder"
-        raise Mistake(f"{error.filename}: {error.strerror}; {remedy}") from None
+        raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from None
     return home
 
 
@@ -139,7 +141,7 @@ def find_entry(audio: Path | bytes, home: Path | None) -> Path | None:
 SOUND_TYPES = {name: type(value) for name, value in Measures._field_defaults.items()}
 
 
-def read_entry(entry: Path, room: int, size: int) -> Heard | None:
+def read_entry(entry: Path, room: int, size: int) -> EncodedClip | None:
     """What the cache has of a sound; None where that is of no use, and is made again.
 
     It has no file, or one that is torn or of another shape, or fewer frames than a row could take.
@@ -156,10 +158,10 @@ def read_entry(entry: Path, room: int, size: int) -> Heard | None:
         return None
     finite = all(math.isfinite(v) for v in sound.values() if not isinstance(v, str))
     whole = min(frames, room) <= len(codes) <= frames
-    return Heard(sound, codes, cached=True) if finite and whole else None
+    return EncodedClip(sound, codes, cached=True) if finite and whole else None
 
 
-def hear(clip: Clip, settings: Settings, home: Path | None, ids) -> Heard | Mistake:
+def load_clip(clip: Clip, settings: Settings, home: Path | None, ids) -> EncodedClip | UserError:
     """A clip with its codes from the cache or its own row; else with its samples.
 
     No more is encoded than a row can hold, and the four frames behind that the codec looks at.
@@ -167,21 +169,23 @@ def hear(clip: Clip, settings: Settings, home: Path | None, ids) -> Heard | Mist
     room = settings.max_length // SLOTS  # frames
     try:
         if clip.fault:
-            raise Mistake(clip.fault)
+            raise UserError(clip.fault)
         if clip.made:
-            return hear_made(clip.made, ids)
+            return load_pretokenized(clip.made, ids)
         if not clip.audio or not (clip.text or "").strip():
-            raise Mistake("no sound is named" if (clip.text or "").strip() else "the text is empty")
+            raise UserError(
+                "no sound is named" if (clip.text or "").strip() else "the text is empty"
+            )
         entry = find_entry(clip.audio, home)
         if entry and (known := read_entry(entry, room, ids.codebook_size)):
             return known
         audio, sound = measure_clip(clip.audio, settings)
-    except Mistake as mistake:
+    except UserError as mistake:
         return mistake
-    return Heard(sound, audio=audio[: (room + 4) * FRAME_SAMPLES], entry=entry)
+    return EncodedClip(sound, audio=audio[: (room + 4) * FRAME_SAMPLES], entry=entry)
 
 
-def windows(clips: Iterable[Clip], work: Callable, threads, size: int = 64) -> Iterator:
+def prefetch(clips: Iterable[Clip], work: Callable, threads, size: int = 64) -> Iterator:
     """(clips, what `work` made of each), `size` at a time; threads are at the next ones already."""
     clips = iter(clips)
     parts = iter(lambda: list(itertools.islice(clips, size)), [])
@@ -190,9 +194,9 @@ def windows(clips: Iterable[Clip], work: Callable, threads, size: int = 64) -> I
         yield part, list(made)
 
 
-def hear_all(
+def encode_clips(
     clips: Clips, settings: Settings, ids, codec=None
-) -> Iterator[tuple[Clip, Heard | Mistake]]:
+) -> Iterator[tuple[Clip, EncodedClip | UserError]]:
     """Every clip with its codes, in order. Memory holds the sound of two windows.
 
     The codec is loaded, unless one is given, and a progress bar begun, for the first clip that has
@@ -203,9 +207,9 @@ def hear_all(
     home, bar, done, hours = open_cache(settings), None, 0, 0.0
     with contextlib.ExitStack() as closing:
         threads = closing.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0))))
-        work = functools.partial(hear, settings=settings, home=home, ids=ids)
-        for window, heard in windows(clips.each, work, threads):
-            new = [one for one in heard if isinstance(one, Heard) and one.codes is None]
+        work = functools.partial(load_clip, settings=settings, home=home, ids=ids)
+        for window, heard in prefetch(clips.each, work, threads):
+            new = [one for one in heard if isinstance(one, EncodedClip) and one.codes is None]
             if new and bar is None:
                 codec = codec or load_codec(settings.codec, device())
                 bar = tqdm(total=clips.count, initial=done, unit=" clips", disable=None)
@@ -222,7 +226,7 @@ def hear_all(
             yield from zip(window, heard, strict=True)
 
 
-def encode_new(new: list[Heard], codec, room: int, threads) -> Iterator[Heard]:
+def encode_new(new: list[EncodedClip], codec, room: int, threads) -> Iterator[EncodedClip]:
     """Puts at most `room` frames of codes into each, and into the cache; each as it is done."""
     if not new:
         return
@@ -257,20 +261,20 @@ def encode_sounds(codec, sounds: list[np.ndarray], threads, size: int = 16) -> I
         torch.set_num_threads(before)
 
 
-def hear_made(made: dict, ids) -> Heard:
+def load_pretokenized(made: dict, ids) -> EncodedClip:
     """A clip that was tokenised elsewhere, checked slot by slot."""
     row = None if "codes" in made else check_row(made, ids)
     if row:
         speech = row["input_ids"].tolist()
         codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
         if not len(codes):
-            raise Mistake("no frame between its SOS and EOS")
+            raise UserError("no frame between its SOS and EOS")
         check_labels(**row)
     else:
         codes = read_codes(made["codes"], ids.codebook_size)
     digest = hashlib.sha256(codes.tobytes()).hexdigest()
     sound = {"digest": digest, "seconds": len(codes) * FRAME_SAMPLES / SAMPLE_RATE}
-    return Heard(sound, codes, row=row)
+    return EncodedClip(sound, codes, row=row)
 
 
 def frames_of(seconds: float) -> int:

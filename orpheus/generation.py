@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import audio_file, growing_audio
+from orpheus.audio import audio_file, streamed_audio
 from orpheus.codec import decode_stream
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
     Utterance,
-    fault,
+    detect_failure,
+    format_scores,
     measure,
     rank,
-    tell_scores,
-    verdict,
+    rejection_reason,
 )
-from orpheus.settings import Mistake, Settings
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -31,8 +31,10 @@ from orpheus.tokens import (
 )
 
 
-def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice, candidate=0):
-    """The Utterance of `text`, nothing spoken yet; `Mistake` where a frame would not fit."""
+def make_utterance(
+    model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice, candidate=0
+):
+    """The Utterance of `text`, nothing spoken yet; `UserError` where a frame would not fit."""
     prompt = prompt_ids(tokenizer, ids, text, voice)
     frames = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)
     room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS  # frames
@@ -40,11 +42,11 @@ def begin(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice
         what = f"a text of {len(prompt)} tokens leaves no room for a frame of speech; shorten it"
         if frames < 1:
             what = f"max_seconds {settings.max_seconds} is less than a frame of speech; raise it"
-        raise Mistake(f"{text[:40]!r}: {what}")
+        raise UserError(f"{text[:40]!r}: {what}")
     return Utterance(text, prompt, min(frames, room), candidate)
 
 
-def slot_scores(model, ids: SpeechIds):
+def make_slot_logits(model, ids: SpeechIds):
     """score(hidden, slot): (rows, width) → (rows, codebook_size + 1), the slot's codes and the end.
 
     Of a plain head only those rows are multiplied: 4,097 of Orpheus's 156,940.
@@ -66,7 +68,7 @@ def slot_scores(model, ids: SpeechIds):
     return score
 
 
-def draw(scores, used, settings: Settings, chance):
+def sample_codes(scores, used, settings: Settings, chance):
     """(rows, choices) scores, the same of bool: drawn before; (rows,) chances under 1 → choices."""
     import torch
 
@@ -92,7 +94,7 @@ def start_batch(model, rows: list[Utterance], seed: int, static: bool):
     from transformers import DynamicCache, StaticCache
 
     longest = max(len(row.prompt) for row in rows)
-    frames = max(row.most for row in rows) + 1  # the end token, too
+    frames = max(row.max_frames for row in rows) + 1  # the end token, too
     pads = torch.tensor([longest - len(row.prompt) for row in rows])
     tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows])
     length = longest + frames * SLOTS
@@ -106,20 +108,20 @@ def start_batch(model, rows: list[Utterance], seed: int, static: bool):
 
 
 def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Settings, static=None):
-    """Speaks `rows` as one batch; yields after every frame, when all that still speak have it.
+    """Generates `rows` as one batch; yields after each frame that unfinished rows have received.
 
-    A row whose `end` is set leaves the batch; with a static cache (where there is a GPU) it is
-    only looked past, since nothing there changes its shape.
+    A row whose `end` is set leaves the batch. With a static cache (on a GPU) it stays in the batch
+    and is ignored, so that shapes stay static.
     """
     import torch
 
     static = torch.cuda.is_available() if static is None else static
-    decoder, score, size = model.get_decoder(), slot_scores(model, ids), ids.codebook_size
+    decoder, score, size = model.get_decoder(), make_slot_logits(model, ids), ids.codebook_size
     tokens, mask, positions, chances, cache = start_batch(model, rows, settings.seed, static)
     used = torch.zeros(len(rows), SLOTS, size + 1, dtype=torch.bool, device=model.device)
 
     def ending(row, code):
-        return BY_ITSELF if code == size else CUT_OFF if frame == row.most else ""
+        return BY_ITSELF if code == size else CUT_OFF if frame == row.max_frames else ""
 
     def next_frame(tokens, positions, chances):
         """(rows, n) tokens and their places, (rows, 7) → (rows, 7) codes, next tokens, places."""
@@ -129,10 +131,10 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
             hidden = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
             scores = score(hidden[:, -1], slot)
             if not slot and not frame and not torch.isfinite(scores).all():
-                raise Mistake("the model computes NaN: its weights are damaged, or it diverged")
+                raise UserError("the model computes NaN: its weights are damaged, or it diverged")
             if slot or not frame:
                 scores[:, size] = float("-inf")  # an end is no part of a frame, and not the first
-            drawn.append(codes := draw(scores, used[:, slot], settings, chances[:, slot]))
+            drawn.append(codes := sample_codes(scores, used[:, slot], settings, chances[:, slot]))
             if not static and slot == 0 and all(map(ending, rows, codes.tolist())):
                 break
             used[:, slot].scatter_(1, codes[:, None], True)
@@ -151,7 +153,7 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
         inputs = tokens, positions, chances[:, frame]
         with torch.no_grad():
             if frame == 2 and static and settings.cuda_graph:
-                next_frame = captured(next_frame, inputs)
+                next_frame = capture_cuda_graph(next_frame, inputs)
             codes, tokens, positions = next_frame(*inputs)
         for row, spoken in zip(rows, codes.cpu().numpy(), strict=True):
             row.end = row.end or ending(row, spoken[0])
@@ -160,7 +162,7 @@ def speak_frames(model, rows: list[Utterance], ids: SpeechIds, settings: Setting
             yield
 
 
-def captured(work, inputs):
+def capture_cuda_graph(work, inputs):
     """`work` as a CUDA graph, one launch instead of thousands: work(*inputs), at this one shape.
 
     What it returns is overwritten by the next call.
@@ -202,7 +204,9 @@ class SlotProcessor:
         return allowed
 
 
-def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Settings) -> None:
+def generate_with_transformers(
+    model, rows: list[Utterance], ids: SpeechIds, settings: Settings
+) -> None:
     """The same by `model.generate`: what Unsloth's patched models can do, and the tests' reference.
 
     Seeds are torch's here, so that what is sampled is repeatable, but not what speak_frames draws.
@@ -217,7 +221,7 @@ def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Set
     speech = model.generate(
         input_ids=tokens,
         attention_mask=mask[:, : tokens.shape[1]].long(),
-        max_new_tokens=max(row.most for row in rows) * SLOTS + 1,  # the end token, too
+        max_new_tokens=max(row.max_frames for row in rows) * SLOTS + 1,  # the end token, too
         repetition_penalty=settings.repetition_penalty,
         eos_token_id=ids.eos,
         pad_token_id=ids.eos,
@@ -227,19 +231,23 @@ def generate_plainly(model, rows: list[Utterance], ids: SpeechIds, settings: Set
     )[:, tokens.shape[1] :]
     for row, spoken in zip(rows, speech.cpu().numpy(), strict=True):
         ends = np.append(np.flatnonzero(spoken == ids.eos), len(spoken))[0]
-        row.end = BY_ITSELF if ends < len(spoken) and ends <= row.most * SLOTS else CUT_OFF
-        whole = min(ends // SLOTS, row.most) * SLOTS
+        row.end = BY_ITSELF if ends < len(spoken) and ends <= row.max_frames * SLOTS else CUT_OFF
+        whole = min(ends // SLOTS, row.max_frames) * SLOTS
         row.frames = list(ids_to_codes(spoken[:whole], ids))
 
 
-def speak_rows(model, rows, ids: SpeechIds, settings: Settings, pace: float | None = None) -> None:
+def generate_batch(
+    model, rows, ids: SpeechIds, settings: Settings, pace: float | None = None
+) -> None:
     """Speaks `rows` to their ends in one batch; of several candidates those at fault end early."""
     if type(model.get_decoder()).forward.__module__.startswith("unsloth"):
-        generate_plainly(model, rows, ids, settings)  # its forward knows none of these caches
+        generate_with_transformers(
+            model, rows, ids, settings
+        )  # its forward knows none of these caches
         return
     for frame, _ in enumerate(speak_frames(model, rows, ids, settings)):
         for row in rows if settings.best_of > 1 and frame % 6 == 5 else []:  # twice a second
-            row.end = row.end or fault(row, pace)
+            row.end = row.end or detect_failure(row, pace)
 
 
 def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice=None):
@@ -247,8 +255,8 @@ def generate(model, tokenizer, ids: SpeechIds, text: str, settings: Settings, vo
 
     Where it did not, `settings.max_seconds` or the model's context was reached first.
     """
-    row = begin(model, tokenizer, ids, text, settings, voice)
-    speak_rows(model, [row], ids, settings)
+    row = make_utterance(model, tokenizer, ids, text, settings, voice)
+    generate_batch(model, [row], ids, settings)
     return row.codes, row.end == BY_ITSELF
 
 
@@ -270,7 +278,7 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
     Those that run away or loop leave the batch at once; what is wrong with any is printed.
     """
     rows = [row for group in groups for row in group]
-    speak_rows(model, rows, ids, settings, pace)
+    generate_batch(model, rows, ids, settings, pace)
     if settings.best_of == 1:
         return rows
     best = []
@@ -279,7 +287,7 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
             row.audio = np.concatenate(list(decode_row(codec, row, settings.seed)))
         scores = [measure(row.audio, row.text, pace, judges) for row in group]
         pairs = sorted(zip(group, scores, strict=True), key=lambda pair: rank(*pair))
-        faults = [f"{row.candidate + 1} {verdict(row, told)}" for row, told in pairs]
+        faults = [f"{row.candidate + 1} {rejection_reason(row, told)}" for row, told in pairs]
         faults = [line for line in faults if line.split(" ", 1)[1]]
         told = f": {'; '.join(sorted(faults))}" if faults else ""
         kept = f"candidate {pairs[0][0].candidate + 1} of {len(group)}"
@@ -288,7 +296,7 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
     return best
 
 
-HEARD = ("-", "pcm")  # names of --out that are heard at once
+STREAM_TARGETS = ("-", "pcm")  # names of --out that are heard at once
 PAUSE = 0.25  # seconds between the parts of a long text, on top of the silence at clips' ends
 FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, without a click
 CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds
@@ -319,7 +327,7 @@ def parts_of(text: str, settings: Settings) -> list[str]:
     return split_text(text, most, settings.language)
 
 
-def joined(parts: list):
+def concat_with_pauses(parts: list):
     """Pieces of samples of each part → of all, with pauses that the parts fade into and out of."""
     ramp = np.linspace(0, 1, FADE, dtype=np.float32)
     for n, pieces in enumerate(parts):
@@ -342,7 +350,7 @@ def save_speech(lines, path: Path, stream: bool = False, keep: bool = True, quie
     The file is opened first: one that cannot be written is told before anything is spoken.
     """
     started, length, first, kept = time.perf_counter(), 0, 0, [np.zeros(0, "f4")]
-    with (growing_audio if stream else audio_file)(path) as write:
+    with (streamed_audio if stream else audio_file)(path) as write:
         rows, pieces = next(lines)
         for piece in pieces:
             write(piece)
@@ -350,7 +358,7 @@ def save_speech(lines, path: Path, stream: bool = False, keep: bool = True, quie
             length += len(piece)
             kept += [piece] if keep else []
     seconds, spent = length / SAMPLE_RATE, time.perf_counter() - started
-    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {how_ended(rows)}"
+    told = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {format_ending(rows)}"
     if stream:
         told += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
     if not quiet:
@@ -358,13 +366,13 @@ def save_speech(lines, path: Path, stream: bool = False, keep: bool = True, quie
     return np.concatenate(kept), rows
 
 
-def how_ended(rows: list[Utterance]) -> str:
+def format_ending(rows: list[Utterance]) -> str:
     frames, cut = sum(len(row.frames) for row in rows), [r for r in rows if r.end != BY_ITSELF]
     where = f" in {len(cut)} of {len(rows)} parts" if cut and len(rows) > 1 else ""
     return f"{frames} frames, {cut[0].end if cut else BY_ITSELF}{where}"
 
 
-def spoken(
+def synthesize(
     texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=None, stream=False
 ):
     """Each text in turn: its parts as Utterances, and the pieces of samples that they make.
@@ -374,7 +382,7 @@ def spoken(
     ids, best_of = read_speech_ids(tokenizer, codec.codebook_size), range(settings.best_of)
 
     def candidates(part):
-        return [begin(model, tokenizer, ids, part, settings, voice, n) for n in best_of]
+        return [make_utterance(model, tokenizer, ids, part, settings, voice, n) for n in best_of]
 
     def sound(row):
         if row.audio is not None:  # one of several candidates, decoded to be scored
@@ -392,7 +400,7 @@ def spoken(
                 batch, groups = groups[:at_once], groups[at_once:]
                 done += speak_best(batch, model, codec, ids, settings, pace, judges)
             rows, done = done[: len(line)], done[len(line) :]
-        yield rows, joined([sound(row) for row in rows])
+        yield rows, concat_with_pauses([sound(row) for row in rows])
 
 
 def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None, **more):
@@ -402,10 +410,10 @@ def speak(texts, paths, model, tokenizer, codec, settings: Settings, voice: str 
     """
     keep, quiet, results = more.pop("keep", True), more.pop("quiet", False), []
     stream, pace, judges = (more.get(name) for name in ("stream", "pace", "judges"))
-    lines = spoken(texts, model, tokenizer, codec, settings, voice, **more)
+    lines = synthesize(texts, model, tokenizer, codec, settings, voice, **more)
     for text, path in zip(texts, paths, strict=True):
         audio, rows = save_speech(lines, path, stream, keep, quiet)
         if judges is not None:
-            print(f"        {tell_scores(measure(audio, text, pace, judges))}")
+            print(f"        {format_scores(measure(audio, text, pace, judges))}")
         results.append((audio, all(row.end == BY_ITSELF for row in rows)))
     return results

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from orpheus.models import LINEAR_LAYERS, fetch, is_adapter, loads, read_model_config
 from orpheus.runs import SAVED_CONFIG
-from orpheus.settings import Mistake, Settings, read_json
+from orpheus.settings import Settings, UserError, read_json
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # bytes a weight; NF4 with its scales, one per 64 weights and themselves quantised
-HELD = {"4bit": 0.516, "8bit": 1, "fp8": 1}
+BYTES_PER_WEIGHT = {"4bit": 0.516, "8bit": 1, "fp8": 1}
 FIT_KEYS = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
 # A model's config; weights of its linear layers, of all else, of a LoRA of rank 1
 Base = namedtuple("Base", "config linear others lora")
@@ -35,15 +35,15 @@ def count_weights(config) -> Base:
 
 
 def read_config(settings: Settings):
-    """The base's config.json; `Mistake` where max_length is more than it sees."""
+    """The base's config.json; `UserError` where max_length is more than it sees."""
     folder = fetch(settings.model, ["*config.json"])
     if is_adapter(folder):
-        raise Mistake(f"model {folder} is an adapter; give the base that it was trained on")
+        raise UserError(f"model {folder} is an adapter; give the base that it was trained on")
     config = read_model_config(folder)
     context = config.max_position_embeddings
     if settings.max_length > context:
         over = f"max_length {settings.max_length} is over"
-        raise Mistake(f"{over} the {context} tokens that {settings.model} sees")
+        raise UserError(f"{over} the {context} tokens that {settings.model} sees")
     return config
 
 
@@ -79,7 +79,7 @@ def layer_bytes(keys: dict, config, wide: int) -> int:
 def memory_plan(keys: dict, base) -> dict[str, float]:
     """Bytes on the GPU at the worst moment of a step, by what they hold. `keys`: a flat config."""
     config, linear, others, lora = *base[:3], base.lora * keys["lora_r"]
-    full, quantised = keys["full_finetuning"], keys["weights"] in HELD
+    full, quantised = keys["full_finetuning"], keys["weights"] in BYTES_PER_WEIGHT
     wide = 2 if keys["bf16"] or keys["fp16"] else 4
     plain = 4 if quantised and keys["backend"] == "transformers" else wide  # PEFT casts to fp32
     trained, each = (linear + others, wide) if full else (lora, 4)
@@ -87,11 +87,11 @@ def memory_plan(keys: dict, base) -> dict[str, float]:
     layer, layers = layer_bytes(keys, config, wide), config.num_hidden_layers
     checkpointing, inputs = keys["gradient_checkpointing"], wide * config.hidden_size
     kept = layers * layer if not checkpointing else layer + inputs * layers
-    if checkpointing == "unsloth":  # the layers' inputs wait in RAM, but for two
+    if checkpointing == "unsloth":  # the layers' inputs are offloaded to CPU; two stay
         kept = layer + 2 * inputs
     largest = config.hidden_size * config.intermediate_size
     return {
-        "weights": linear * HELD.get(keys["weights"], wide) + others * plain,
+        "weights": linear * BYTES_PER_WEIGHT.get(keys["weights"], wide) + others * plain,
         "LoRA": 0 if full else lora * 4,
         "gradients": trained * each,
         "optimiser": trained * state_bytes(keys["optim"]),
@@ -103,7 +103,7 @@ def memory_plan(keys: dict, base) -> dict[str, float]:
     }
 
 
-def needed(keys: dict, base) -> float:
+def total_bytes(keys: dict, base) -> float:
     return sum(memory_plan(keys, base).values())
 
 
@@ -123,7 +123,7 @@ def smallest_change(keys: dict, base, free: float) -> dict | None:
     for count in range(len(changes) + 1):
         for chosen in itertools.combinations(changes, count):
             change = {name: value for part in chosen for name, value in part.items()}
-            if needed(keys | change, base) <= free:
+            if total_bytes(keys | change, base) <= free:
                 return {name: value for name, value in change.items() if keys[name] != value}
     return None
 
@@ -138,7 +138,7 @@ def best_fit(keys: dict, base, free: float) -> dict | None:
     for checkpointing in (False, True, "unsloth")[: 3 if keys["backend"] == "unsloth" else 2]:
         for once in (n for n in range(rows, 0, -1) if rows % n == 0):
             change = dict(zip(FIT_KEYS, (checkpointing, once, rows // once), strict=True))
-            if needed(keys | change, base) <= free:
+            if total_bytes(keys | change, base) <= free:
                 return change
     return None
 
@@ -154,40 +154,40 @@ def plan_keys(settings: Settings, arguments) -> dict:
     return settings.flat() | resolved
 
 
-def in_words(change: dict | None) -> str:
+def format_settings(change: dict | None) -> str:
     if change is None:
         return "no change of settings makes it fit: a smaller base, or a larger card"
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in change.items())
 
 
-def tell_plan(settings: Settings, arguments, base) -> None:
+def print_plan(settings: Settings, arguments, base) -> None:
     """--plan: where the memory goes, and what this and other cards hold."""
     import torch
 
     keys = plan_keys(settings, arguments)
-    print(f"{settings.model}: {settings.max_length} tokens a row, {in_words(fit_of(keys))}")
+    print(f"{settings.model}: {settings.max_length} tokens a row, {format_settings(fit_of(keys))}")
     for name, size in memory_plan(keys, base).items():
         print(f"  {name:16}{size / GIB:8.2f} GiB")
-    print(f"  {'in all':16}{needed(keys, base) / GIB:8.2f} GiB, an estimate")
+    print(f"  {'in all':16}{total_bytes(keys, base) / GIB:8.2f} GiB, an estimate")
     here = torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
     for card in [here] if here else CARDS if isinstance(settings.fit, bool) else [settings.fit]:
         change = smallest_change(keys, base, card * GIB)
-        told = "fits" if change == {} else f"too small: {in_words(change)}"
+        told = "fits" if change == {} else f"too small: {format_settings(change)}"
         fit = best_fit(keys, base, card * GIB)
-        print(f"{card:4.4g} GiB: {told}" + (f"; --fit takes {in_words(fit)}" if fit else ""))
+        print(f"{card:4.4g} GiB: {told}" + (f"; --fit takes {format_settings(fit)}" if fit else ""))
 
 
 def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -> None:
     """Tells what the run will need, and with `fit` sets rows at once and checkpointing to suit.
 
-    `Mistake` with the smallest change where even what no setting of those spares is too much. (Of
+    `UserError` with the smallest change where even what no setting of those spares is too much. (Of
     activations the plan is the least sure: where they alone are too much, it only says so.)
     """
     import torch
 
     keys, gpu = plan_keys(settings, arguments), torch.cuda.is_available()
     if not gpu and settings.fit is True:
-        raise Mistake("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
+        raise UserError("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
     if not gpu and settings.fit is False:
         return
     free = torch.cuda.mem_get_info()[0] if isinstance(settings.fit, bool) else settings.fit * GIB
@@ -197,12 +197,16 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
         if checkpoint:  # a resumed run goes on with what it had
             change = fit_of(read_json(Path(settings.output_dir) / SAVED_CONFIG))
     if change is None or sum(plan.values()) - plan["activations"] > free:
-        told = f"{needed(keys, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
-        raise Mistake(f"out of memory: {told}; {in_words(smallest_change(keys, base, free))}")
-    total = needed(keys | change, base)
-    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {in_words(change)}")
+        told = f"{total_bytes(keys, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
+        raise UserError(
+            f"out of memory: {told}; {format_settings(smallest_change(keys, base, free))}"
+        )
+    total = total_bytes(keys | change, base)
+    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {format_settings(change)}")
     if total > free:
-        print(f"         it may not fit; {in_words(smallest_change(keys, base, free))} would")
+        print(
+            f"         it may not fit; {format_settings(smallest_change(keys, base, free))} would"
+        )
     settings.gradient_checkpointing = change[FIT_KEYS[0]]
     for name in FIT_KEYS[1:]:
         settings.trainer[name] = change[name], "fit"
@@ -213,7 +217,7 @@ def step_down(settings: Settings, arguments) -> None:
 
     In a new process, which has all of the GPU's memory again. The clips are in the cache.
     """
-    less = 0.9 * needed(plan_keys(settings, arguments), read_base(settings)) / GIB
+    less = 0.9 * total_bytes(plan_keys(settings, arguments), read_base(settings)) / GIB
     print(f"out of memory in the first step: starting anew with --fit {less:.2f}", flush=True)
     os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", f"{less:.2f}"])
 

@@ -11,22 +11,22 @@ import numpy as np
 
 from orpheus.audio import write_text
 from orpheus.codec import load_codec
-from orpheus.generation import begin, speak_rows
+from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import is_adapter, load_model, loads, on_hub
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, Run
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, RunInfo
 from orpheus.scoring import Utterance
-from orpheus.settings import Mistake, Settings, read_json, read_settings, read_text
+from orpheus.settings import Settings, UserError, read_json, read_settings, read_text
 from orpheus.tokens import SpeechIds, codes_to_ids, read_speech_ids
 
 
-def read_greedily(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
+def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
     """The sample texts, five seconds of each at most, spoken without chance."""
     greedy = dataclasses.replace(
         settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
     )
     texts = settings.sample_texts or read_settings().sample_texts
-    rows = [begin(model, tokenizer, ids, text, greedy, voice) for text in texts]
-    speak_rows(model, rows, ids, greedy)
+    rows = [make_utterance(model, tokenizer, ids, text, greedy, voice) for text in texts]
+    generate_batch(model, rows, ids, greedy)
     return rows
 
 
@@ -43,10 +43,10 @@ def logits_over(model, ids: SpeechIds, rows: list[Utterance]) -> list:
     return logits
 
 
-def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tuple[bool, str]:
+def check_merged(run: RunInfo, voice, out: Path, ids: SpeechIds, rows, logits) -> tuple[bool, str]:
     """Whether the folder `out` speaks the greedy tokens of the adapter, and a line that says so."""
     model, tokenizer = load_model(str(out))
-    merged = read_greedily(model, tokenizer, ids, run.settings, voice)
+    merged = generate_greedy(model, tokenizer, ids, run.settings, voice)
     again = logits_over(model, ids, rows)
     far = max(float((a - b).abs().max()) for a, b in zip(logits, again, strict=True))
     same, total = 0, sum(row.codes.size for row in rows)
@@ -61,7 +61,7 @@ def check_merged(run: Run, voice, out: Path, ids: SpeechIds, rows, logits) -> tu
     return passed, f"{told}, logits differ by {far:.4f} at most"
 
 
-def model_card(run: Run) -> str:
+def model_card(run: RunInfo) -> str:
     """README.md of a merged folder: where it comes from, data, settings, scores, {parity}."""
     settings, home = run.settings, run.home
     report = read_json(home / SAVED_REPORT)
@@ -85,18 +85,18 @@ def model_card(run: Run) -> str:
     return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
 
 
-def merge(run: Run, voice: str | None, out: Path) -> bool:
+def merge(run: RunInfo, voice: str | None, out: Path) -> bool:
     """The adapter merged into its base, to the folder `out`; whether it still speaks the same."""
     from safetensors import SafetensorError
 
     if not is_adapter(run.folder):
-        raise Mistake(f"{run.folder}: no adapter: there is nothing to merge")
+        raise UserError(f"{run.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Mistake(f"{out} is there already; give --merge a new folder")
-    card = model_card(run) if run.home else ""  # a Mistake in what it is made from comes first
+        raise UserError(f"{out} is there already; give --merge a new folder")
+    card = model_card(run) if run.home else ""  # a UserError in what it is made from comes first
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
-    rows = read_greedily(model, tokenizer, ids, run.settings, voice)
+    rows = generate_greedy(model, tokenizer, ids, run.settings, voice)
     logits = logits_over(model, ids, rows)
     del model
     part = out.with_name(f".{out.name}.part")
@@ -111,7 +111,7 @@ def merge(run: Run, voice: str | None, out: Path) -> bool:
         os.replace(part, out)
     except (OSError, SafetensorError) as error:
         told = getattr(error, "strerror", None) or error
-        raise Mistake(f"{out}: cannot be written: {told}") from None
+        raise UserError(f"{out}: cannot be written: {told}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     passed, told = check_merged(run, voice, out, ids, rows, logits)

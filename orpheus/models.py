@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
-from orpheus.settings import Mistake, first_reason, out_of_memory, read_json
+from orpheus.settings import UserError, first_reason, out_of_memory, read_json
 
 
 def device() -> str:
@@ -27,13 +27,13 @@ def on_hub(path: str) -> bool:
 
 
 def check_machine(model: str) -> None:
-    """`Mistake` for a hub's model where there is no GPU; a local one may be small enough."""
+    """`UserError` for a hub's model where there is no GPU; a local one may be small enough."""
     if on_hub(model) and (model.startswith("outputs/") or os.path.isdir(os.path.dirname(model))):
-        raise Mistake(f"{model}: no such folder; --model takes a run's folder or a hub id")
+        raise UserError(f"{model}: no such folder; --model takes a run's folder or a hub id")
     if on_hub(model) and device() == "cpu":
         told = f"{model}: no such folder here, and no GPU for the hub's: Orpheus-3B would take days"
         remedy = "`make demo` runs the same path on a tiny model, --model takes a local folder"
-        raise Mistake(f"{told} on a CPU; {remedy}")
+        raise UserError(f"{told} on a CPU; {remedy}")
 
 
 def fetch(path: str, patterns: list[str]) -> Path:
@@ -41,7 +41,7 @@ def fetch(path: str, patterns: list[str]) -> Path:
     if os.path.isdir(path):
         return Path(path)
     if not on_hub(path):
-        raise Mistake(f"{path}: no such folder, and not a hub id (owner/name)")
+        raise UserError(f"{path}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -56,7 +56,7 @@ def fetch(path: str, patterns: list[str]) -> Path:
             f"no such folder here, and the hub cannot be reached ({why}); give a local folder by "
             "--model or --codec, or take the tiny ones of --config data/demo/config.json"
         )
-    raise Mistake(f"{path}: {remedy}")
+    raise UserError(f"{path}: {remedy}")
 
 
 TOKENIZER_FILES = ["*.json", "tokenizer*", "*.jinja"]
@@ -73,7 +73,7 @@ def is_model(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def loads(path: Path):
-    """What libraries raise for a damaged file at `path` becomes a `Mistake` that names it."""
+    """What libraries raise for a damaged file at `path` becomes a `UserError` that names it."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -81,34 +81,34 @@ def loads(path: Path):
     damaged += (NameError, OSError, RuntimeError, TypeError, re.error)
     try:
         yield
-    except (Mistake, *out_of_memory()):
+    except (UserError, *out_of_memory()):
         raise
     except (*damaged, ValueError, StrictDataclassError, SafetensorError) as error:
-        raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
+        raise UserError(f"{path}: does not load: {first_reason(error)}") from None
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library has no class of its own
             raise
-        raise Mistake(f"{path}: does not load: {first_reason(error)}") from None
+        raise UserError(f"{path}: does not load: {first_reason(error)}") from None
 
 
 def read_model_config(folder: Path):
-    """The config of a Llama, by transformers; `Mistake` for a damaged one and for other models."""
+    """The config of a Llama; `UserError` for a damaged one and for other models."""
     from transformers import AutoConfig
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "llama":
-        raise Mistake(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
+        raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
     with loads(folder / "config.json"):
         return AutoConfig.from_pretrained(str(folder))
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model folder; `Mistake` where there is none."""
+    """The tokenizer of a model folder; `UserError` where there is none."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise Mistake(f"{folder}: no tokenizer.json: the tokenizer is missing")
+        raise UserError(f"{folder}: no tokenizer.json: the tokenizer is missing")
     with loads(folder / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         tokenizer("anna: hello")  # some damage shows up only in use
@@ -128,44 +128,44 @@ def nf4(dtype):
 
 
 def find_base(adapter: Path) -> Path:
-    """The folder of the base that an adapter names; `Mistake` for an adapter that is damaged."""
+    """The folder of the base that an adapter names; `UserError` for an adapter that is damaged."""
     config = adapter / "adapter_config.json"
     values = read_json(config)
     base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
     if not isinstance(base, str) or not base:
-        raise Mistake(f"{config}: base_model_name_or_path must name the base; set it")
+        raise UserError(f"{config}: base_model_name_or_path must name the base; set it")
     if kind != "LORA":
-        raise Mistake(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
+        raise UserError(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
     if not os.path.isdir(base) and not on_hub(base):
-        raise Mistake(f"{config}: no folder {base}; correct base_model_name_or_path")
+        raise UserError(f"{config}: no folder {base}; correct base_model_name_or_path")
     return fetch(base, MODEL_FILES)
 
 
 def check_weights(folder: Path) -> None:
-    """`Mistake` where weights are missing or damaged."""
+    """`UserError` where weights are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         name = "adapter_model.safetensors" if is_adapter(folder) else "model.safetensors"
-        raise Mistake(f"{folder}: no {name}: the weights are missing")
+        raise UserError(f"{folder}: no {name}: the weights are missing")
     for file in files:
         try:
             with safe_open(file, "np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise Mistake(f"{file}: damaged or cut short: {first_reason(error)}") from None
+            raise UserError(f"{file}: damaged or cut short: {first_reason(error)}") from None
 
 
 def check_fit(folder: Path, missing: set, unexpected: set) -> None:
-    """`Mistake` where weights are not those of the config: transformers makes up missing ones."""
+    """`UserError` where weights are not those of the config: transformers makes up missing ones."""
     for names, fault in (missing, "are missing"), (unexpected, "have no place in its config"):
         if names:
-            raise Mistake(f"{folder}: {len(names)} weights {fault}, the first {min(names)}")
+            raise UserError(f"{folder}: {len(names)} weights {fault}, the first {min(names)}")
 
 
 def check_adapter(model, folder: Path) -> None:
-    """`Mistake` where a PEFT model's adapter and the file that it was loaded from differ."""
+    """`UserError` where a PEFT model's adapter and the file that it was loaded from differ."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -188,7 +188,7 @@ def choose_dtype(folder: Path, fp32: bool):
 
 
 def load_base(folder: Path, **keys):
-    """transformers' model of a folder; `Mistake` where that is damaged or lacks weights."""
+    """transformers' model of a folder; `UserError` where that is damaged or lacks weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import read_audio, sixteen_bit, wav_header, whole_file
+from orpheus.audio import read_audio, to_int16, wav_header, whole_file
 from orpheus.codec import load_codec
-from orpheus.generation import spoken
+from orpheus.generation import synthesize
 from orpheus.models import device
-from orpheus.runs import choose_voice, load_run, overrides, read_run
-from orpheus.scoring import measure, tell_scores
+from orpheus.runs import choose_voice, load_run, load_run_info, overrides
+from orpheus.scoring import format_scores, measure
 from orpheus.settings import read_text
 from orpheus.tokens import SAMPLE_RATE
 
@@ -39,11 +39,11 @@ def data_uri(kind: str, raw: bytes) -> str:
 
 def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, str]:
     """What page.html shows of one sound."""
-    samples = sixteen_bit(audio).tobytes()
+    samples = to_int16(audio).tobytes()
     return {
         "audio": data_uri("audio/wav", wav_header(len(samples)) + samples),
         "mel": data_uri("image/png", draw_mel(audio)),
-        "scores": tell_scores(measure(audio, text, pace, judges)),
+        "scores": format_scores(measure(audio, text, pace, judges)),
     }
 
 
@@ -60,11 +60,11 @@ def page_html(texts: list[str], recordings: list[Path], arguments, judges) -> st
     columns = {"recording": [read_audio(clip)[0] for clip in recordings]} if recordings else {}
     pace = None
     for model in arguments.model or [None]:
-        run = read_run(model, overrides(arguments), config=arguments.config)
+        run = load_run_info(model, overrides(arguments), config=arguments.config)
         voice, pace = choose_voice(arguments.voice, run), run.pace or pace
         codec = load_codec(run.settings.codec, device())
         loaded = load_run(run)
-        lines = spoken(texts, *loaded, codec, run.settings, voice, run.pace, judges)
+        lines = synthesize(texts, *loaded, codec, run.settings, voice, run.pace, judges)
         columns[model or str(run.folder)] = [np.concatenate(list(pieces)) for _, pieces in lines]
     lines = [
         {

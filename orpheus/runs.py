@@ -26,7 +26,7 @@ from orpheus.models import (
     local,
     on_hub,
 )
-from orpheus.settings import RUN_KEYS, SPEAKING, Mistake, Settings, read_json, read_settings
+from orpheus.settings import RUN_KEYS, SPEAKING, Settings, UserError, read_json, read_settings
 
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
@@ -34,7 +34,7 @@ SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, am
 
 
 @dataclass
-class Run:
+class RunInfo:
     """What speaks: a model's folder, and what finetune.py left beside it."""
 
     settings: Settings
@@ -44,9 +44,9 @@ class Run:
     home: Path | None = None  # where the run's settings and report are
 
 
-def read_run(
+def load_run_info(
     model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES, config=None
-) -> Run:
+) -> RunInfo:
     """The Run of --model; without it config.json's run, or its base.
 
     With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
@@ -57,7 +57,7 @@ def read_run(
         out = Path(plain.output_dir)
         made = is_model(out) or (out / PREVIOUS).is_dir()
         if not made and patterns is TOKENIZER_FILES:
-            return Run(plain)
+            return RunInfo(plain)
         model = plain.output_dir if made else plain.model
         print(f"model    {model}" + ("" if made else ", the base: no run in output_dir yet"))
     if patterns is MODEL_FILES:
@@ -70,14 +70,14 @@ def read_run(
             named = "codec" not in overrides and "codec" not in chosen
             if named and not os.path.isdir(settings.codec) and not on_hub(settings.codec):
                 place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
-                raise Mistake(f"{place}; correct codec there, or give --codec")
+                raise UserError(f"{place}; correct codec there, or give --codec")
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
             settings = dataclasses.replace(settings, **spoken_with)
-            return Run(settings, folder, voices, pace, home)
+            return RunInfo(settings, folder, voices, pace, home)
     if (folder / PREVIOUS).is_dir():
         told = "the run that was to replace the one in it was killed"
-        raise Mistake(f"{folder}: {told}; finetune.py --resume puts the earlier one back")
-    return Run(plain, folder)
+        raise UserError(f"{folder}: {told}; finetune.py --resume puts the earlier one back")
+    return RunInfo(plain, folder)
 
 
 def read_report(path: Path) -> tuple[list[str], float | None]:
@@ -85,11 +85,11 @@ def read_report(path: Path) -> tuple[list[str], float | None]:
     report = read_json(path)
     voices, sizes = report.get("voices"), [report.get(n, 0) for n in ("seconds", "characters")]
     if not isinstance(voices, dict) or not all(isinstance(size, int | float) for size in sizes):
-        raise Mistake(f"{path}: damaged: voices, seconds or characters")
+        raise UserError(f"{path}: damaged: voices, seconds or characters")
     return list(voices), sizes[0] / sizes[1] if all(0 < size < math.inf for size in sizes) else None
 
 
-def load_run(run: Run):
+def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
     fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
@@ -97,10 +97,10 @@ def load_run(run: Run):
     return model, tokenizer
 
 
-def choose_voice(asked: str | None, run: Run) -> str | None:
-    """The voice asked for, or the run's first; `Mistake` for one that it was not trained on."""
+def choose_voice(asked: str | None, run: RunInfo) -> str | None:
+    """The voice asked for, or the run's first; `UserError` for one that it was not trained on."""
     if asked and run.voices and asked not in run.voices:
-        raise Mistake(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
+        raise UserError(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
     return asked or (run.voices[0] if run.voices else run.settings.voice)
 
 
@@ -124,7 +124,7 @@ RUN_FILES = re.compile(
 
 @contextlib.contextmanager
 def output_lock(settings: Settings):
-    """Keeps output_dir to this process. `Mistake` where it is in use, or cannot be written to.
+    """Keeps output_dir to this process. `UserError` where it is in use, or cannot be written to.
 
     The kernel gives the lock back when the process ends, however it ends.
     """
@@ -143,10 +143,10 @@ def output_lock(settings: Settings):
         except BlockingIOError:
             file.seek(0)
             told = f"another run (process {file.read().strip()}) is writing to {out}"
-            raise Mistake(f"{told}: wait for it, or choose another --output_dir") from None
+            raise UserError(f"{told}: wait for it, or choose another --output_dir") from None
         except OSError as error:
             reason = error.strerror or error
-            raise Mistake(f"{out}: cannot be written: {reason}; try --output_dir") from None
+            raise UserError(f"{out}: cannot be written: {reason}; try --output_dir") from None
         yield
 
 
@@ -161,7 +161,7 @@ def lock_file(file) -> None:
 
 
 def check_place(settings: Settings) -> Path:
-    """output_dir. `Mistake` where it is, or holds, what the run reads."""
+    """output_dir. `UserError` where it is, or holds, what the run reads."""
     out = Path(os.path.realpath(settings.output_dir))
     for name in ("dataset", "model", "codec"):
         given = getattr(settings, name)
@@ -169,7 +169,7 @@ def check_place(settings: Settings) -> Path:
         if source and out in (source, *source.parents):
             holds = "is" if out == source else "holds"
             told = f"output_dir {settings.output_dir} {holds} the {name} {given}"
-            raise Mistake(f"{told}: choose another --output_dir")
+            raise UserError(f"{told}: choose another --output_dir")
     return Path(settings.output_dir)
 
 
@@ -188,7 +188,7 @@ def owned_files(out: Path) -> list[Path]:
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     parts = [Path(name).parts for name in names] if listed else [()]
     if not all(part and part[0] != "/" and ".." not in part for part in parts):
-        raise Mistake(f"{path}: must list files of this folder; choose another --output_dir")
+        raise UserError(f"{path}: must list files of this folder; choose another --output_dir")
     return [out / name for name in names if os.path.lexists(out / name)]
 
 
@@ -266,11 +266,11 @@ def writing(out: Path):
     try:
         yield
     except OSError as error:
-        raise Mistake(f"{error.filename or out}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
 
 def check_output(settings: Settings) -> Path | None:
-    """The checkpoint to go on from. `Mistake` where a run or the user's files would be lost."""
+    """The checkpoint to go on from. `UserError` where a run or the user's files would be lost."""
     out = Path(settings.output_dir)
     if RANK:  # the first rank looks for all
         if settings.resume and is_model(out):  # it ends, too
@@ -285,10 +285,10 @@ def check_output(settings: Settings) -> Path | None:
         resumed = settings.resume and path.name.startswith("checkpoint-")
         if path not in made and not harmless and not resumed:
             told = f"{path}: finetune.py did not make it, and a run would replace it"
-            raise Mistake(f"{told}: choose another --output_dir")
+            raise UserError(f"{told}: choose another --output_dir")
     for path in (out / "samples", out / "runs"):
         if path.exists() and not path.is_dir():
-            raise Mistake(f"{path} is a file; a run needs a folder there: try --output_dir")
+            raise UserError(f"{path} is a file; a run needs a folder there: try --output_dir")
     finished, checkpoint = is_model(out), last_checkpoint(out)
     if settings.resume:
         if finished:
@@ -299,7 +299,7 @@ def check_output(settings: Settings) -> Path | None:
         return checkpoint
     if not settings.overwrite and (finished or checkpoint):
         what = "a finished run:" if finished else "an unfinished run: --resume goes on,"
-        raise Mistake(f"{out} holds {what} --overwrite replaces it, --output_dir goes elsewhere")
+        raise UserError(f"{out} holds {what} --overwrite replaces it, --output_dir goes elsewhere")
     return None
 
 
@@ -319,19 +319,19 @@ def is_whole(checkpoint: Path) -> bool:
         step = read_json(checkpoint / "trainer_state.json").get("global_step")
         if not any(checkpoint.glob("pytorch_model*")):  # as FSDP writes them
             check_weights(checkpoint)
-    except Mistake:
+    except UserError:
         return False
     return isinstance(step, int) and all(map(zipfile.is_zipfile, checkpoint.glob("*.pt*")))
 
 
-# On resuming, the length of the run and what is told and kept may change; what is learnt may not.
+# On resume only the run length, logging, saving and sampling keys may change.
 FREE_KEYS = ("max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to")
 FREE_KEYS += ("cache_dir", "sample_steps", "sample_texts", "plan", "fit", *SPEAKING)
 FREE_PARTS = ("logging_", "save_", "eval_")
 
 
 def check_resumed(settings: Settings, digest: str) -> None:
-    """`Mistake` where the run to go on with had other settings or other rows."""
+    """`UserError` where the run to go on with had other settings or other rows."""
     out = Path(settings.output_dir)
     then, now = read_json(out / SAVED_CONFIG), resolved(settings)
     changed = [
@@ -344,7 +344,7 @@ def check_resumed(settings: Settings, digest: str) -> None:
     if read_json(out / SAVED_REPORT).get("digest") != digest:
         changed.append("the rows are others")
     if changed:
-        raise Mistake(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
+        raise UserError(f"{out}: cannot resume: {'; '.join(changed)}; --overwrite starts anew")
 
 
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
@@ -365,7 +365,7 @@ def disk_watched(out: Path, where):
             raise
         left = f"last checkpoint: {last_checkpoint(out) or 'none yet'}"
         told = f"{where()}: {out} cannot be written, its disk is full: free some, then --resume"
-        raise Mistake(f"{told}; {left}") from None
+        raise UserError(f"{told}; {left}") from None
 
 
 def resolved(settings: Settings) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 
 from orpheus.audio import read_audio
 from orpheus.models import device
-from orpheus.settings import Mistake
+from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 BY_ITSELF = "ended by itself"
@@ -24,7 +24,7 @@ class Utterance:
 
     text: str
     prompt: list[int]
-    most: int  # frames: max_seconds, or what the model's context leaves
+    max_frames: int  # frames: max_seconds, or what the model's context leaves
     candidate: int = 0  # each has random numbers of its own
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # (7,) codes each
     end: str = ""  # how it ended, empty while it speaks; whoever looks on may end it, too
@@ -38,7 +38,7 @@ class Utterance:
 SLOW, FAST, SILENCE = 2.5, 0.4, 1.5  # × the voice's own length, twice; seconds
 
 
-def fault(row: Utterance, pace: float | None) -> str:
+def detect_failure(row: Utterance, pace: float | None) -> str:
     """What has gone wrong with it so far, by its frames alone; empty where nothing has.
 
     `pace` is the voice's, in seconds a character. A loop: slot 0, the coarsest, has repeated
@@ -76,7 +76,7 @@ def judge_words(whisper: str, _):
         model = WhisperModel(whisper, compute_type="int8")
     except (OSError, ValueError, RuntimeError) as error:
         told = str(error).strip().splitlines()[0]
-        raise Mistake(f"--whisper {whisper}: neither a folder nor to be had: {told}") from None
+        raise UserError(f"--whisper {whisper}: neither a folder nor to be had: {told}") from None
 
     def judge(audio, text):
         import soxr
@@ -150,11 +150,11 @@ def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[st
     return scores
 
 
-def tell_scores(scores: dict) -> str:
+def format_scores(scores: dict) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
-def verdict(row: Utterance, scores: dict) -> str:
+def rejection_reason(row: Utterance, scores: dict) -> str:
     """Why a spoken candidate should not be kept; empty where it may be."""
     if row.end != BY_ITSELF:
         return row.end
@@ -167,4 +167,4 @@ def rank(row: Utterance, scores: dict) -> tuple:
     """Least is best: no fault, few wrong words, a like voice, a clean sound, the voice's pace."""
     pace = abs(math.log(scores.get("pace", 1)))
     likeness, mos = scores.get("likeness", 0), scores.get("mos", 0)
-    return bool(verdict(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
+    return bool(rejection_reason(row, scores)), scores.get("wer", 0), -likeness, -mos, pace

@@ -21,8 +21,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Mistake(ValueError):
-    """Something a person can mend: what, where and the remedy, in one line."""
+class UserError(ValueError):
+    """A mistake that the user can correct: what, where and the remedy, in one line."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
@@ -35,14 +35,14 @@ def out_of_memory() -> tuple:
 
 
 def run(main):
-    """Calls `main`; a Mistake becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Calls `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader is gone, as in `… | head -1`: end as other tools do
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
-    except Mistake as mistake:
+    except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
@@ -57,7 +57,7 @@ def run(main):
         sys.exit(130)
 
 
-def key(description: str, **bounds):
+def setting(description: str, **bounds):
     """A settings field: its words for --help, and pydantic's bounds (gt, ge, le, …)."""
     return dataclasses.field(metadata={"description": description, **bounds})
 
@@ -69,63 +69,71 @@ class Settings:
     Every other key of a config goes to TRL's SFTConfig, by way of `trainer`.
     """
 
-    model: str = key("base model: hub id or folder")
-    codec: str = key("SNAC 24 kHz codec: hub id or folder")
-    dataset: str = key("folder of clips (data/README.md), or the hub id of a dataset")
-    dataset_config: str | None = key("configuration of a hub dataset")
-    dataset_split: str = key("split of a hub dataset")
-    dataset_revision: str | None = key("branch, tag or commit of a hub dataset")
-    text_column: str | None = key("column of the texts; null: by convention")
-    audio_column: str | None = key("column of the sounds; null: by convention")
-    voice_column: str | None = key("column of the voices; null: by convention")
-    absolute_paths: bool = key("let rows name sounds outside the dataset's folder")
-    voice: str | None = key("voice name for clips that name no speaker")
-    limit: int | None = key("take the first N clips only", gt=0, le=10**9)
-    keep_silence: float | None = key(
+    model: str = setting("base model: hub id or folder")
+    codec: str = setting("SNAC 24 kHz codec: hub id or folder")
+    dataset: str = setting("folder of clips (data/README.md), or the hub id of a dataset")
+    dataset_config: str | None = setting("configuration of a hub dataset")
+    dataset_split: str = setting("split of a hub dataset")
+    dataset_revision: str | None = setting("branch, tag or commit of a hub dataset")
+    text_column: str | None = setting("column of the texts; null: by convention")
+    audio_column: str | None = setting("column of the sounds; null: by convention")
+    voice_column: str | None = setting("column of the voices; null: by convention")
+    absolute_paths: bool = setting("let rows name sounds outside the dataset's folder")
+    voice: str | None = setting("voice name for clips that name no speaker")
+    limit: int | None = setting("take the first N clips only", gt=0, le=10**9)
+    keep_silence: float | None = setting(
         "seconds of silence kept at a clip's ends; null: all", ge=0, le=600
     )
-    silence_db: float = key("softer than the loudest moment by this much is silence", gt=0, le=200)
-    leave_out: list[str] = key("the doctor's findings whose clips are not trained on")
-    cache_dir: str | None = key("where encoded clips are kept; null: nowhere")
-    train_on: Literal["audio", "all"] = key("loss on the audio alone, or on the prompt too")
-    max_length: int = key("longest row, and length of a packed row, in tokens", gt=0, le=10**6)
-    too_long: Literal["drop", "truncate"] = key("what becomes of a row over max_length")
-    batching: Literal["pack", "pad", "pad_to_max"] = key("how rows of unequal length share a batch")
-    backend: Literal["unsloth", "transformers"] = key("Unsloth, or plain TRL and PEFT")
-    weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("how the base's weights are held")
-    full_finetuning: bool = key("train every weight, instead of a LoRA")
-    lora_r: int = key("LoRA rank", gt=0, le=4096)
-    lora_alpha: int = key("LoRA scale is lora_alpha / lora_r", gt=0, le=10**5)
-    lora_dropout: float = key("LoRA dropout", ge=0, lt=1)
-    gradient_checkpointing: bool | Literal["unsloth"] = key("off, on, or Unsloth's, which offloads")
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = key(
+    silence_db: float = setting(
+        "softer than the loudest moment by this much is silence", gt=0, le=200
+    )
+    leave_out: list[str] = setting("the doctor's findings whose clips are not trained on")
+    cache_dir: str | None = setting("where encoded clips are kept; null: nowhere")
+    train_on: Literal["audio", "all"] = setting("loss on the audio alone, or on the prompt too")
+    max_length: int = setting("longest row, and length of a packed row, in tokens", gt=0, le=10**6)
+    too_long: Literal["drop", "truncate"] = setting("what becomes of a row over max_length")
+    batching: Literal["pack", "pad", "pad_to_max"] = setting(
+        "how rows of unequal length share a batch"
+    )
+    backend: Literal["unsloth", "transformers"] = setting("Unsloth, or plain TRL and PEFT")
+    weights: Literal["4bit", "8bit", "fp8", "16bit"] = setting("how the base's weights are held")
+    full_finetuning: bool = setting("train every weight, instead of a LoRA")
+    lora_r: int = setting("LoRA rank", gt=0, le=4096)
+    lora_alpha: int = setting("LoRA scale is lora_alpha / lora_r", gt=0, le=10**5)
+    lora_dropout: float = setting("LoRA dropout", ge=0, lt=1)
+    gradient_checkpointing: bool | Literal["unsloth"] = setting(
+        "off, on, or Unsloth's, which offloads"
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = setting(
         "auto: one model over several GPUs, a part on each"
     )
-    plan: bool = key("tell where the memory would go, and stop")
-    fit: bool | Annotated[float, Gt(0), Le(10_000)] = key(
+    plan: bool = setting("tell where the memory would go, and stop")
+    fit: bool | Annotated[float, Gt(0), Le(10_000)] = setting(
         "let rows at once and checkpointing follow the free memory, or GiB"
     )
-    output_dir: str = key("folder for the adapter, checkpoints and samples")
-    overwrite: bool = key("replace the run that output_dir holds")
-    resume: bool = key("go on from the last checkpoint in output_dir")
-    seed: int = key("seed of training and of speaking", ge=0, lt=2**32)
-    held_out: float = key("share of the texts kept from training, to be judged on", ge=0, lt=1)
-    sample_steps: int = key(
+    output_dir: str = setting("folder for the adapter, checkpoints and samples")
+    overwrite: bool = setting("replace the run that output_dir holds")
+    resume: bool = setting("go on from the last checkpoint in output_dir")
+    seed: int = setting("seed of training and of speaking", ge=0, lt=2**32)
+    held_out: float = setting("share of the texts kept from training, to be judged on", ge=0, lt=1)
+    sample_steps: int = setting(
         "steps between checks: held-out loss, sample_texts spoken", gt=0, le=10**9
     )
-    sample_texts: list[str] = key("texts spoken at every check, and when training is done")
-    temperature: Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(0.01), Le(100)] = key(
+    sample_texts: list[str] = setting("texts spoken at every check, and when training is done")
+    temperature: Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(0.01), Le(100)] = setting(
         "sampling temperature; 0 is greedy"
     )
-    top_p: float = key("nucleus sampling", ge=0.01, le=1)
-    repetition_penalty: float = key("over prompt and audio alike; 1 is off", ge=0.1, le=10)
-    max_seconds: float = key("speech longer than this is cut off", gt=0, le=3600)
-    speak_batch_size: int = key("texts, or candidates of one, spoken at once", gt=0, le=1024)
-    best_of: int = key("candidates spoken of every text, the best of which is kept", gt=0, le=256)
+    top_p: float = setting("nucleus sampling", ge=0.01, le=1)
+    repetition_penalty: float = setting("over prompt and audio alike; 1 is off", ge=0.1, le=10)
+    max_seconds: float = setting("speech longer than this is cut off", gt=0, le=3600)
+    speak_batch_size: int = setting("texts, or candidates of one, spoken at once", gt=0, le=1024)
+    best_of: int = setting(
+        "candidates spoken of every text, the best of which is kept", gt=0, le=256
+    )
     # sentencex takes any code; without rules for a language it uses those that most share
-    language: str = key("ISO code, by whose rules sentences are split", pattern="^[a-z]{2,3}$")
-    cuda_graph: bool = key("speak by one CUDA graph a frame, where there is a GPU")
-    trainer: dict[str, tuple[Any, str]] = key("every other key, with the file it came from")
+    language: str = setting("ISO code, by whose rules sentences are split", pattern="^[a-z]{2,3}$")
+    cuda_graph: bool = setting("speak by one CUDA graph a frame, where there is a GPU")
+    trainer: dict[str, tuple[Any, str]] = setting("every other key, with the file it came from")
 
     def flat(self) -> dict[str, Any]:
         """One flat dict, as config.json has it."""
@@ -172,7 +180,7 @@ TRAINER_TYPES = {
 }
 
 
-def parsed(word: str) -> Any:
+def parse_word(word: str) -> Any:
     """A word of the command line as JSON, or as it is where it is none."""
     try:
         value = json.loads(word)
@@ -181,14 +189,14 @@ def parsed(word: str) -> Any:
     return word if isinstance(value, str) else value
 
 
-def checked(name: str, value: Any, hint: Any, source: str, bounds: dict | None = None) -> Any:
+def validate(name: str, value: Any, hint: Any, source: str, bounds: dict | None = None) -> Any:
     """`value` as the type `hint` says; a str from the command line may be JSON or a bare word."""
     from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
     finite = ConfigDict(allow_inf_nan=False)
     adapter = TypeAdapter(Annotated[hint, Field(**(bounds or {}))], config=finite)
     word = source == "command line" and isinstance(value, str)
-    given = parsed(value) if word else value
+    given = parse_word(value) if word else value
     strict = not (word and isinstance(given, str))  # a bare word such as True may mean true
     readings = [(given, strict)]
     if word and isinstance(given, int | float):
@@ -203,32 +211,32 @@ def checked(name: str, value: Any, hint: Any, source: str, bounds: dict | None =
         check_strings(name, result, source)
         return result
     message = " or ".join(dict.fromkeys(error["msg"] for error in errors))
-    raise Mistake(f"{source}: {name} is {json.dumps(value)[:80]}: {message}")
+    raise UserError(f"{source}: {name} is {json.dumps(value)[:80]}: {message}")
 
 
 def check_strings(name: str, value: Any, source: str) -> None:
-    """`Mistake` for a string that no file or text can have, and for an empty one of our keys."""
+    """`UserError` for a string that no file or text can have, and for an empty one of our keys."""
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             continue
         if "\0" in text:
-            raise Mistake(f"{source}: {name} holds a NUL byte; remove it")
+            raise UserError(f"{source}: {name} holds a NUL byte; remove it")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise Mistake(f"{source}: {name} is {text[:80]!r}: not valid UTF-8") from None
+            raise UserError(f"{source}: {name} is {text[:80]!r}: not valid UTF-8") from None
         if name in OWN_KEYS and not text.strip():
             what = f"{name}: the text" if isinstance(value, list) else name
-            raise Mistake(f"{source}: {what} is empty; give one, or leave it out")
+            raise UserError(f"{source}: {what} is empty; give one, or leave it out")
 
 
-def unknown_key(name: str, known, source: str) -> Mistake:
+def unknown_key(name: str, known, source: str) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return Mistake(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
+    return UserError(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
 
 
 def check_names(settings: Settings) -> None:
-    """`Mistake` for a key that neither this project nor SFTConfig has.
+    """`UserError` for a key that neither this project nor SFTConfig has.
 
     SFTConfig takes seconds to import, so only a key that config.json lacks is looked up there.
     """
@@ -244,35 +252,35 @@ def check_names(settings: Settings) -> None:
 
 
 def check_regular(path: str | Path) -> None:
-    """`Mistake` for a folder, pipe or device: reading one could wait or go on forever."""
+    """`UserError` for a folder, pipe or device: reading one could wait or go on forever."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise Mistake(f"{path}: cannot be read: not a regular file")
+        raise UserError(f"{path}: cannot be read: not a regular file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A flat JSON object from a file; `Mistake` with the place where it is not one."""
+    """A flat JSON object from a file; `UserError` with the place where it is not one."""
 
     def unique(pairs):
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise Mistake(f"{path}: the key {twice[:80]!r} is there twice; remove one")
+            raise UserError(f"{path}: the key {twice[:80]!r} is there twice; remove one")
         return values
 
     check_regular(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
-        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise Mistake(f"{path}: not JSON of keys and values: nested too deep") from None
+        raise UserError(f"{path}: not JSON of keys and values: nested too deep") from None
     except ValueError as error:  # bad syntax, bad UTF-8, a number of thousands of digits
-        if isinstance(error, Mistake):
+        if isinstance(error, UserError):
             raise
-        raise Mistake(f"{path}: not JSON: {str(error)[:200]}") from None
+        raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
-        raise Mistake(f"{path}: must be one JSON object of keys and values")
+        raise UserError(f"{path}: must be one JSON object of keys and values")
     return values
 
 
@@ -297,16 +305,18 @@ def read_settings(config: str | Path | None = None, overrides: dict | None = Non
         for name, value in values.items():
             if name in OWN_KEYS:
                 field = OWN_KEYS[name]
-                value = checked(name, value, field.type, source, dict(field.metadata))
+                value = validate(name, value, field.type, source, dict(field.metadata))
                 in_config = name in PATHS and source != "command line"
                 own[name] = beside(value, source) if in_config else value
             elif name in TRAINER_TYPES:
-                trainer[name] = checked(name, value, TRAINER_TYPES[name], source), source
+                trainer[name] = validate(name, value, TRAINER_TYPES[name], source), source
             else:
                 trainer[name] = (value, source)
     missing = [name for name in OWN_KEYS if name not in own]
     if missing:
-        raise Mistake(f"{ROOT / 'config.json'}: lacks {', '.join(missing)}; every key stands there")
+        raise UserError(
+            f"{ROOT / 'config.json'}: lacks {', '.join(missing)}; every key stands there"
+        )
     return Settings(**own, trainer=trainer)
 
 
@@ -314,7 +324,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, without the usage."""
 
     def error(self, message: str):
-        raise Mistake(f"command line: {message}")
+        raise UserError(f"command line: {message}")
 
 
 def read_command_line(description: str) -> Settings:
@@ -336,7 +346,7 @@ def read_command_line(description: str) -> Settings:
         own = OWN_KEYS.get(name[2:])
         switch = own is None or bool in (own.type, *get_args(own.type))
         if not name.startswith("--") or (bare and not switch):
-            raise Mistake(f"command line: {name}: write keys as --key value")
+            raise UserError(f"command line: {name}: write keys as --key value")
         overrides[name[2:]] = "true" if bare else words.pop(0)
     return read_settings(known.config, overrides)
 
@@ -348,9 +358,11 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
         kind = "UTF-16" if utf_16 else f"another encoding ({error})"
-        raise Mistake(f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8") from None
+        raise UserError(
+            f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8"
+        ) from None
     except OSError as error:
-        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def first_reason(error: Exception) -> str:

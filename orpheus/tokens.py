@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.settings import Mistake, read_text
+from orpheus.settings import UserError, read_text
 
 SAMPLE_RATE = 24_000  # Hz
 FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
@@ -28,17 +28,17 @@ SpeechIds = namedtuple("SpeechIds", [*TOKEN_NAMES, "codebook_size"])
 
 
 def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
-    """The ids, by name; `Mistake` for a tokenizer that lacks one of them."""
+    """The ids, by name; `UserError` for a tokenizer that lacks one of them."""
     vocabulary = tokenizer.get_vocab()
     last = f"<custom_token_{9 + SLOTS * codebook_size}>"
     missing = [name for name in [*TOKEN_NAMES.values(), last] if name not in vocabulary]
     if missing:
         where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
-        raise Mistake(f"{where}: no token {missing[0]}: not an Orpheus model for this codec")
+        raise UserError(f"{where}: no token {missing[0]}: not an Orpheus model for this codec")
     ids = {field: vocabulary[name] for field, name in TOKEN_NAMES.items()}
     if vocabulary[last] != ids["audio"] + SLOTS * codebook_size - 1:
         where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
-        raise Mistake(f"{where}: its audio tokens are not in order: not an Orpheus model")
+        raise UserError(f"{where}: its audio tokens are not in order: not an Orpheus model")
     return SpeechIds(**ids, codebook_size=codebook_size)
 
 
@@ -49,7 +49,7 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
     """
     line = " ".join(text.split())
     if not line:
-        raise Mistake("the text is empty")
+        raise UserError("the text is empty")
     if voice:
         line = f"{voice}: {line}"
     keys = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -65,10 +65,10 @@ def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:
 
 
 def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """(frames × 7,) ids → (frames, 7) codes; `Mistake` names the first id in a wrong slot."""
+    """(frames × 7,) ids → (frames, 7) codes; `UserError` names the first id in a wrong slot."""
     speech = np.asarray(speech, dtype=np.int64)
     if speech.size % SLOTS:
-        raise Mistake(f"{speech.size} audio ids are no whole frames of {SLOTS}")
+        raise UserError(f"{speech.size} audio ids are no whole frames of {SLOTS}")
     codes = speech.reshape(-1, SLOTS) - ids.audio - ids.codebook_size * np.arange(SLOTS)
     wrong = np.flatnonzero((codes < 0) | (codes >= ids.codebook_size))
     if wrong.size:
@@ -76,7 +76,7 @@ def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
         slot = (int(speech[at]) - ids.audio) // ids.codebook_size
         fault = f"belongs in slot {slot}" if 0 <= slot < SLOTS else "is no audio id"
         place = f"position {at} (frame {at // SLOTS}, slot {at % SLOTS})"
-        raise Mistake(f"id {speech[at]} at {place} {fault}")
+        raise UserError(f"id {speech[at]} at {place} {fault}")
     return codes
 
 
@@ -111,12 +111,12 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
         ids = read_speech_ids(tokenizer, codebook_size)
     words = named or re.sub(r"[\[\],]", " ", text).split()
     if not all(re.fullmatch(r"-?\d+", word) for word in words):
-        raise Mistake(f"{path}: neither a list of ids nor <custom_token_N> text")
+        raise UserError(f"{path}: neither a list of ids nor <custom_token_N> text")
     numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is that large
     numbers = np.array(numbers, dtype=np.int64) + (first if named else 0)
     codes, left_out = whole_frames(numbers, ids)
     if not len(codes):
-        raise Mistake(f"{path}: no whole frame of {SLOTS} audio ids in it")
+        raise UserError(f"{path}: no whole frame of {SLOTS} audio ids in it")
     prompt = np.argmax(numbers == ids.sos)  # the length of what stands before SOS; 0 without one
     control = np.isin(numbers[left_out], ids[:-2])
     left_out = left_out[(left_out >= prompt) & ~control]
@@ -162,11 +162,11 @@ def read_codes(codes, size: int) -> np.ndarray:
             codes = levels_to_slots([np.asarray(level) for level in codes])
         codes = whole_numbers(codes).reshape(-1, SLOTS)
     except (TypeError, ValueError, OverflowError):
-        raise Mistake(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
+        raise UserError(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
     wrong = np.argwhere((codes < 0) | (codes >= size))
     if len(wrong) or not len(codes):
         told = f"code {codes[tuple(wrong[0])]} in frame {wrong[0][0]}" if len(wrong) else "no frame"
-        raise Mistake(f"{told}: codes go from 0 to {size - 1}")
+        raise UserError(f"{told}: codes go from 0 to {size - 1}")
     return codes
 
 
@@ -177,25 +177,25 @@ def check_row(made: dict, ids) -> dict:
         labels = made.get("labels")
         labels = None if labels is None else whole_numbers(labels).reshape(-1)
     except (TypeError, ValueError, OverflowError):
-        raise Mistake("input_ids or labels are not a list of whole numbers") from None
+        raise UserError("input_ids or labels are not a list of whole numbers") from None
     most = ids.audio + SLOTS * ids.codebook_size
     if (wrong := np.flatnonzero((row < 0) | (row >= most))).size:
         place = f"id {row[wrong[0]]} at position {wrong[0]} of its input_ids"
-        raise Mistake(f"{place}: ids go from 0 to {most - 1}")
+        raise UserError(f"{place}: ids go from 0 to {most - 1}")
     for name, wanted in (("SOS", ids.sos), ("EOS", ids.eos)):
         if wanted not in row:
-            raise Mistake(f"no {name} (id {wanted}) among its input_ids")
+            raise UserError(f"no {name} (id {wanted}) among its input_ids")
     if labels is None:
         labels = np.where(np.arange(len(row)) <= np.argmax(row == ids.sos), -100, row)
     if len(labels) != len(row):
-        raise Mistake(f"{len(labels)} labels for {len(row)} input_ids")
+        raise UserError(f"{len(labels)} labels for {len(row)} input_ids")
     return {"input_ids": row, "labels": labels}
 
 
 def check_labels(input_ids: np.ndarray, labels: np.ndarray) -> None:
-    """`Mistake` for a label that is neither −100 nor the id at its place, or if all are −100."""
+    """`UserError` for a label that is neither −100 nor the id at its place, or if all are −100."""
     if (wrong := np.flatnonzero((labels != -100) & (labels != input_ids))).size:
         place = f"label {labels[wrong[0]]} at position {wrong[0]}"
-        raise Mistake(f"{place} is neither -100 nor the input id there, {input_ids[wrong[0]]}")
+        raise UserError(f"{place} is neither -100 nor the input id there, {input_ids[wrong[0]]}")
     if (labels == -100).all():
-        raise Mistake("every label is -100: the row trains nothing")
+        raise UserError("every label is -100: the row trains nothing")

@@ -16,15 +16,15 @@ import numpy as np
 from orpheus.audio import write_text
 from orpheus.batching import count_padded, length_batches
 from orpheus.doctor import Report
-from orpheus.generation import begin, parts_of, speak
+from orpheus.generation import make_utterance, parts_of, speak
 from orpheus.memory import GIB, peak_memory, read_config
 from orpheus.runs import PREVIOUS, RANK, RANKS, last_checkpoint, record_files
-from orpheus.settings import Mistake, Settings
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import SAMPLE_RATE, SLOTS, TOKEN_NAMES, SpeechIds, read_speech_ids
 
 
 def check_schedule(arguments, steps: int) -> None:
-    """`Mistake` where there is no learning rate for the first, last or any warm-up step."""
+    """`UserError` where there is no learning rate for the first, last or any warm-up step."""
     import torch
     from transformers import get_scheduler
 
@@ -40,7 +40,7 @@ def check_schedule(arguments, steps: int) -> None:
             schedule.step()
     except (ImportError, ValueError, TypeError, ArithmeticError) as error:
         told = f"{' '.join(str(error).split())}; change it, lr_scheduler_kwargs or warmup_steps"
-        raise Mistake(f"{names} of which {warmup} warm up: {told}") from None
+        raise UserError(f"{names} of which {warmup} warm up: {told}") from None
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def held_out_metrics(model, rows: list[dict], ids: SpeechIds, dtype=None) -> dic
     return {name: float(value) for name, value in metrics.items()} if rows else {}
 
 
-def make_listener(tokenizer, codec, settings: Settings, report: Report, held: list[dict]):
+def make_sample_evaluator(tokenizer, codec, settings: Settings, report: Report, held: list[dict]):
     """listen(model, step): speaks sample_texts, looks at the held-out rows; (metrics, spoken)."""
     import torch
 
@@ -102,7 +102,9 @@ def make_listener(tokenizer, codec, settings: Settings, report: Report, held: li
     texts, voice = settings.sample_texts, next(iter(report.voices), None)
     base = argparse.Namespace(config=read_config(settings))
     for part in (part for text in texts for part in parts_of(text, settings)):
-        begin(base, tokenizer, ids, part, settings, voice)  # a Mistake now, not at the end
+        make_utterance(
+            base, tokenizer, ids, part, settings, voice
+        )  # a UserError now, not at the end
 
     def listen(model, step: int, dtype=None) -> tuple[dict, list]:
         folder = sample_folder(settings, step)
@@ -111,12 +113,12 @@ def make_listener(tokenizer, codec, settings: Settings, report: Report, held: li
         if settings.backend == "unsloth":
             for_inference, for_training = model.for_inference, model.for_training
         for_inference()
-        with torch.random.fork_rng():  # training goes on as if nobody had listened
+        with torch.random.fork_rng():  # does not advance the training RNG
             more = {"quiet": True}
             spoken = speak(texts, paths, model, tokenizer, codec, settings, voice, **more)
         metrics = held_out_metrics(model, held, ids, dtype)
         for_training()
-        return metrics | ear_metrics(texts, spoken, report, metrics.get("eval_loss", 0)), spoken
+        return metrics | speech_metrics(texts, spoken, report, metrics.get("eval_loss", 0)), spoken
 
     return listen
 
@@ -125,7 +127,7 @@ def sample_folder(settings: Settings, step: int) -> Path:
     return Path(settings.output_dir) / f"samples/step-{step:06}"
 
 
-def ear_metrics(texts: list[str], spoken: list, report: Report, loss: float) -> dict:
+def speech_metrics(texts: list[str], spoken: list, report: Report, loss: float) -> dict:
     """What can be told of a voice without ears: does it end, and at the corpus's pace?
 
     The score orders checkpoints: the share that ended, then the pace, the held-out loss last.
@@ -327,7 +329,7 @@ def trainer_class(lengths: list[int], seconds: float, listen):
                 good = last_checkpoint(Path(self.args.output_dir)) or "none yet"
                 told = f"loss is {loss.item()} at step {self.state.global_step + 1}"
                 said = clips_in(rows, self.processing_class)
-                raise Mistake(f"{told}; last checkpoint: {good}; in the batch: {said}")
+                raise UserError(f"{told}; last checkpoint: {good}; in the batch: {said}")
             return loss
 
         def log(self, logs, start_time=None):
@@ -392,7 +394,7 @@ def align_special_tokens(model, tokenizer) -> None:
         config.eos_token_id = [tokenizer.eos_token_id, *ends] if ends else tokenizer.eos_token_id
 
 
-def tell_batches(trainer, lengths: list[int]) -> None:
+def print_batches(trainer, lengths: list[int]) -> None:
     """How the batches are made, and the share of their slots that hold a token of a row."""
     args, size = trainer.args, trainer.args.per_device_train_batch_size
     if args.packing:

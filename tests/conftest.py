@@ -15,7 +15,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
-from orpheus.settings import Mistake  # noqa: E402
+from orpheus.settings import UserError  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def program(name, *words):
 def one_line(main, monkeypatch, *words):
     """The one line that `main` ends with for these command-line words."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         main()
     line = str(caught.value)
     assert "\n" not in line

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from data import prepare  # noqa: E402
 from orpheus.clips import read_clips  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
-from orpheus.settings import Mistake, read_settings  # noqa: E402
+from orpheus.settings import UserError, read_settings  # noqa: E402
 
 TABLE = 'file_name,text,speaker\na.wav,"one, two",x\nb.flac,three,y\nc.ogg,"four\nfive",x\n'
 BARS = 'a|1 "one|one "one\nb.flac|two, three|two, three\n'
@@ -97,7 +97,7 @@ def main() -> None:
             rows, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
             assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
             told["rows"] += len(rows)
-        except Mistake as mistake:
+        except UserError as mistake:
             assert "\n" not in str(mistake), (n, name, str(mistake))
             told["mistakes"] += 1
         except BaseException:

@@ -37,7 +37,7 @@ def trainer_of(tmp_path, tokenizer, rows):
         overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
         settings = read_settings("data/demo/config.json", overrides)
         arguments, _ = finetune.trainer_arguments(settings)
-        finetune.check_remedies(settings, arguments)
+        finetune.check_compatibility(settings, arguments)
         model = finetune.load_model(settings, arguments)
         torch.manual_seed(1)
         for name, weight in model.named_parameters():  # else half of the gradients are zero

@@ -20,7 +20,7 @@ from orpheus.batching import split_rows
 from orpheus.clips import read_clips, read_dataset
 from orpheus.doctor import Report, draw_report
 from orpheus.encoding import Measures
-from orpheus.settings import ROOT, Mistake, read_settings
+from orpheus.settings import ROOT, UserError, read_settings
 from orpheus.tokens import codes_to_ids, prompt_ids
 
 
@@ -73,7 +73,7 @@ def test_separators_and_headers(text, tmp_path, tokenizer):
     ],
 )
 def test_tables_that_are_refused(text, line, tmp_path, tokenizer):
-    with pytest.raises(Mistake, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         rows_of(table(tmp_path, text), tokenizer)
     assert "\n" not in str(caught.value) and "metadata.csv" in str(caught.value)
 
@@ -81,7 +81,7 @@ def test_tables_that_are_refused(text, line, tmp_path, tokenizer):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_a_utf_16_table_is_named(encoding, tmp_path, tokenizer):
     folder = table(tmp_path, "file_name,text\na.wav,one", encoding=encoding)
-    with pytest.raises(Mistake, match=r"UTF-16.*save it as UTF-8"):
+    with pytest.raises(UserError, match=r"UTF-16.*save it as UTF-8"):
         rows_of(folder, tokenizer)
 
 
@@ -122,7 +122,7 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
     for name, columns in (("a", ("audio", "text")), ("b", ("file_name", "text"))):
         rows = dict(zip(columns, ([f"{name}.wav"], ["one"]), strict=True))
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(Mistake, match=r"b\.parquet: its columns differ from those of"):
+    with pytest.raises(UserError, match=r"b\.parquet: its columns differ from those of"):
         rows_of(tmp_path, tokenizer)
     datasets.Dataset.from_dict({"Audio": ["b.wav"], "Text": [1]}).to_parquet(tmp_path / "b.parquet")
     (tmp_path / "a.parquet").unlink()
@@ -130,20 +130,20 @@ def test_parquet_files_of_other_columns(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"Audio": ["a.wav"], "Text": [[1]]}).to_parquet(
         tmp_path / "a.parquet"
     )
-    with pytest.raises(Mistake, match="parquet that does not load"):
+    with pytest.raises(UserError, match="parquet that does not load"):
         rows_of(tmp_path, tokenizer)
 
 
 def test_parquet_without_rows(tmp_path, tokenizer):
     rows = pandas.DataFrame({"audio": [], "text": []})
     rows.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(Mistake, match=f"^{tmp_path}: no rows in it"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: no rows in it"):
         rows_of(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["dataset_config", "dataset_revision"])
 def test_keys_of_the_hub_do_nothing_for_a_folder(name, tokenizer):
-    with pytest.raises(Mistake, match=f"{name} is of a hub dataset"):
+    with pytest.raises(UserError, match=f"{name} is of a hub dataset"):
         rows_of("data/numbers", tokenizer, **{name: "x"})
 
 
@@ -200,7 +200,7 @@ def test_tables_in_the_current_folder(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_sound_is_no_dataset(tmp_path, tokenizer):
-    with pytest.raises(Mistake, match="one sound; set --dataset to a folder"):
+    with pytest.raises(UserError, match="one sound; set --dataset to a folder"):
         rows_of(noise(tmp_path / "a.wav"), tokenizer)
 
 
@@ -231,8 +231,8 @@ def test_rows_that_are_left_out(row, fault, tmp_path, tokenizer):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, report = rows_of(tmp_path, tokenizer)
     assert len(made) == 1 and report.voices == {"x y": 1}
-    with pytest.raises(Mistake, match=fault):
-        raise Mistake(report.left_out[0])
+    with pytest.raises(UserError, match=fault):
+        raise UserError(report.left_out[0])
     assert report.reasons.total() == 1 and ("broken row" not in report.reasons), report.reasons
 
 
@@ -278,7 +278,7 @@ def test_a_sound_that_is_cut_short(how, tmp_path):
     data = sound_of(**how)
     audio, _, _ = read_audio(data)
     assert abs(len(audio) - 48_000) < 2_400
-    with pytest.raises(Mistake, match=r"cut short.*: the header says 2\.0 s"):
+    with pytest.raises(UserError, match=r"cut short.*: the header says 2\.0 s"):
         read_audio(data[: len(data) // 2])
     if how["format"] not in ("FLAC", "MP3"):
         assert len(read_audio(data[:-20])[0]) > 47_000  # a few samples do not matter
@@ -293,7 +293,7 @@ def test_sizes_that_are_unknown_are_not_cut_short():
     flac = bytearray(sound_of(format="FLAC"))
     flac[21] &= 0xF0
     flac[22:26] = bytes(4)
-    with pytest.raises(Mistake, match="does not say how long it is"):
+    with pytest.raises(UserError, match="does not say how long it is"):
         read_audio(bytes(flac))
 
 
@@ -360,7 +360,7 @@ def test_faults_of_rows_made_elsewhere(change, fault, tmp_path, tokenizer, ids):
     if "codes" in change:
         made = change | {"text": "one"}
     (tmp_path / "list.jsonl").write_text(json.dumps(made))
-    with pytest.raises(Mistake, match=fault):
+    with pytest.raises(UserError, match=fault):
         rows_of(tmp_path / "list.jsonl", tokenizer)
 
 

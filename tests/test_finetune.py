@@ -25,8 +25,8 @@ from orpheus.batching import split_rows
 from orpheus.clips import read_clips
 from orpheus.models import is_adapter, load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import OWN_KEYS, Mistake, check_names, read_settings
-from orpheus.trainer import held_out_metrics, loss_warnings, make_listener
+from orpheus.settings import OWN_KEYS, UserError, check_names, read_settings
+from orpheus.trainer import held_out_metrics, loss_warnings, make_sample_evaluator
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -68,7 +68,7 @@ def test_unknown_and_wrong_trainer_keys():
         ({"learning_rate": "fast"}, 'learning_rate is "fast": .* valid number'),
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
-        with pytest.raises(Mistake, match=line):
+        with pytest.raises(UserError, match=line):
             settings = settings_of(**overrides)
             check_names(settings)
             finetune.trainer_arguments(settings)
@@ -141,8 +141,8 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
         assert line in one_line(finetune.main, monkeypatch, *words)
     settings = settings_of(weights="8bit")
-    with pytest.raises(Mistake, match='backend "transformers" has them'):
-        finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+    with pytest.raises(UserError, match='backend "transformers" has them'):
+        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
 
 
 # ---------------------------------------------------------------- nothing lost
@@ -180,7 +180,7 @@ def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_here(monkeypatch, out, save_steps="2")
     (out / "adapter_config.json").unlink()  # as if the end had not been reached
-    with pytest.raises(Mistake, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
+    with pytest.raises(UserError, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
         run_here(monkeypatch, out, resume="true", lora_r="4", limit="7", max_steps="4")
     assert "limit was 8 and is 7" in str(told.value) and "rows are others" in str(told.value)
     assert "max_steps" not in str(told.value)
@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(finetune, "load_model", spoilt)
-    with pytest.raises(Mistake, match=r"loss is nan at step 1; .* in the batch: slt:"):
+    with pytest.raises(UserError, match=r"loss is nan at step 1; .* in the batch: slt:"):
         run_here(monkeypatch, tmp_path)
 
 
@@ -337,13 +337,13 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
 
 def test_the_time_of_checks_is_told_apart(tmp_path, monkeypatch, capsys):
     """The speed is that of training alone, however long a check takes."""
-    make = make_listener
+    make = make_sample_evaluator
 
     def slow(*words):
         listen = make(*words)
         return lambda *more: time.sleep(3) or listen(*more)
 
-    monkeypatch.setattr(finetune, "make_listener", slow)
+    monkeypatch.setattr(finetune, "make_sample_evaluator", slow)
     run_here(monkeypatch, tmp_path, sample_steps="1", save_steps="3", sample_texts='["two"]')
     printed = capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())
@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
     keys = {"save_steps": "1", "save_total_limit": "1", "report_to": "none"}
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
-        with pytest.raises(Mistake) as caught:
+        with pytest.raises(UserError) as caught:
             run_here(patch, tmp_path, **keys)
     told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
     assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"

@@ -26,29 +26,29 @@ import orpheus.codec
 import orpheus.generation
 import orpheus.models
 import orpheus.scoring
-from orpheus.audio import growing_audio, read_audio
+from orpheus.audio import read_audio, streamed_audio
 from orpheus.codec import CONTEXT, decode_stream
 from orpheus.generation import (
     FADE,
     PAUSE,
     SlotProcessor,
-    draw,
-    generate_plainly,
-    joined,
+    concat_with_pauses,
+    generate_batch,
+    generate_with_transformers,
+    sample_codes,
     speak,
     speak_best,
     speak_frames,
-    speak_rows,
     split_text,
 )
-from orpheus.merge import merge, read_greedily
+from orpheus.merge import generate_greedy, merge
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, read_run
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
     Utterance,
-    fault,
+    detect_failure,
     judge_sound,
     judge_words,
     longest_silence,
@@ -92,7 +92,7 @@ def begun(model, tokenizer, ids, texts, settings, voices=("rms",)):
     voices = [voices[n % len(voices)] for n in range(len(texts))]
     pairs = zip(texts, voices, strict=True)
     return [
-        orpheus.generation.begin(model, tokenizer, ids, text, settings, voice)
+        orpheus.generation.make_utterance(model, tokenizer, ids, text, settings, voice)
         for text, voice in pairs
     ]
 
@@ -116,16 +116,16 @@ def test_greedy_equals_generate_batched_and_one_by_one(model, tokenizer, ids, pe
     settings = demo(temperature=0, repetition_penalty=penalty, max_seconds=1.1)
     plain = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
     for row in plain:
-        generate_plainly(model, [row], ids, settings)
+        generate_with_transformers(model, [row], ids, settings)
     assert sum(len(row.frames) for row in plain) > 20
     assert same(spoken(model, tokenizer, ids, TEXTS, settings), plain)
     assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), plain)
     together = begun(model, tokenizer, ids, TEXTS, settings, ("rms", "awb"))
-    generate_plainly(model, together, ids, settings)
+    generate_with_transformers(model, together, ids, settings)
     assert same(together, plain)
     for n, text in enumerate(TEXTS[:2]):
         row = begun(model, tokenizer, ids, [text], settings, (("rms", "awb")[n],))
-        speak_rows(model, row, ids, settings)
+        generate_batch(model, row, ids, settings)
         assert same(row, plain[n : n + 1])
 
 
@@ -134,11 +134,11 @@ def test_a_wav_is_the_same_by_seed_alone_and_in_any_batch(model, tokenizer, ids)
     together = spoken(model, tokenizer, ids, TEXTS, settings)
     assert same(spoken(model, tokenizer, ids, TEXTS, settings, static=True), together)
     alone = begun(model, tokenizer, ids, TEXTS[2:3], settings)
-    speak_rows(model, alone, ids, settings)
+    generate_batch(model, alone, ids, settings)
     assert same(alone, together[2:3])
     reseeded = demo(temperature=0.9, max_seconds=1.5, seed=1)
     other = begun(model, tokenizer, ids, TEXTS[2:3], reseeded)
-    speak_rows(model, other, ids, reseeded)
+    generate_batch(model, other, ids, reseeded)
     assert not same(other, alone)
 
 
@@ -182,7 +182,7 @@ def test_draws_are_spread_as_transformers_spreads_them(temperature, top_p, penal
     used = torch.zeros(1, 60, dtype=torch.bool).scatter_(1, drawn, True)
     chances = (torch.arange(20_000) + 0.5) / 20_000
     many = (scores.expand(20_000, -1), used.expand(20_000, -1))
-    counts = torch.bincount(draw(*many, settings, chances), minlength=60) / 20_000
+    counts = torch.bincount(sample_codes(*many, settings, chances), minlength=60) / 20_000
     assert (counts - shares).abs().max() < 3e-4
     assert (counts[shares == 0] == 0).all()
 
@@ -299,7 +299,7 @@ def test_stream_pipe_and_file_are_bit_for_bit_the_same(tmp_path, monkeypatch, ca
 
 
 def test_a_growing_wav_is_a_whole_wav_at_any_time(tmp_path):
-    with growing_audio(tmp_path / "a.wav") as write:
+    with streamed_audio(tmp_path / "a.wav") as write:
         for n in range(1, 4):
             write(np.full(1000, 0.25, np.float32))
             heard, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
@@ -325,8 +325,8 @@ def test_parts_are_joined_with_a_pause_and_no_click(count, size):
     """Whatever the pieces: all samples but the faded edges as they were, a pause between."""
     parts = [np.full(4 * FRAME_SAMPLES, n + 1, np.float32) for n in range(count)]
     pieces = [np.split(part, range(size * 2048, len(part), size * 2048)) for part in parts]
-    heard = np.concatenate(list(joined(pieces)))
-    whole = np.concatenate(list(joined([[part] for part in parts])))
+    heard = np.concatenate(list(concat_with_pauses(pieces)))
+    whole = np.concatenate(list(concat_with_pauses([[part] for part in parts])))
     assert heard.tobytes() == whole.tobytes()
     pause = int(PAUSE * SAMPLE_RATE)
     assert len(heard) == count * 4 * 2048 + (count - 1) * pause
@@ -396,7 +396,7 @@ def test_mistakes_in_speaking_are_one_line(tmp_path, monkeypatch):
 
 def told_fault(coarse, text="x" * 30, pace=0.07):
     row = Utterance(text, [], 999, frames=[np.array([code, *range(6)]) for code in coarse])
-    return fault(row, pace)
+    return detect_failure(row, pace)
 
 
 def test_loops_and_runaways_are_told_from_speech():
@@ -424,7 +424,8 @@ def test_the_best_of_several_is_kept_and_the_faults_told(
     settings = demo(temperature=0.9, max_seconds=4, best_of=3)
     text = "seven two nine"
     begin = [
-        orpheus.generation.begin(model, tokenizer, ids, text, settings, "rms", n) for n in range(3)
+        orpheus.generation.make_utterance(model, tokenizer, ids, text, settings, "rms", n)
+        for n in range(3)
     ]
 
     def frames(model, rows, ids, settings):
@@ -456,16 +457,18 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
 ):
     plain, several = (demo(temperature=0.9, max_seconds=1, best_of=n) for n in (1, 3))
     rows = [
-        orpheus.generation.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)
+        orpheus.generation.make_utterance(model, tokenizer, ids, "nine", several, "rms", n)
+        for n in range(3)
     ]
     kept = speak_best([rows], model, codec, ids, several, None, ())
     again = [
-        orpheus.generation.begin(model, tokenizer, ids, "nine", several, "rms", n) for n in range(3)
+        orpheus.generation.make_utterance(model, tokenizer, ids, "nine", several, "rms", n)
+        for n in range(3)
     ]
     kept_again = speak_best([again], model, codec, ids, several, None, ())
     assert same(again, rows) and kept_again[0].candidate == kept[0].candidate
-    alone = orpheus.generation.begin(model, tokenizer, ids, "nine", plain, "rms")
-    speak_rows(model, [alone], ids, plain)
+    alone = orpheus.generation.make_utterance(model, tokenizer, ids, "nine", plain, "rms")
+    generate_batch(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
     assert not same([rows[1]], [alone]) and not same([rows[1]], [rows[2]])
 
@@ -476,7 +479,7 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
 def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run, out = read_run(str(finished[0]), {}), tmp_path / "merged"
+    run, out = load_run_info(str(finished[0]), {}), tmp_path / "merged"
     assert merge(run, "slt", out), capsys.readouterr().out
     assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
     weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
@@ -484,14 +487,14 @@ def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finis
     plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
     adapter, _ = load_model(str(finished[0]))
     ids = read_speech_ids(tokenizer, 256)
-    row = read_greedily(adapter, tokenizer, ids, run.settings, "slt")[0]
+    row = generate_greedy(adapter, tokenizer, ids, run.settings, "slt")[0]
     prompt = torch.tensor([prompt_ids(tokenizer, ids, row.text, "slt")])
     speech = plain.generate(
         prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
         logits_processor=[SlotProcessor(ids, prompt.shape[1])],
     )[0, prompt.shape[1] :]  # fmt: skip
     assert speech.tolist() == codes_to_ids(row.codes, ids).tolist()
-    again = read_run(str(out), {})
+    again = load_run_info(str(out), {})
     assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
     card = (out / "README.md").read_text()
     assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card

@@ -19,7 +19,7 @@ from orpheus.audio import audio_file, read_audio
 from orpheus.codec import LOOKAHEAD, encode
 from orpheus.generation import SlotProcessor, generate
 from orpheus.models import fetch, load_model, load_tokenizer
-from orpheus.settings import Mistake, read_settings
+from orpheus.settings import UserError, read_settings
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SpeechIds,
@@ -52,7 +52,7 @@ def test_true_orpheus_ids():
 
 
 def test_tokenizer_without_orpheus_tokens_is_refused(tokenizer):
-    with pytest.raises(Mistake, match="no token <custom_token_28681>"):
+    with pytest.raises(UserError, match="no token <custom_token_28681>"):
         read_speech_ids(tokenizer, 4096)
 
 
@@ -113,12 +113,12 @@ def test_codes_round_trip_with_the_extremes(ids):
 def test_a_wrong_slot_is_told_by_place(ids):
     speech = codes_to_ids(np.zeros((3, 7), int), ids)
     speech[9], speech[10] = speech[10], speech[9]
-    with pytest.raises(Mistake, match=r"position 9 \(frame 1, slot 2\) belongs in slot 3"):
+    with pytest.raises(UserError, match=r"position 9 \(frame 1, slot 2\) belongs in slot 3"):
         ids_to_codes(speech, ids)
     speech[3] = ids.eos
-    with pytest.raises(Mistake, match=r"position 3 \(frame 0, slot 3\) is no audio id"):
+    with pytest.raises(UserError, match=r"position 3 \(frame 0, slot 3\) is no audio id"):
         ids_to_codes(speech, ids)
-    with pytest.raises(Mistake, match="20 audio ids are no whole frames"):
+    with pytest.raises(UserError, match="20 audio ids are no whole frames"):
         ids_to_codes(speech[:20], ids)
 
 
@@ -168,7 +168,7 @@ def test_prompt(tokenizer, ids):
     assert prompt == [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
     without = prompt_ids(tokenizer, ids, "seven two")
     assert tokenizer.decode(without[2:-4]) == "seven two"
-    with pytest.raises(Mistake, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         prompt_ids(tokenizer, ids, " \n")
 
 
@@ -231,14 +231,14 @@ def test_a_gated_model_is_told_in_one_line(monkeypatch):
         raise huggingface_hub.errors.GatedRepoError("403", response=answer)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
-    with pytest.raises(Mistake, match="some/model: gated: accept its terms"):
+    with pytest.raises(UserError, match="some/model: gated: accept its terms"):
         fetch("some/model", ["*"])
 
 
 def test_text_longer_than_the_context_is_refused(tokenizer, ids):
     model, _ = load_model("data/demo/base")
     settings = read_settings("data/demo/config.json")
-    with pytest.raises(Mistake, match="no room for a frame"):
+    with pytest.raises(UserError, match="no room for a frame"):
         generate(model, tokenizer, ids, "seven " * 3000, settings)
 
 
@@ -269,7 +269,7 @@ def test_settings_layers(tmp_path):
 def test_wrong_values_are_named(tmp_path, values, line):
     config = tmp_path / "mine.json"
     config.write_text(json.dumps(values))
-    with pytest.raises(Mistake, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         read_settings(config)
     assert "mine.json" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -278,7 +278,7 @@ def test_wrong_values_are_named(tmp_path, values, line):
 def test_a_config_that_is_no_json_object(tmp_path, text):
     config = tmp_path / "mine.json"
     config.write_text(text, encoding="latin-1")
-    with pytest.raises(Mistake, match=r"mine\.json: (not JSON|must be)"):
+    with pytest.raises(UserError, match=r"mine\.json: (not JSON|must be)"):
         read_settings(config)
 
 
@@ -408,7 +408,7 @@ def test_ids_after_an_end_token_and_garbage(tmp_path, capsys):
     assert read_tokens(path).tolist() == [[0] * 7] * 2
     assert "left out 2 ids that belong to no whole frame, at 10, 11\n" in capsys.readouterr().out
     path.write_text("<custom_token_99999999999>" * 7)
-    with pytest.raises(Mistake, match="no whole frame"):
+    with pytest.raises(UserError, match="no whole frame"):
         read_tokens(path)
 
 
@@ -418,7 +418,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with (
-            pytest.raises(Mistake, match=r"a\.wav: cannot be written: the disk may be full"),
+            pytest.raises(UserError, match=r"a\.wav: cannot be written: the disk may be full"),
             audio_file(tmp_path / "a.wav") as write,
         ):
             for _ in range(10):

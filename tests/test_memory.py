@@ -13,10 +13,10 @@ from orpheus.memory import (
     GIB,
     best_fit,
     layer_bytes,
-    needed,
     plan_keys,
     read_base,
     smallest_change,
+    total_bytes,
 )
 from orpheus.models import LINEAR_LAYERS
 from orpheus.runs import SAVED_CONFIG
@@ -103,13 +103,13 @@ def test_activations_are_what_autograd_keeps(wide):
 
 def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
     keys, base = keys_and_base(orpheus, weights="16bit", per_device_train_batch_size=2)
-    total, gib = needed(keys, base), GIB
+    total, gib = total_bytes(keys, base), GIB
     assert smallest_change(keys, base, total) == {}
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     assert smallest_change(keys, base, total - 1) == one
     change = smallest_change(keys, base, 6 * gib)
     assert change["weights"] == "4bit"
-    assert needed(keys | change, base) <= 6 * gib
+    assert total_bytes(keys | change, base) <= 6 * gib
     assert smallest_change(keys, base, gib) is None
     last = 0
     for card in CARDS:
@@ -119,7 +119,7 @@ def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
             continue
         rows = fit["per_device_train_batch_size"]
         assert rows * fit["gradient_accumulation_steps"] == 8
-        assert needed(keys | fit, base) <= card * gib
+        assert total_bytes(keys | fit, base) <= card * gib
         speed = (fit["gradient_checkpointing"] is False) * 100 + rows
         assert speed >= last
         last = speed

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 import finetune
 import infer
 from orpheus.codec import load_codec
-from orpheus.generation import begin, speak_rows
+from orpheus.generation import generate_batch, make_utterance
 from orpheus.merge import merge
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run, read_run
-from orpheus.settings import Mistake
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run, load_run_info
+from orpheus.settings import UserError
 
 BASE = ROOT / "data/demo/base"
 
@@ -115,7 +115,7 @@ BROKEN_BASES = {
 def test_a_broken_base_is_named_in_one_line(name, base):
     spoil, line = BROKEN_BASES[name]
     spoil(base)
-    with pytest.raises(Mistake, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         load_model(str(base))
     assert len(str(caught.value)) < 400 and str(base) in str(caught.value)
 
@@ -174,7 +174,7 @@ BROKEN_ADAPTERS = {
 def test_a_broken_adapter_is_named_in_one_line(name, adapter):
     spoil, line = BROKEN_ADAPTERS[name]
     spoil(adapter)
-    with pytest.raises(Mistake, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         load_model(str(adapter))
     assert len(str(caught.value)) < 400
 
@@ -202,8 +202,8 @@ BROKEN_RUNS = {
 def test_a_broken_run_is_named_in_one_line(name, adapter):
     spoil, line = BROKEN_RUNS[name]
     spoil(adapter)
-    with pytest.raises(Mistake, match=line):
-        read_run(str(adapter), {})
+    with pytest.raises(UserError, match=line):
+        load_run_info(str(adapter), {})
 
 
 @pytest.mark.parametrize("name", [REPORT, "checks.csv"])
@@ -212,14 +212,14 @@ def test_a_merge_finds_damaged_scores_first(name, adapter, tmp_path):
         change(adapter / REPORT, rows=None)
     else:
         (adapter / name).write_text("step\n1\n")
-    with pytest.raises(Mistake, match=f"{name}: does not load"):
-        merge(read_run(str(adapter), {}), None, tmp_path / "merged")
+    with pytest.raises(UserError, match=f"{name}: does not load"):
+        merge(load_run_info(str(adapter), {}), None, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_report_without_characters_has_no_pace(adapter):
     change(adapter / REPORT, characters=0)
-    assert read_run(str(adapter), {}).pace is None
+    assert load_run_info(str(adapter), {}).pace is None
 
 
 def test_a_given_codec_is_not_blamed_on_the_run(adapter, monkeypatch):
@@ -230,11 +230,11 @@ def test_a_given_codec_is_not_blamed_on_the_run(adapter, monkeypatch):
 def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
     weights = {name: weight * float("nan") for name, weight in load_file(adapter / ADAPTER).items()}
     save_file(weights, adapter / ADAPTER, {"format": "pt"})
-    run = read_run(str(adapter), {})
+    run = load_run_info(str(adapter), {})
     model, _ = load_run(run)
-    row = begin(model, tokenizer, ids, "seven", run.settings, "slt")
-    with pytest.raises(Mistake, match="computes NaN"):
-        speak_rows(model, [row], ids, run.settings)
+    row = make_utterance(model, tokenizer, ids, "seven", run.settings, "slt")
+    with pytest.raises(UserError, match="computes NaN"):
+        generate_batch(model, [row], ids, run.settings)
 
 
 @pytest.mark.parametrize("spoil", ["disk full", "no rows in the report", "odd checks"])
@@ -243,12 +243,12 @@ def test_a_merge_that_fails_leaves_nothing(spoil, adapter, tmp_path):
         change(adapter / REPORT, rows=None)
     if spoil == "odd checks":
         (adapter / "checks.csv").write_text("step\n1\n")
-    run, limits = read_run(str(adapter), {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, limits = load_run_info(str(adapter), {}), resource.getrlimit(resource.RLIMIT_FSIZE)
     before = sorted(tmp_path.iterdir())
     if spoil == "disk full":  # the system refuses to write more, as a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(Mistake, match=r"cannot be written|does not load"):
+        with pytest.raises(UserError, match=r"cannot be written|does not load"):
             merge(run, "slt", tmp_path / "merged")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -274,7 +274,7 @@ def test_a_broken_codec_is_named_in_one_line(name, tmp_path):
     codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
     spoil, line = BROKEN_CODECS[name]
     spoil(codec)
-    with pytest.raises(Mistake, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         load_codec(str(codec))
     assert len(str(caught.value)) < 400 and "weights_only" not in str(caught.value)
 
@@ -287,11 +287,11 @@ class Evil:
 def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
     codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
     torch.save({"x": Evil()}, codec / "pytorch_model.bin")
-    with pytest.raises(Mistake, match="not plain weights") as caught:
+    with pytest.raises(UserError, match="not plain weights") as caught:
         load_codec(str(codec))
     assert "weights_only" not in str(caught.value) and capsys.readouterr().out == ""
     (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(Mistake, match=r"pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         load_codec(str(codec))
 
 
@@ -301,7 +301,7 @@ def test_a_run_speaks_in_the_precision_of_its_training(bf16, dtype, adapter, cap
     change(adapter / SETTINGS, bf16=bf16)
     if bf16 is None:  # change() leaves keys of null out, and config.json says null
         assert json.loads((ROOT / "config.json").read_text())["bf16"] is None
-    model, _ = load_run(read_run(str(adapter), {}))
+    model, _ = load_run(load_run_info(str(adapter), {}))
     assert f"model    {adapter}: {dtype}\n" in capsys.readouterr().out
     kinds = {weight.dtype for name, weight in model.named_parameters() if "lora" not in name}
     assert kinds == {getattr(torch, dtype)}

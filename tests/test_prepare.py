@@ -24,7 +24,7 @@ from orpheus.clips import read_clips
 from orpheus.doctor import FINDINGS
 from orpheus.encoding import measure_clip, trim
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import Mistake, read_settings
+from orpheus.settings import UserError, read_settings
 from orpheus.tokens import FRAME_SAMPLES, codes_to_ids, ids_to_codes, prompt_ids
 
 
@@ -229,7 +229,7 @@ def test_columns_can_be_named(tmp_path, tokenizer):
     names = {"audio_column": "sound", "text_column": "spoken", "voice_column": "who"}
     rows, report = rows_of(tmp_path, tokenizer, **names)
     assert [row["text"] for row in rows] == ["one", "two"] and report.voices == {"x": 1, "y": 1}
-    with pytest.raises(Mistake, match="no column spoke; there are: sound, spoken, text, who"):
+    with pytest.raises(UserError, match="no column spoke; there are: sound, spoken, text, who"):
         rows_of(tmp_path, tokenizer, **names | {"text_column": "spoke"})
 
 
@@ -410,7 +410,7 @@ def test_tables_that_are_no_tables(tmp_path, tokenizer):
         folder = tmp_path / str(n)
         folder.mkdir()
         (folder / name).write_bytes(data)
-        with pytest.raises(Mistake, match=line) as told:
+        with pytest.raises(UserError, match=line) as told:
             rows_of(folder, tokenizer)
         assert "\n" not in str(told.value)
 
@@ -427,7 +427,7 @@ def test_a_file_without_permission(tmp_path, tokenizer):
 def test_absolute_paths_on_request(tmp_path, tokenizer):
     two_clips(tmp_path / "sounds")
     folder_of(tmp_path / "set", [(str(tmp_path / "sounds/a.wav"), "one", "x")])
-    with pytest.raises(Mistake, match="outside the dataset's folder"):
+    with pytest.raises(UserError, match="outside the dataset's folder"):
         rows_of(tmp_path / "set", tokenizer)
     assert len(rows_of(tmp_path / "set", tokenizer, absolute_paths="true")[0]) == 1
 
@@ -480,7 +480,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
         assert not sound, (name, sound)
     _, report = rows_of(tmp_path, tokenizer, max_length=4000, leave_out='["pace", "long"]')
     assert len(report.measures) == len(rows) - len(set(named["pace"]) | set(named["long"]))
-    with pytest.raises(Mistake, match=r"no finding is named 'pase'; there are .*, pace,"):
+    with pytest.raises(UserError, match=r"no finding is named 'pase'; there are .*, pace,"):
         rows_of(tmp_path, tokenizer, leave_out='["pase"]')
 
 
@@ -646,7 +646,7 @@ def test_rows_over_max_length_are_dropped_whole(tmp_path, tokenizer):
     rows, report = rows_of(tmp_path, tokenizer, max_length=100)
     assert len(rows) == 1 and report.voices == {"me": 1}
     assert report.dropped == ["metadata.csv row 3: 180 tokens, 2.0 s"]
-    with pytest.raises(Mistake, match="no rows left of 2 clips"):
+    with pytest.raises(UserError, match="no rows left of 2 clips"):
         rows_of(tmp_path, tokenizer, max_length=40)
 
 

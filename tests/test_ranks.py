@@ -9,7 +9,7 @@ from conftest import DEMO, script
 
 import finetune
 from orpheus.models import is_adapter
-from orpheus.settings import Mistake, read_settings
+from orpheus.settings import UserError, read_settings
 
 WORDS = [*DEMO, "--limit", "16", "--held_out", "0.2", "--max_steps", "3", "--logging_steps", "1"]
 WORDS += ["--sample_texts", '["one"]', "--max_seconds", "0.5", "--save_steps", "3"]
@@ -49,6 +49,6 @@ def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it(monkeypatch):
     settings = read_settings("data/demo/config.json", words)
     arguments, _ = finetune.trainer_arguments(settings)
     assert arguments.fsdp and "LlamaDecoderLayer" in str(arguments.fsdp_config)
-    with pytest.raises(Mistake, match='fsdp needs backend "transformers"'):
-        finetune.check_remedies(settings, arguments)
+    with pytest.raises(UserError, match='fsdp needs backend "transformers"'):
+        finetune.check_compatibility(settings, arguments)
     assert "unsloth" not in sys.modules

@@ -26,14 +26,14 @@ from orpheus.runs import (
     check_place,
     disk_watched,
     last_checkpoint,
+    load_run_info,
     output_lock,
     owned_files,
-    read_run,
     record_files,
     set_aside,
     settle_previous,
 )
-from orpheus.settings import Mistake, read_settings
+from orpheus.settings import UserError, read_settings
 from orpheus.trainer import stopping_on_signals, write_unbuffered
 
 KEYS = {"save_steps": "1", "report_to": "none", "sample_steps": "3"}
@@ -110,7 +110,7 @@ def test_checkpoints_at_an_epochs_end_are_listed(tmp_path, monkeypatch):
     assert tmp_path / "checkpoint-2" in owned_files(tmp_path)
 
 
-@pytest.mark.parametrize("error", [Mistake("a"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("error", [UserError("a"), KeyboardInterrupt(), SystemExit(1)])
 def test_a_run_that_fails_gives_the_replaced_one_back(error, run_copy, monkeypatch, capsys):
     add_mine(run_copy)
     before = contents(run_copy)
@@ -215,8 +215,8 @@ def test_speaking_says_how_to_get_the_replaced_run_back(run_copy):
     set_aside(run_copy)
     for words in ({"model": str(run_copy)}, {"model": None, "config": run_copy / "mine.json"}):
         (run_copy / "mine.json").write_text(json.dumps({"output_dir": str(run_copy)}))
-        with pytest.raises(Mistake, match="--resume puts the earlier one back"):
-            read_run(overrides={}, **words)
+        with pytest.raises(UserError, match="--resume puts the earlier one back"):
+            load_run_info(overrides={}, **words)
 
 
 def test_a_file_in_the_place_of_the_adapters_part_costs_nothing(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ BAD_MANIFESTS += ['{"files": ["../x"]}', '{"files": ["a/../../x"]}', '{"files": 
 @pytest.mark.parametrize("text", BAD_MANIFESTS)
 def test_a_manifest_of_another_shape_is_refused(text, tmp_path):
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(Mistake, match=MANIFEST):
+    with pytest.raises(UserError, match=MANIFEST):
         check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(Mistake, match=rf"{name}: finetune.py did not .* --output_dir"):
+    with pytest.raises(UserError, match=rf"{name}: finetune.py did not .* --output_dir"):
         check_output(settings_of(output_dir=str(tmp_path), overwrite=overwrite))
     assert path.read_text() == "mine"
 
@@ -263,7 +263,7 @@ def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
 @pytest.mark.parametrize("name", ["samples", "runs"])
 def test_a_file_in_the_place_of_a_folder_is_refused(name, tmp_path):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(Mistake, match=f"{name} is a file"):
+    with pytest.raises(UserError, match=f"{name} is a file"):
         check_output(settings_of(output_dir=str(tmp_path), overwrite="true"))
 
 
@@ -300,7 +300,7 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
     for out, dataset, told in cases:
         keys = {"model": paths["base"], "codec": paths["codec"]}
         settings = read_settings(None, keys | {"output_dir": out, "dataset": dataset})
-        with pytest.raises(Mistake, match=told), output_lock(settings):
+        with pytest.raises(UserError, match=told), output_lock(settings):
             pytest.fail("a run began")
     inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
     settings = read_settings(None, inside)
@@ -315,7 +315,7 @@ def test_an_impossible_output_dir_is_one_line(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(Mistake) as caught, output_lock(settings):
+    with pytest.raises(UserError) as caught, output_lock(settings):
         pytest.fail("a run began")
     assert "\n" not in str(caught.value)
 
@@ -476,8 +476,8 @@ def test_a_full_disk_in_a_merge_leaves_nothing(run_folder, tmp_path, monkeypatch
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(orpheus.merge, "write_text", full)
-    run = read_run(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
-    with pytest.raises(Mistake, match="merged: cannot be written: No space left"):
+    run = load_run_info(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
+    with pytest.raises(UserError, match="merged: cannot be written: No space left"):
         merge(run, "slt", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
@@ -499,7 +499,7 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
 
     Trainer.model = Saver()
     with (
-        pytest.raises(Mistake, match="disk is full"),
+        pytest.raises(UserError, match="disk is full"),
         disk_watched(tmp_path, lambda: "the adapter"),
     ):
         finetune.save_model(Trainer, Saver(), tmp_path)

@@ -20,8 +20,8 @@ import orpheus.settings
 from data import prepare
 from orpheus.generation import parts_of, split_text
 from orpheus.models import fetch
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, read_run
-from orpheus.settings import TRAINER_TYPES, Mistake, parsed, read_settings
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
+from orpheus.settings import TRAINER_TYPES, UserError, parse_word, read_settings
 from orpheus.tokens import TOKEN_NAMES, read_speech_ids
 from orpheus.trainer import check_schedule
 
@@ -74,15 +74,15 @@ BAD = {
 def test_a_value_out_of_bounds_is_named(name, tmp_path):
     """From the command line and, where JSON can say it, from a config."""
     for text in BAD[name]:
-        with pytest.raises(Mistake, match=f"^command line: {name}") as caught:
+        with pytest.raises(UserError, match=f"^command line: {name}") as caught:
             read_settings(None, {name: text})
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-        given = parsed(text)
+        given = parse_word(text)
         if given is None or text.startswith("[[") or len(text) > 1000:
             continue
         config = tmp_path / "mine.json"
         config.write_text(json.dumps({name: given}))
-        with pytest.raises(Mistake, match=rf"mine\.json: {name}"):
+        with pytest.raises(UserError, match=rf"mine\.json: {name}"):
             read_settings(config)
 
 
@@ -116,14 +116,14 @@ def test_bounds_are_of_keys_that_exist():
 
 def test_every_other_number_of_the_trainer_is_finite():
     settings = read_settings(None, {"router_aux_loss_coef": "nan"})
-    with pytest.raises(Mistake, match=r"router_aux_loss_coef is .* finite"):
+    with pytest.raises(UserError, match=r"router_aux_loss_coef is .* finite"):
         finetune.trainer_arguments(settings)
 
 
 @pytest.mark.parametrize("name", finetune.WITHOUT_EFFECT)
 def test_trainer_keys_without_effect_are_refused(name):
     settings = read_settings("data/demo/config.json", {name: "1"})
-    with pytest.raises(Mistake, match=f"^command line: {name} has no effect, leave it out: "):
+    with pytest.raises(UserError, match=f"^command line: {name} has no effect, leave it out: "):
         finetune.trainer_arguments(settings)
 
 
@@ -133,7 +133,7 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
 
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: [])
     settings = read_settings("data/demo/config.json", {"report_to": name})
-    with pytest.raises(Mistake, match=f"report_to {name} needs its package: pip install"):
+    with pytest.raises(UserError, match=f"report_to {name} needs its package: pip install"):
         finetune.trainer_arguments(settings)
 
 
@@ -160,22 +160,22 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
     monkeypatch.setattr(finetune, "find_spec", lambda name: None)
     keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
-    with pytest.raises(Mistake, match=line):
+    with pytest.raises(UserError, match=line):
         settings = read_settings("data/demo/config.json", keys)
-        finetune.check_remedies(settings, finetune.trainer_arguments(settings)[0])
+        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
 
 
 def test_a_schedule_without_a_step_to_decay_over():
     keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
     settings = read_settings("data/demo/config.json", keys)
     arguments = finetune.trainer_arguments(settings)[0]
-    with pytest.raises(Mistake, match="polynomial, over 1 steps of which 1 warm up"):
+    with pytest.raises(UserError, match="polynomial, over 1 steps of which 1 warm up"):
         finetune.check_optimizer(arguments)
     check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
-    with pytest.raises(Mistake, match="report_to papertape: give one of none, "):
+    with pytest.raises(UserError, match="report_to papertape: give one of none, "):
         finetune.check_reports(["papertape"])
 
 
@@ -183,10 +183,10 @@ def test_packing_is_not_told_as_a_change(capsys):
     keys = {"batching": "pack", "backend": "transformers"}
     arguments, asked = finetune.trainer_arguments(read_settings("data/demo/config.json", keys))
     arguments.padding_free = True
-    finetune.tell_changes(asked, arguments)
+    finetune.print_changes(asked, arguments)
     assert capsys.readouterr().out == ""
     arguments.packing = False
-    finetune.tell_changes(asked, arguments)
+    finetune.print_changes(asked, arguments)
     assert "changed packing: True" in capsys.readouterr().out
 
 
@@ -210,7 +210,7 @@ def test_packing_is_not_told_as_a_change(capsys):
 )
 def test_a_config_that_cannot_be_used(content, line, tmp_path):
     (tmp_path / "mine.json").write_bytes(content)
-    with pytest.raises(Mistake, match=rf"mine\.json: .*{line}|mine\.json: {line}"):
+    with pytest.raises(UserError, match=rf"mine\.json: .*{line}|mine\.json: {line}"):
         read_settings(tmp_path / "mine.json")
 
 
@@ -222,10 +222,10 @@ def test_a_config_with_a_byte_order_mark(tmp_path):
 def test_a_config_that_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
-        with pytest.raises(Mistake, match="not a regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             read_settings(path)
     for path in ("no.json", "a\0b", "x" * 300, ""):
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             read_settings(path)
 
 
@@ -371,9 +371,9 @@ def test_infer_takes_a_config(tmp_path, monkeypatch):
     shutil.copy("data/demo/base/config.json", home)
     (home / SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
     (home / SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
-    settings = read_run(str(home), {"seed": "4"}, config=config).settings
+    settings = load_run_info(str(home), {"seed": "4"}, config=config).settings
     assert (settings.temperature, settings.lora_r, settings.top_p) == (0.9, 5, 0.5)
-    assert read_run(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
+    assert load_run_info(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
     config.write_text('{"temprature": 0.9}')
     line = one_line(infer.main, monkeypatch, "hi", "--config", config)
     assert "mine.json: no key is named 'temprature'" in line
@@ -403,7 +403,7 @@ def test_an_unreachable_hub_names_a_way_out(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(Mistake, match=r"hub cannot be reached .*data/demo/config\.json"):
+    with pytest.raises(UserError, match=r"hub cannot be reached .*data/demo/config\.json"):
         fetch("some/model", ["*"])
 
 
@@ -415,7 +415,7 @@ def test_audio_tokens_out_of_order_are_refused():
             names = [*TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
             return {name: n for n, name in enumerate(names)}
 
-    with pytest.raises(Mistake, match="mine: its audio tokens are not in order"):
+    with pytest.raises(UserError, match="mine: its audio tokens are not in order"):
         read_speech_ids(Tokenizer())
 
 

@@ -113,7 +113,7 @@ def one_run(keys: dict) -> dict:
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
         free = lambda *_: (cap * GIB - torch.cuda.memory_reserved(), total)  # noqa: E731
         torch.cuda.mem_get_info = free  # Unsloth sizes its loss by it
-    arguments, _ = finetune.settle(settings, None)
+    arguments, _ = finetune.resolve_training_args(settings, None)
     tokenizer = load_tokenizer(Path(settings.model))
     size = json.loads(Path(settings.codec, "config.json").read_text())["codebook_size"]
     ids = read_speech_ids(tokenizer, size)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from orpheus.codec import decode, decode_stream, load_codec  # noqa: E402
-from orpheus.generation import generate_plainly, speak_frames  # noqa: E402
+from orpheus.generation import generate_with_transformers, speak_frames  # noqa: E402
 from orpheus.models import device, load_model  # noqa: E402
 from orpheus.scoring import Utterance  # noqa: E402
 from orpheus.settings import read_settings, run  # noqa: E402
@@ -63,7 +63,7 @@ def utterances(ids, count: int, frames: int) -> list:
 def generate(model, codec, ids, rows, settings, static) -> float:
     """model.generate, then the codec over each whole row; seconds to the first sound."""
     started = time.perf_counter()
-    generate_plainly(model, rows, ids, settings)
+    generate_with_transformers(model, rows, ids, settings)
     decode(codec, rows[0].codes)
     first = time.perf_counter() - started
     for row in rows[1:]:

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 import make_demo  # noqa: E402
 
 from orpheus.codec import decode, encode, load_codec  # noqa: E402
-from orpheus.generation import begin, speak_rows  # noqa: E402
+from orpheus.generation import generate_batch, make_utterance  # noqa: E402
 from orpheus.models import load_model  # noqa: E402
 from orpheus.runs import SAVED_CONFIG  # noqa: E402
 from orpheus.scoring import BY_ITSELF  # noqa: E402
@@ -104,9 +104,9 @@ def spoken(folder: Path, settings, codec, voice: str, texts: list[str]):
 
     model, tokenizer = load_model(str(folder))
     ids = read_speech_ids(tokenizer, codec.codebook_size)
-    rows = [begin(model, tokenizer, ids, text, settings, voice) for text in texts]
+    rows = [make_utterance(model, tokenizer, ids, text, settings, voice) for text in texts]
     for first in tqdm(range(0, len(rows), 10), f"{folder.name} {voice}"):
-        speak_rows(model, rows[first : first + 10], ids, settings)
+        generate_batch(model, rows[first : first + 10], ids, settings)
     ends = [row.end == BY_ITSELF for row in rows]
     return [decode(codec, row.codes) for row in rows], float(np.mean(ends))
 

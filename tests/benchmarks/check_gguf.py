@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 import orpheus.settings  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.generation import SlotProcessor  # noqa: E402
-from orpheus.merge import read_greedily  # noqa: E402
+from orpheus.merge import generate_greedy  # noqa: E402
 from orpheus.models import load_model  # noqa: E402
-from orpheus.runs import choose_voice, read_run  # noqa: E402
-from orpheus.settings import Mistake  # noqa: E402
+from orpheus.runs import choose_voice, load_run_info  # noqa: E402
+from orpheus.settings import UserError  # noqa: E402
 from orpheus.tokens import SLOTS, ids_to_codes, read_speech_ids  # noqa: E402
 
 CONVERT = ROOT / "tests" / "programs" / "convert_to_gguf.py"
@@ -38,7 +38,7 @@ def greedy(llama, ids, row) -> np.ndarray:
         llama.eval(tokens)
         logits = torch.tensor(llama.scores[len(tokens) - 1])[None]
         best = int(processor(torch.tensor([tokens]), logits).argmax())
-        if best == ids.eos or len(tokens) == len(row.prompt) + row.most * SLOTS:
+        if best == ids.eos or len(tokens) == len(row.prompt) + row.max_frames * SLOTS:
             spoken = np.array(tokens[len(row.prompt) :])
             return ids_to_codes(spoken, ids)
         tokens.append(best)
@@ -46,17 +46,17 @@ def greedy(llama, ids, row) -> np.ndarray:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise Mistake("give a merged folder and llama.cpp's convert_hf_to_gguf.py")
+        raise UserError("give a merged folder and llama.cpp's convert_hf_to_gguf.py")
     from llama_cpp import Llama
 
     merged, converter = map(Path, sys.argv[1:])
     gguf = merged.with_suffix(".gguf").resolve()
     words = [str(converter), str(merged), "--outfile", str(gguf), "--outtype", "f16"]
     subprocess.run([sys.executable, CONVERT, *words], check=True)
-    run = read_run(str(merged), {})
+    run = load_run_info(str(merged), {})
     model, tokenizer = load_model(str(merged))
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
-    rows = read_greedily(model, tokenizer, ids, run.settings, choose_voice(None, run))
+    rows = generate_greedy(model, tokenizer, ids, run.settings, choose_voice(None, run))
     llama = Llama(str(gguf), n_ctx=1024, n_threads=1, logits_all=True, verbose=False)
     for row in rows:
         codes = greedy(llama, ids, row)

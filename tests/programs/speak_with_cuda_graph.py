@@ -3,7 +3,7 @@
 import json
 import sys
 
-from orpheus.generation import begin, speak_rows
+from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import load_model
 from orpheus.settings import read_settings
 from orpheus.tokens import read_speech_ids
@@ -21,6 +21,6 @@ else:
     model = model.float()
 ids = read_speech_ids(tokenizer, 256)
 texts = "one two", "seven", "three nine nine four"
-rows = [begin(model, tokenizer, ids, text, settings, "rms") for text in texts]
-speak_rows(model, rows, ids, settings)
+rows = [make_utterance(model, tokenizer, ids, text, settings, "rms") for text in texts]
+generate_batch(model, rows, ids, settings)
 print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
