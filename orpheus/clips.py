@@ -229,10 +229,11 @@ def json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 
 def read_parquet(files: list[str], home: Path, settings: Settings) -> Clips:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import parquet
 
+    disable_progress_bars()  # nothing is downloaded here
     try:
         columns = {file: set(parquet.read_schema(file).names) for file in files}
         same = all(names == columns[files[0]] for names in columns.values())
