@@ -142,19 +142,28 @@ def find_base(adapter: Path) -> Path:
 
 
 def check_weights(folder: Path) -> None:
-    """`UserError` where weights are missing or damaged."""
+    """`UserError` where weights are missing or damaged, or a base has not the layers it claims.
+
+    Whichever library loads the base: transformers fills in missing layers at random.
+    """
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
+    files, layers = sorted(folder.glob("*.safetensors")), set()
     if not files:
         name = "adapter_model.safetensors" if is_adapter(folder) else "model.safetensors"
         raise UserError(f"{folder}: no {name}: the weights are missing")
     for file in files:
         try:
-            with safe_open(file, "np"):
-                pass
+            with safe_open(file, "np") as weights:
+                names = list(weights.keys())
+            layers |= {m[1] for m in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if m}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged or cut short: {first_reason(error)}") from None
+    if not is_adapter(folder):
+        claimed = read_model_config(folder).num_hidden_layers
+        if claimed != len(layers):
+            fault = f"weights of {len(layers)} layers, and {claimed} in its config.json"
+            raise UserError(f"{folder}: {fault}; download or copy it again")
 
 
 def check_fit(folder: Path, missing: set, unexpected: set) -> None:

@@ -67,15 +67,15 @@ BROKEN_BASES = {
     ),
     "more layers": (
         lambda d: change(d / "config.json", num_hidden_layers=5),
-        "9 weights are missing, the first model.layers.4",
+        "weights of 4 layers, and 5 in its config",
     ),
     "fewer layers": (
         lambda d: change(d / "config.json", num_hidden_layers=3),
-        "9 weights have no place in its config, the first model.layers.3",
+        "weights of 4 layers, and 3 in its config",
     ),
     "other weights": (
         lambda d: save_file({"x": torch.zeros(1)}, d / "model.safetensors", {"format": "pt"}),
-        "weights are missing",
+        "weights of 0 layers, and 4 in its config",
     ),
     "empty index": (
         lambda d: (
