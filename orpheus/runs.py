@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -91,7 +92,7 @@ def read_report(path: Path) -> tuple[list[str], float | None]:
 
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
-    fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
+    fp32 = run.settings.trainer.get("bf16") is False
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
     print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}")
     return model, tokenizer
@@ -110,6 +111,26 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+
+
+def python_command() -> str:
+    """The Python in use, as a person in this folder would call it."""
+    return sys.executable.removeprefix(os.getcwd() + os.sep)
+
+
+def resume_command(settings: Settings) -> str:
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)] if RANKS > 1 else []
+    resume = [] if settings.resume else ["--resume"]
+    return shlex.join([python_command(), *ranks, *sys.argv, *resume])
+
+
+def first_rank_first():
+    """A context in which the first rank runs before the others: they find what it has written."""
+    from accelerate import PartialState
+
+    return PartialState().main_process_first() if RANKS > 1 else contextlib.nullcontext()
+
+
 MANIFEST = "finetune_files.json"  # lists what a run made in output_dir
 PREVIOUS, MOVING = PREVIOUS, ".previous_run.part"  # a replaced run, and one being moved
 # Everything that a run may write into output_dir, for runs from before there was a manifest.

@@ -1,8 +1,10 @@
 """Settings, from config.json, --config and the command line, and the error of user mistakes."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
@@ -55,6 +57,18 @@ def run(main):
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """Keeps what libraries print to standard output off the console, unless an error passes."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue())
+        raise
 
 
 def setting(description: str, **bounds):
@@ -133,12 +147,18 @@ class Settings:
     # sentencex takes any code; without rules for a language it uses those that most share
     language: str = setting("ISO code, by whose rules sentences are split", pattern="^[a-z]{2,3}$")
     cuda_graph: bool = setting("speak by one CUDA graph a frame, where there is a GPU")
-    trainer: dict[str, tuple[Any, str]] = setting("every other key, with the file it came from")
+    trainer: dict[str, Any] = setting("every other key")
 
     def flat(self) -> dict[str, Any]:
         """One flat dict, as config.json has it."""
         own = dataclasses.asdict(self)
-        return own | {name: value for name, (value, _) in own.pop("trainer").items()}
+        return own | own.pop("trainer")
+
+    def replace(self, **changes) -> "Settings":
+        """A copy with other values of some keys, ours or SFTConfig's."""
+        own = {name: value for name, value in changes.items() if name in OWN_KEYS}
+        trainer = self.trainer | {n: value for n, value in changes.items() if n not in own}
+        return dataclasses.replace(self, **own, trainer=trainer)
 
 
 OWN_KEYS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "trainer"}
@@ -248,7 +268,7 @@ def check_names(settings: Settings) -> None:
         known = [field.name for field in dataclasses.fields(SFTConfig)]
         for name in others:
             if name not in known:
-                raise unknown_key(name, [*OWN_KEYS, *known], settings.trainer[name][1])
+                raise unknown_key(name, [*OWN_KEYS, *known], "settings")
 
 
 def check_regular(path: str | Path) -> None:
@@ -309,9 +329,9 @@ def read_settings(config: str | Path | None = None, overrides: dict | None = Non
                 in_config = name in PATHS and source != "command line"
                 own[name] = beside(value, source) if in_config else value
             elif name in TRAINER_TYPES:
-                trainer[name] = validate(name, value, TRAINER_TYPES[name], source), source
+                trainer[name] = validate(name, value, TRAINER_TYPES[name], source)
             else:
-                trainer[name] = (value, source)
+                trainer[name] = value
     missing = [name for name in OWN_KEYS if name not in own]
     if missing:
         raise UserError(

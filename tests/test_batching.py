@@ -13,6 +13,7 @@ from conftest import DEMO, script
 
 import finetune
 from orpheus.batching import length_batches, make_row, slots_used
+from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.settings import read_settings
 from orpheus.tokens import ids_to_codes
 
@@ -35,15 +36,15 @@ def trainer_of(tmp_path, tokenizer, rows):
     def make(**overrides):
         assert "unsloth" not in sys.modules
         overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
-        settings = read_settings("data/demo/config.json", overrides)
-        arguments, _ = finetune.trainer_arguments(settings)
-        finetune.check_compatibility(settings, arguments)
+        settings = resolve_settings(read_settings("data/demo/config.json", overrides))
+        arguments = finetune.make_sft_config(settings)
+        check_compatibility(settings, arguments)
         model = finetune.load_model(settings, arguments)
         torch.manual_seed(1)
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, None)
+        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
 
     return make
 

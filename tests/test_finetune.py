@@ -22,11 +22,13 @@ import finetune
 import infer
 from data import prepare
 from orpheus.batching import split_rows
+from orpheus.callbacks import loss_warnings
+from orpheus.checks import SampleEvaluator, held_out_metrics
 from orpheus.clips import read_clips
+from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.models import is_adapter, load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import OWN_KEYS, UserError, check_names, read_settings
-from orpheus.trainer import held_out_metrics, loss_warnings, make_sample_evaluator
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -56,7 +58,7 @@ def settings_of(**overrides):
 
 def test_every_sftconfig_key_is_reachable(tmp_path):
     settings = settings_of(output_dir=str(tmp_path), adam_beta2="0.95", neftune_noise_alpha="5")
-    arguments, _ = finetune.trainer_arguments(settings)
+    arguments = finetune.make_sft_config(resolve_settings(settings))
     assert (arguments.adam_beta2, arguments.neftune_noise_alpha) == (0.95, 5.0)
     assert settings.flat()["adam_beta2"] == 0.95
 
@@ -71,7 +73,7 @@ def test_unknown_and_wrong_trainer_keys():
         with pytest.raises(UserError, match=line):
             settings = settings_of(**overrides)
             check_names(settings)
-            finetune.trainer_arguments(settings)
+            finetune.make_sft_config(resolve_settings(settings))
 
 
 def test_the_top_level_config_without_a_gpu(monkeypatch, tmp_path):
@@ -140,9 +142,9 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
     for words, line in cases:
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
         assert line in one_line(finetune.main, monkeypatch, *words)
-    settings = settings_of(weights="8bit")
+    settings = resolve_settings(settings_of(weights="8bit"))
     with pytest.raises(UserError, match='backend "transformers" has them'):
-        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
+        check_compatibility(settings, finetune.make_sft_config(settings))
 
 
 # ---------------------------------------------------------------- nothing lost
@@ -337,13 +339,9 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
 
 def test_the_time_of_checks_is_told_apart(tmp_path, monkeypatch, capsys):
     """The speed is that of training alone, however long a check takes."""
-    make = make_sample_evaluator
-
-    def slow(*words):
-        listen = make(*words)
-        return lambda *more: time.sleep(3) or listen(*more)
-
-    monkeypatch.setattr(finetune, "make_sample_evaluator", slow)
+    evaluate = SampleEvaluator.__call__
+    slow = lambda *words: time.sleep(3) or evaluate(*words)  # noqa: E731
+    monkeypatch.setattr(SampleEvaluator, "__call__", slow)
     run_here(monkeypatch, tmp_path, sample_steps="1", save_steps="3", sample_texts='["two"]')
     printed = capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())

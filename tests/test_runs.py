@@ -16,6 +16,7 @@ import finetune
 import orpheus.audio
 import orpheus.runs
 from orpheus.audio import whole_file, write_text
+from orpheus.callbacks import StopOnSignal, write_unbuffered
 from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
 from orpheus.runs import (
@@ -29,12 +30,13 @@ from orpheus.runs import (
     load_run_info,
     output_lock,
     owned_files,
+    python_command,
     record_files,
+    resume_command,
     set_aside,
     settle_previous,
 )
 from orpheus.settings import UserError, read_settings
-from orpheus.trainer import stopping_on_signals, write_unbuffered
 
 KEYS = {"save_steps": "1", "report_to": "none", "sample_steps": "3"}
 
@@ -412,8 +414,8 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
     assert done.value.code == 130
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     told = capsys.readouterr().out
-    command = next(line for line in told.splitlines() if line.startswith("go on with: "))
-    assert command.startswith(f"go on with: {finetune.python_command()} finetune.py --config")
+    command = next(line for line in told.splitlines() if line.startswith("continue with: "))
+    assert command.startswith(f"continue with: {python_command()} finetune.py --config")
     assert command.endswith(" --resume")
     run_here(monkeypatch, tmp_path, max_steps="3", report_to="none", resume="true")
     assert is_adapter(tmp_path)
@@ -422,11 +424,11 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
 def test_nohup_stays_in_force():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping_on_signals(stop := {}):
+        with StopOnSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert not stop
+    assert not stop.requested
 
 
 def test_a_closed_terminal_does_not_stop_the_saving():
@@ -445,10 +447,10 @@ def test_the_command_to_go_on_names_python_and_quotes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["../finetune.py", "--output_dir", "my voice"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    command = finetune.resume_command(first)
+    command = resume_command(first)
     assert command == ".venv/bin/python ../finetune.py --output_dir 'my voice' --resume"
     monkeypatch.setattr(sys, "executable", "/opt/py thon")
-    command = finetune.resume_command(again)
+    command = resume_command(again)
     assert command == "'/opt/py thon' ../finetune.py --output_dir 'my voice'"
 
 

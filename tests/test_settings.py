@@ -18,12 +18,21 @@ import infer
 import orpheus.page
 import orpheus.settings
 from data import prepare
+from orpheus import compatibility
+from orpheus.compatibility import (
+    WITHOUT_EFFECT,
+    check_compatibility,
+    check_optimizer,
+    check_schedule,
+    check_trackers,
+    print_changes,
+    resolve_settings,
+)
 from orpheus.generation import parts_of, split_text
 from orpheus.models import fetch
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
 from orpheus.settings import TRAINER_TYPES, UserError, parse_word, read_settings
 from orpheus.tokens import TOKEN_NAMES, read_speech_ids
-from orpheus.trainer import check_schedule
 
 BAD = {
     "temperature": ["-1", "inf", "nan", "1e-300", "1e300"],
@@ -110,21 +119,21 @@ def test_bounds_are_of_keys_that_exist():
     from trl import SFTConfig
 
     known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert set(TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
-    assert not set(finetune.WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
+    assert set(TRAINER_TYPES) | set(WITHOUT_EFFECT) <= known
+    assert not set(WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
 
 
 def test_every_other_number_of_the_trainer_is_finite():
     settings = read_settings(None, {"router_aux_loss_coef": "nan"})
     with pytest.raises(UserError, match=r"router_aux_loss_coef is .* finite"):
-        finetune.trainer_arguments(settings)
+        resolve_settings(settings)
 
 
-@pytest.mark.parametrize("name", finetune.WITHOUT_EFFECT)
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_trainer_keys_without_effect_are_refused(name):
     settings = read_settings("data/demo/config.json", {name: "1"})
-    with pytest.raises(UserError, match=f"^command line: {name} has no effect, leave it out: "):
-        finetune.trainer_arguments(settings)
+    with pytest.raises(UserError, match=f"^settings: {name} has no effect, leave it out: "):
+        resolve_settings(settings)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "comet_ml"])
@@ -132,9 +141,8 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
     from transformers import integrations
 
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: [])
-    settings = read_settings("data/demo/config.json", {"report_to": name})
     with pytest.raises(UserError, match=f"report_to {name} needs its package: pip install"):
-        finetune.trainer_arguments(settings)
+        check_trackers([name])
 
 
 @pytest.mark.parametrize(
@@ -158,35 +166,35 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
     ],
 )
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
-    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
     keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
     with pytest.raises(UserError, match=line):
-        settings = read_settings("data/demo/config.json", keys)
-        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
+        settings = resolve_settings(read_settings("data/demo/config.json", keys))
+        check_compatibility(settings, finetune.make_sft_config(settings))
 
 
 def test_a_schedule_without_a_step_to_decay_over():
     keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
-    settings = read_settings("data/demo/config.json", keys)
-    arguments = finetune.trainer_arguments(settings)[0]
+    settings = resolve_settings(read_settings("data/demo/config.json", keys))
+    arguments = finetune.make_sft_config(settings)
     with pytest.raises(UserError, match="polynomial, over 1 steps of which 1 warm up"):
-        finetune.check_optimizer(arguments)
+        check_optimizer(arguments)
     check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
     with pytest.raises(UserError, match="report_to papertape: give one of none, "):
-        finetune.check_reports(["papertape"])
+        check_trackers(["papertape"])
 
 
 def test_packing_is_not_told_as_a_change(capsys):
     keys = {"batching": "pack", "backend": "transformers"}
-    arguments, asked = finetune.trainer_arguments(read_settings("data/demo/config.json", keys))
-    arguments.padding_free = True
-    finetune.print_changes(asked, arguments)
+    settings = resolve_settings(read_settings("data/demo/config.json", keys))
+    arguments = finetune.make_sft_config(settings)
+    print_changes(settings, arguments)
     assert capsys.readouterr().out == ""
     arguments.packing = False
-    finetune.print_changes(asked, arguments)
+    print_changes(settings, arguments)
     assert "changed packing: True" in capsys.readouterr().out
 
 

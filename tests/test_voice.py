@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from data import prepare
 from orpheus.batching import split_rows
+from orpheus.checks import held_out_metrics
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
 from orpheus.generation import generate
@@ -18,7 +19,6 @@ from orpheus.models import load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG
 from orpheus.settings import read_settings
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, ids_to_codes, read_speech_ids
-from orpheus.trainer import held_out_metrics
 
 sys.path.insert(0, str(ROOT / "data/demo"))
 import make_demo

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import finetune  # noqa: E402
 from orpheus.batching import make_row  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
+from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.encoding import frames_of  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
@@ -55,11 +56,11 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         keys = {"output_dir": out, "backend": "transformers", "max_steps": str(steps)}
         keys |= {"per_device_train_batch_size": "1", **mode}
         keys |= {"report_to": "none", "save_steps": "9999", "sample_steps": "9999"}
-        settings = read_settings(ROOT / "data/demo/config.json", keys)
-        arguments, _ = finetune.trainer_arguments(settings)
+        settings = resolve_settings(read_settings(ROOT / "data/demo/config.json", keys))
+        arguments = finetune.make_sft_config(settings)
         rows = make_rows(settings, tokenizer, ids, 8 * steps)
         model = finetune.load_model(settings, arguments)
-        trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
+        trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
         used = slots = 0
         batches = steps * arguments.gradient_accumulation_steps
         for batch in list(trainer.get_train_dataloader())[:batches]:
@@ -68,10 +69,6 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         begun = time.perf_counter()
         trainer.train()
         return used / (time.perf_counter() - begun), used / slots
-
-
-def listen(*_):
-    return {"eval_score": 0.0}, []
 
 
 def main() -> None:
