@@ -59,14 +59,12 @@ from orpheus.runs import (
     save_config,
 )
 from orpheus.settings import (
-    TRAINER_TYPES,
     Settings,
     UserError,
-    check_names,
+    check_trainer_types,
     read_command_line,
     read_json,
     run,
-    validate,
 )
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 from orpheus.trainer import (
@@ -82,31 +80,6 @@ from orpheus.trainer import (
     training_monitor,
 )
 
-RESUME = "--resume goes on from the last checkpoint in output_dir"
-UPLOAD = "`hf upload you/anna outputs/anna` publishes a finished run"
-EVALUATION = "sample_steps says when a run is checked, held_out on what"
-ROWS = "rows are tokenised, ordered and labelled by data/prepare.py"
-# Keys of SFTConfig that would change nothing here, and what does instead.
-WITHOUT_EFFECT = {
-    "resume_from_checkpoint": RESUME,
-    "ignore_data_skip": RESUME,
-    "restore_callback_states_from_checkpoint": RESUME,
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "finetune.py trains, and checks"),
-    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), UPLOAD),
-    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), UPLOAD),
-    **dict.fromkeys(("eval_steps", "eval_delay", "eval_on_start", "eval_packing"), EVALUATION),
-    **dict.fromkeys(("eval_do_concat_batches", "eval_accumulation_steps"), EVALUATION),
-    **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics"), EVALUATION),
-    **dict.fromkeys(("per_device_eval_batch_size", "prediction_loss_only"), EVALUATION),
-    **dict.fromkeys(("include_for_metrics", "bf16_full_eval", "fp16_full_eval"), EVALUATION),
-    "load_best_model_at_end": "the best checkpoint is kept, and checks.csv names it",
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc"), ROWS),
-    **dict.fromkeys(("shuffle_dataset", "truncation_mode", "completion_only_loss"), ROWS),
-    **dict.fromkeys(("assistant_only_loss", "chat_template_path", "eos_token"), ROWS),
-    **dict.fromkeys(("pad_token", "train_sampling_strategy", "length_column_name"), ROWS),
-    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "weights and device_map say how"),
-    "parallelism_config": "device_map, torchrun and fsdp say how several GPUs share the work",
-}
 PIP_NAMES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
@@ -154,13 +127,7 @@ def trainer_arguments(settings: Settings):
         "metric_for_best_model": "eval_score",  # the best checkpoint is never rotated away
         "greater_is_better": True,
     }
-    for name, (value, source) in settings.trainer.items():
-        if name in ours:
-            raise UserError(f"{source}: {name} is set by finetune.py itself; leave it out")
-        if name in WITHOUT_EFFECT:
-            raise UserError(f"{source}: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
-        hint = TRAINER_TYPES.get(name, hints[name])
-        settings.trainer[name] = validate(name, value, hint, source), "settings"
+    settings = check_trainer_types(settings, hints)
     asked = {name: value for name, value in settings.flat().items() if name in hints} | ours
     try:
         arguments = SFTConfig(**asked)
@@ -493,7 +460,6 @@ def resolve_training_args(settings: Settings, checkpoint: Path | None):
 def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
-    check_names(settings)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank speaks for all
     if settings.plan:
@@ -507,6 +473,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     checkpoint, out = check_output(settings), Path(settings.output_dir)
     clips = read_clips(settings)
     arguments, asked = resolve_training_args(settings, checkpoint)
+    settings = settings.replace(**{name: asked[name] for name in settings.model_extra})
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     codec = load_codec(settings.codec, device())
     with first_rank_first():

@@ -207,9 +207,8 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
         print(
             f"         it may not fit; {format_settings(smallest_change(keys, base, free))} would"
         )
-    settings.gradient_checkpointing = change[FIT_KEYS[0]]
-    for name in FIT_KEYS[1:]:
-        settings.trainer[name] = change[name], "fit"
+    for name, value in change.items():
+        setattr(settings, name, value)
 
 
 def step_down(settings: Settings, arguments) -> None:

@@ -66,13 +66,13 @@ def load_run_info(
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)
-            settings = read_settings(home / SAVED_CONFIG, overrides)
+            settings = read_settings(home / SAVED_CONFIG, overrides, saved=True)
             named = "codec" not in overrides and "codec" not in chosen
             if named and not os.path.isdir(settings.codec) and not on_hub(settings.codec):
                 place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
                 raise UserError(f"{place}; correct codec there, or give --codec")
             spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
-            settings = dataclasses.replace(settings, **spoken_with)
+            settings = settings.replace(**spoken_with)
             return RunInfo(settings, folder, voices, pace, home)
     if (folder / PREVIOUS).is_dir():
         told = "the run that was to replace the one in it was killed"
@@ -91,7 +91,7 @@ def read_report(path: Path) -> tuple[list[str], float | None]:
 
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
-    fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
+    fp32 = run.settings.bf16 is False
     model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
     print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}")
     return model, tokenizer
