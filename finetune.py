@@ -42,20 +42,22 @@ from orpheus.models import (
     nf4,
     on_hub,
 )
-from orpheus.runs import (
-    RANK,
-    RANKS,
-    SAVED_CONFIG,
-    SAVED_REPORT,
+from orpheus.output import (
     check_output,
-    check_resumed,
-    disk_watched,
-    last_checkpoint,
     output_lock,
     owned_files,
     previous_run,
     record_files,
     remove,
+)
+from orpheus.runs import (
+    RANK,
+    RANKS,
+    SAVED_CONFIG,
+    SAVED_REPORT,
+    check_resumed,
+    last_checkpoint,
+    reporting_full_disk,
     save_config,
 )
 from orpheus.settings import (
@@ -337,7 +339,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None, stop: dict) -> i
     try:
         with (
             stopping_on_signals(stop),
-            disk_watched(out, lambda: f"step {trainer.state.global_step}"),
+            reporting_full_disk(out, lambda: f"step {trainer.state.global_step}"),
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
@@ -494,7 +496,7 @@ def fine_tune(settings: Settings, started: float) -> None:
             save_config(settings)
             report.save(out)
         tokens = train(trainer, settings, checkpoint, stop)
-        with disk_watched(out, lambda: "the adapter"):
+        with reporting_full_disk(out, lambda: "the adapter"):
             save_model(trainer, tokenizer, out)
     if not RANK:
         save_card(settings, report)

@@ -18,7 +18,8 @@ from orpheus.batching import count_padded, length_batches
 from orpheus.doctor import Report
 from orpheus.generation import make_utterance, parts_of, speak
 from orpheus.memory import GIB, peak_memory, read_config
-from orpheus.runs import PREVIOUS, RANK, RANKS, last_checkpoint, record_files
+from orpheus.output import record_files
+from orpheus.runs import PREVIOUS, RANK, RANKS, last_checkpoint
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import SAMPLE_RATE, SLOTS, TOKEN_NAMES, SpeechIds, read_speech_ids
 

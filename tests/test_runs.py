@@ -14,24 +14,26 @@ from test_finetune import run_here, settings_of
 
 import finetune
 import orpheus.audio
-import orpheus.runs
+import orpheus.output
 from orpheus.audio import whole_file, write_text
 from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
-from orpheus.runs import (
+from orpheus.output import (
     MANIFEST,
-    PREVIOUS,
-    SAVED_CONFIG,
+    check_location,
     check_output,
-    check_place,
-    disk_watched,
-    last_checkpoint,
-    load_run_info,
+    finish_replacement,
     output_lock,
     owned_files,
     record_files,
     set_aside,
-    settle_previous,
+)
+from orpheus.runs import (
+    PREVIOUS,
+    SAVED_CONFIG,
+    last_checkpoint,
+    load_run_info,
+    reporting_full_disk,
 )
 from orpheus.settings import UserError, read_settings
 from orpheus.trainer import stopping_on_signals, write_unbuffered
@@ -163,18 +165,6 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", max_steps="1", **KEYS)
 
 
-def test_a_run_from_before_the_manifest_goes_by_its_known_names(run_copy):
-    add_mine(run_copy)
-    (run_copy / MANIFEST).unlink()
-    owned = {str(path.relative_to(run_copy)) for path in owned_files(run_copy)}
-    assert {"checkpoint-3", "samples/step-000003", "adapter_model.safetensors"} <= owned
-    assert any(name.startswith("runs/") for name in owned)
-    set_aside(run_copy)
-    assert set(contents(run_copy)) >= set(MINE)
-    left = {name for name in contents(run_copy) if not name.startswith(".previous_run/")}
-    assert left == {*MINE, "README.md"}
-
-
 @pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
 def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkeypatch):
     """os.replace fails at the n-th call and nothing that would tidy up runs, as after SIGKILL."""
@@ -194,8 +184,8 @@ def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkey
         calls.clear()
         moved //= 2
         patch.setattr(os, "replace", fail)
-        settle_previous(run_copy)
-    settle_previous(run_copy)
+        finish_replacement(run_copy)
+    finish_replacement(run_copy)
     assert contents(run_copy) == before
 
 
@@ -304,7 +294,7 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
             pytest.fail("a run began")
     inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
     settings = read_settings(None, inside)
-    check_place(settings)
+    check_location(settings)
     assert sorted(p.name for p in (tmp_path / "voices/anna").iterdir()) == ["metadata.csv"]
 
 
@@ -338,7 +328,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
 def test_only_the_first_rank_locks(tmp_path, monkeypatch):
     settings = settings_of(output_dir=str(tmp_path / "out"))
     with output_lock(settings):
-        monkeypatch.setattr(orpheus.runs, "RANK", 1)
+        monkeypatch.setattr(orpheus.output, "RANK", 1)
         with output_lock(settings):
             assert check_output(settings) is None
 
@@ -500,7 +490,7 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
     Trainer.model = Saver()
     with (
         pytest.raises(UserError, match="disk is full"),
-        disk_watched(tmp_path, lambda: "the adapter"),
+        reporting_full_disk(tmp_path, lambda: "the adapter"),
     ):
         finetune.save_model(Trainer, Saver(), tmp_path)
     assert not list(tmp_path.iterdir())
