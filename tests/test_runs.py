@@ -20,6 +20,7 @@ from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
 from orpheus.output import (
     MANIFEST,
+    MOVING,
     check_location,
     check_output,
     finish_replacement,
@@ -165,28 +166,70 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", max_steps="1", **KEYS)
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
-def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkeypatch):
-    """os.replace fails at the n-th call and nothing that would tidy up runs, as after SIGKILL."""
-    add_mine(run_copy)
-    before, replace, calls = contents(run_copy), os.replace, []
+class Killed(BaseException):
+    pass
 
-    def fail(*words):
-        calls.append(words)
-        if len(calls) > moved:
-            raise KeyboardInterrupt
-        replace(*words)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", fail)
-        set_aside(run_copy)
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        calls.clear()
-        moved //= 2
-        patch.setattr(os, "replace", fail)
-        finish_replacement(run_copy)
-    finish_replacement(run_copy)
-    assert contents(run_copy) == before
+@contextlib.contextmanager
+def killed_at(number: int):
+    """From the given call on, nothing changes in the file system any more, as after SIGKILL."""
+    calls = 0
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > number:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield
+
+
+def write_run(out: Path, text: str, *names: str) -> None:
+    record_files(out, *(name if "/" not in name else name.rpartition("/")[0] for name in names))
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+NEW = ("checks.csv", SAVED_CONFIG, "samples/step-000001/01.wav", "runs/b/events")
+OLD = (*NEW, "runs/a/events", "samples/step-000009/01.wav", "checkpoint-9/a", "checkpoint-9/b")
+OLD += ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.mark.parametrize("saved", [(), ("adapter_config.json",)])
+def test_a_kill_at_any_moment_of_a_replacement_loses_nothing(saved, tmp_path):
+    """At each change of the file system; the next start finds the old run, or the new one whole."""
+    for number in range(200):
+        out, ended = tmp_path / str(number), False
+        out.mkdir()
+        add_mine(out)
+        new = {**contents(out), **dict.fromkeys((*NEW, *saved), b"new")}
+        write_run(out, "old", *OLD)
+        old = contents(out)
+        with contextlib.suppress(Killed), killed_at(number):
+            set_aside(out)
+            write_run(out, "new", *NEW)
+            write_run(out, "new", *saved)
+            finish_replacement(out)
+            ended = True
+        finish_replacement(out)
+        found = contents(out)
+        found.pop(f".{MANIFEST}.part", None)  # the next run overwrites it
+        if found["adapter_config.json"] == b"new":
+            del found[MANIFEST]
+        assert found == (new if len(found) == len(new) else old), number
+        assert not (out / PREVIOUS).exists() and not (out / MOVING).exists()
+        if ended:
+            assert (found == new) == bool(saved)
+            return
+    pytest.fail("it never came to its end")
 
 
 def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
