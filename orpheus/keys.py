@@ -27,7 +27,7 @@ class Settings(BaseModel):
     Functions do not change the settings they are given: `replace` makes changed copies.
     """
 
-    model_config = ConfigDict(extra="allow", defer_build=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     # data
     dataset: str = setting("Folder of clips (data/README.md), or the hub id of a dataset")
@@ -212,25 +212,32 @@ TRAINER_TYPES = {
     "torch_compile_mode": CompileMode | None,
 }
 
-# Keys of SFTConfig that are refused, by what takes their place.
-REPLACEMENTS = {
-    "batching says how rows share a batch": "packing padding_free pad_to_multiple_of",
-    "a GPU is used if there is one": "use_cpu",
+# Keys of SFTConfig that finetune.py derives from other keys.
+DERIVED = {
+    "packing": "batching",
+    "padding_free": "batching",
+    "pad_to_multiple_of": "batching",
+    "use_cpu": "the machine",
+    "eval_strategy": "sample_steps",
+    "metric_for_best_model": "the checks",
+    "greater_is_better": "the checks",
+}
+# What to use instead of keys of SFTConfig that would have no effect here.
+INSTEAD = {
     "--resume continues from the last checkpoint in output_dir": "resume_from_checkpoint "
     "ignore_data_skip restore_callback_states_from_checkpoint",
-    "finetune.py trains, and checks": "do_train do_eval do_predict",
+    "finetune.py always trains and evaluates": "do_train do_eval do_predict",
     "`hf upload you/anna outputs/anna` publishes a finished run": "push_to_hub hub_token "
     "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
-    "sample_steps says when a run is checked, held_out on what": "eval_strategy eval_steps "
-    "eval_delay eval_on_start eval_packing eval_do_concat_batches eval_accumulation_steps "
+    "sample_steps sets when a run is evaluated, held_out on what": "eval_steps eval_delay "
+    "eval_on_start eval_packing eval_do_concat_batches eval_accumulation_steps "
     "eval_use_gather_object batch_eval_metrics per_device_eval_batch_size prediction_loss_only "
     "include_for_metrics bf16_full_eval fp16_full_eval",
-    "the best checkpoint is kept, and checks.csv names it": "load_best_model_at_end "
-    "metric_for_best_model greater_is_better",
+    "the best checkpoint is always kept, and checks.csv names it": "load_best_model_at_end",
     "data/prepare.py tokenises, orders and labels the rows": "dataset_text_field dataset_kwargs "
     "dataset_num_proc shuffle_dataset truncation_mode completion_only_loss assistant_only_loss "
     "chat_template_path eos_token pad_token train_sampling_strategy length_column_name",
-    "weights and device_map say how the model is loaded": "model_init_kwargs trust_remote_code",
-    "device_map, torchrun and fsdp say how several GPUs share the work": "parallelism_config",
+    "weights and device_map set how the base is loaded": "model_init_kwargs trust_remote_code",
+    "device_map, torchrun and fsdp use several GPUs": "parallelism_config",
 }
-REFUSED = {name: text for text, names in REPLACEMENTS.items() for name in names.split()}
+WITHOUT_EFFECT = {name: instead for instead, names in INSTEAD.items() for name in names.split()}

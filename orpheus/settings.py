@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from orpheus.keys import GROUPS, REFUSED, TRAINER_TYPES, Settings
+from orpheus.keys import DERIVED, GROUPS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -138,8 +138,12 @@ def trainer_keys() -> set[str]:
 
 def check_name(name: str, source: str) -> None:
     """`UserError` for a key that neither this project nor SFTConfig has, or that is not taken."""
-    if name in REFUSED:
-        raise UserError(f"{source}: leave out {name}: {REFUSED[name]}")
+    if name in DERIVED:
+        reason = f"is set by finetune.py itself (it follows from {DERIVED[name]}); leave it out"
+        raise UserError(f"{source}: {name} {reason}")
+    if name in WITHOUT_EFFECT:
+        instead = WITHOUT_EFFECT[name]
+        raise UserError(f"{source}: {name} has no effect, leave it out: {instead}")
     known = [*Settings.model_fields, *sorted(trainer_keys())]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)

@@ -133,7 +133,7 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         (["--gradient_checkpointing", "unsloth"], "set it to true"),
         (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit needs a GPU"),
         (["--fp16", "true"], "fp16 needs a GPU"),
-        (["--packing", "true"], "leave out packing: batching says"),
+        (["--packing", "true"], "packing is set by finetune.py itself"),
     ]
     for words, line in cases:
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
@@ -511,7 +511,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
         ([*DEMO, "--model", "some/model"], "no GPU for the hub's"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
-        ([*DEMO, "--eval_strategy", "steps"], "leave out eval_strategy: sample_steps"),
+        ([*DEMO, "--eval_strategy", "steps"], "eval_strategy is set by finetune.py itself"),
         ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
         ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "is the model"),
         ([*DEMO, "--codec", tmp_path / "none"], "no such folder"),
