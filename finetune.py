@@ -19,7 +19,6 @@ from pathlib import Path
 from orpheus.settings import (
     Settings,
     UserError,
-    check_names,
     quiet_libraries,
     read_command_line,
     read_json,
@@ -30,11 +29,11 @@ from orpheus.settings import (
 def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
-    check_names(settings)
     import_backend(settings)
     from orpheus.compatibility import resolve_settings
     from orpheus.memory import print_plan, read_base
-    from orpheus.runs import RANK, output_lock
+    from orpheus.output import output_lock
+    from orpheus.runs import RANK
 
     settings = resolve_settings(settings)
     if RANK:
@@ -56,11 +55,11 @@ def import_backend(settings: Settings) -> None:
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
     from data import prepare
-    from orpheus import checks, clips, codec, compatibility, memory, models, runs
+    from orpheus import checks, clips, codec, compatibility, memory, models, output, runs
     from orpheus.trainer import print_summary
 
     # 1. The run's folder, and what the machine allows
-    out, checkpoint = Path(settings.output_dir), runs.check_output(settings)
+    out, checkpoint = Path(settings.output_dir), output.check_output(settings)
     dataset = clips.read_clips(settings)
     models.check_machine(settings.model)
     settings = memory.choose_fit(settings, memory.read_base(settings), checkpoint)
@@ -86,13 +85,13 @@ def fine_tune(settings: Settings, started: float) -> None:
     compatibility.print_changes(settings, trainer.args)
 
     # 4. Training, and saving. With `overwrite`, the earlier run stays until this one has saved.
-    with runs.previous_run(settings):
+    with output.previous_run(settings):
         if not runs.RANK:
-            runs.record_files(out, runs.SAVED_CONFIG, runs.SAVED_REPORT)
+            output.record_files(out, runs.SAVED_CONFIG, runs.SAVED_REPORT)
             runs.save_config(settings)
             report.save(out)
         tokens = train(trainer, settings, checkpoint)
-        with runs.disk_watched(out, lambda: "the adapter"):
+        with runs.reporting_full_disk(out, lambda: "the adapter"):
             save_model(trainer, tokenizer, out)
 
     # 5. The model card, the table of the checks, and a summary
@@ -249,7 +248,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
 
     from orpheus.callbacks import RunRecorder, StopOnSignal, TrainingMonitor
     from orpheus.memory import step_down
-    from orpheus.runs import disk_watched, last_checkpoint, resume_command
+    from orpheus.runs import last_checkpoint, reporting_full_disk, resume_command
 
     out = Path(settings.output_dir)
     before = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
@@ -257,7 +256,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
         print(f"{checkpoint} is at the last step already: nothing left to train")
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    watched = disk_watched(out, lambda: f"step {trainer.state.global_step}")
+    watched = reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
     try:
         with TrainingMonitor(settings) as monitor, StopOnSignal() as stop, watched:
             for callback in (monitor, stop, RunRecorder(out, trainer)):
@@ -281,7 +280,8 @@ def save_model(trainer, tokenizer, out: Path) -> None:
 
     Written aside and renamed, the config last: where it is, the rest is.
     """
-    from orpheus.runs import RANK, record_files, remove
+    from orpheus.output import record_files, remove
+    from orpheus.runs import RANK
 
     part, weights = out / ".adapter.part", None
     if trainer.is_fsdp_enabled:
@@ -308,7 +308,7 @@ def save_card(settings: Settings, report) -> None:
 
     from orpheus.audio import write_text
     from orpheus.models import on_hub
-    from orpheus.runs import owned_files, record_files
+    from orpheus.output import owned_files, record_files
 
     out = Path(settings.output_dir)
     path, hub = out / "README.md", on_hub(settings.model)

@@ -27,11 +27,10 @@ from orpheus.page import make_page
 from orpheus.runs import RunInfo, choose_voice, load_run, load_run_info, overrides
 from orpheus.scoring import Utterance, load_judges
 from orpheus.settings import (
-    OWN_KEYS,
     RUN_KEYS,
     Parser,
+    Settings,
     UserError,
-    check_names,
     check_strings,
     read_settings,
     read_text,
@@ -77,8 +76,9 @@ def read_arguments() -> argparse.Namespace:
     }.items():
         parser.add_argument(f"--{name}", metavar="…", help=words)
     for name in RUN_KEYS:
-        kind = {"action": "store_const", "const": "true"} if OWN_KEYS[name].type is bool else {}
-        words = f"{OWN_KEYS[name].metadata['description']} (the run's)"
+        field = Settings.model_fields[name]
+        kind = {"action": "store_const", "const": "true"} if field.annotation is bool else {}
+        words = f"{field.description} (the run's)"
         parser.add_argument(f"--{name}", help=words, **kind or {"metavar": "…"})
     words = "adapter, checkpoint, merged folder or hub id (config.json's run); of a --page several"
     parser.add_argument("--model", metavar="…", action="append", help=words)
@@ -201,7 +201,7 @@ def say(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = read_arguments()
     if arguments.config:
-        check_names(read_settings(arguments.config))
+        read_settings(arguments.config)  # so that a mistake in it is found first
     piped = arguments.out in ("-", "pcm")
     with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
         if not arguments.merge:

@@ -24,7 +24,7 @@ from orpheus.doctor import FINDINGS, Report, draw_report, examine
 from orpheus.encoding import SOUND_TYPES, Measures, encode_clips, frames_of
 from orpheus.models import TOKENIZER_FILES, fetch, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import Settings, UserError, check_names, read_command_line, read_json, run
+from orpheus.settings import Settings, UserError, read_command_line, read_json, run
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids
 
 del SOUND_TYPES["tokens"]  # of the row, not of the sound
@@ -119,7 +119,6 @@ def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--dataset")
     settings = read_command_line(__doc__)
-    check_names(settings)
     out = Path(settings.output_dir)
     clips = read_clips(settings)
     make_folder(settings.output_dir, "output_dir")

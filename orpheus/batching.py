@@ -74,7 +74,7 @@ def count_padded(lengths: list[int], size: int, seed: int) -> int:
 
 def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
     """Share of the slots of a run's batches that hold a token of a row, by `batching`."""
-    longest, size = settings.max_length, settings.trainer["per_device_train_batch_size"]
+    longest, size = settings.max_length, settings.per_device_train_batch_size
     slots = {
         "pack": count_packed(lengths, longest) * longest,
         "pad": count_padded(lengths, size, settings.seed),

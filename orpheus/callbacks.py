@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from orpheus.checks import format_check
-from orpheus.runs import PREVIOUS, RANK, record_files
+from orpheus.output import record_files
+from orpheus.runs import PREVIOUS, RANK
 from orpheus.settings import Settings
 from orpheus.tokens import SAMPLE_RATE, SLOTS
 

@@ -12,7 +12,7 @@ from orpheus.audio import write_text
 from orpheus.doctor import Report
 from orpheus.generation import make_utterance, parts_of, speak
 from orpheus.memory import read_config
-from orpheus.runs import record_files
+from orpheus.output import record_files
 from orpheus.settings import Settings
 from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, read_speech_ids
 

@@ -1,7 +1,6 @@
 """The accepted forms of data (data/README.md) → clips."""
 
 import csv
-import dataclasses
 import difflib
 import io
 import itertools
@@ -179,7 +178,7 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, Sett
         chosen = "normalized_text"
     place = {"text": "second", "normalized_text": "third"}.get(chosen)
     note = f"{path.name} has no header; its {place} column holds the texts" if place else None
-    return rows, dataclasses.replace(settings, text_column=chosen), note
+    return rows, settings.replace(text_column=chosen), note
 
 
 def resemblance(pairs: Iterable[list[str]], most: int = 200) -> float:

@@ -12,55 +12,15 @@ from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
 from orpheus.runs import RANKS
-from orpheus.settings import TRAINER_TYPES, Settings, UserError, validate
-
-# Keys of SFTConfig that finetune.make_sft_config derives from other keys.
-DERIVED = {
-    "packing": "batching",
-    "padding_free": "batching",
-    "pad_to_multiple_of": "batching",
-    "use_cpu": "the machine",
-    "eval_strategy": "sample_steps",
-    "metric_for_best_model": "the checks",
-    "greater_is_better": "the checks",
-}
-# What to use instead of keys of SFTConfig that would have no effect here.
-INSTEAD = {
-    "--resume continues from the last checkpoint in output_dir": "resume_from_checkpoint "
-    "ignore_data_skip restore_callback_states_from_checkpoint",
-    "finetune.py always trains and evaluates": "do_train do_eval do_predict",
-    "`hf upload you/anna outputs/anna` publishes a finished run": "push_to_hub hub_token "
-    "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
-    "sample_steps sets when a run is evaluated, held_out on what": "eval_steps eval_delay "
-    "eval_on_start eval_packing eval_do_concat_batches eval_accumulation_steps "
-    "eval_use_gather_object batch_eval_metrics per_device_eval_batch_size prediction_loss_only "
-    "include_for_metrics bf16_full_eval fp16_full_eval",
-    "the best checkpoint is always kept, and checks.csv names it": "load_best_model_at_end",
-    "data/prepare.py tokenises, orders and labels the rows": "dataset_text_field dataset_kwargs "
-    "dataset_num_proc shuffle_dataset truncation_mode completion_only_loss assistant_only_loss "
-    "chat_template_path eos_token pad_token train_sampling_strategy length_column_name",
-    "weights and device_map set how the base is loaded": "model_init_kwargs trust_remote_code",
-    "device_map, torchrun and fsdp use several GPUs": "parallelism_config",
-}
-WITHOUT_EFFECT = {name: instead for instead, names in INSTEAD.items() for name in names.split()}
+from orpheus.settings import Settings, UserError, check_trainer_types
 
 
 def resolve_settings(settings: Settings) -> Settings:
-    """The settings with SFTConfig's keys checked, and the precision decided; or a `UserError`."""
-    return resolve_precision(check_trainer_keys(settings))
+    """The settings with SFTConfig's keys in their types, and the precision decided.
 
-
-def check_trainer_keys(settings: Settings) -> Settings:
-    """The settings with every key of SFTConfig in its type; `UserError` for one it cannot take."""
-    hints, checked = get_type_hints(SFTConfig), {}
-    for name, value in settings.trainer.items():
-        if name in DERIVED:
-            by = f"it follows from {DERIVED[name]}"
-            raise UserError(f"settings: {name} is set by finetune.py itself ({by}); leave it out")
-        if name in WITHOUT_EFFECT:
-            raise UserError(f"settings: {name} has no effect, leave it out: {WITHOUT_EFFECT[name]}")
-        checked[name] = validate(name, value, TRAINER_TYPES.get(name, hints[name]), "settings")
-    return settings.replace(**checked)
+    Raises `UserError` for a value that SFTConfig does not take.
+    """
+    return resolve_precision(check_trainer_types(settings, get_type_hints(SFTConfig)))
 
 
 def resolve_precision(settings: Settings) -> Settings:
@@ -70,7 +30,7 @@ def resolve_precision(settings: Settings) -> Settings:
     """
     gpu = torch.cuda.is_available()
     has_bf16 = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16, fp16 = settings.trainer.get("bf16"), settings.trainer.get("fp16", False)
+    bf16, fp16 = settings.bf16, settings.fp16
     if bf16 and not has_bf16:
         raise UserError("settings: bf16 needs an Ampere or newer GPU; set bf16 false, fp16 true")
     if bf16 is None:

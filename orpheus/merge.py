@@ -1,7 +1,6 @@
 """Adapter and base as one 16-bit model."""
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -21,9 +20,7 @@ from orpheus.tokens import SpeechIds, codes_to_ids, read_speech_ids
 
 def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
     """The sample texts, five seconds of each at most, spoken without chance."""
-    greedy = dataclasses.replace(
-        settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
-    )
+    greedy = settings.replace(temperature=0.0, max_seconds=min(5.0, settings.max_seconds))
     texts = settings.sample_texts or read_settings().sample_texts
     rows = [make_utterance(model, tokenizer, ids, text, greedy, voice) for text in texts]
     generate_batch(model, rows, ids, greedy)

@@ -28,7 +28,7 @@ from orpheus.clips import read_clips
 from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.models import is_adapter, load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import OWN_KEYS, UserError, check_names, read_settings
+from orpheus.settings import Settings, UserError, read_settings
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -46,7 +46,7 @@ def test_every_key_is_read_and_stands_in_the_readme():
     hints = typing.get_type_hints(SFTConfig)
     for name in config:
         assert name in hints or re.search(rf"settings\.{name}\b", source), name
-    assert set(OWN_KEYS) <= set(config)
+    assert set(Settings.model_fields) == set(config)
     table = (ROOT / "README.md").read_text().split("| key |")[1].split("\n\n")[0]
     first = " ".join(line.split("|")[1] for line in table.splitlines()[2:])
     assert sorted(re.findall(r"`(\w+)`", first)) == sorted(config)
@@ -71,9 +71,7 @@ def test_unknown_and_wrong_trainer_keys():
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
         with pytest.raises(UserError, match=line):
-            settings = settings_of(**overrides)
-            check_names(settings)
-            finetune.make_sft_config(resolve_settings(settings))
+            finetune.make_sft_config(resolve_settings(settings_of(**overrides)))
 
 
 def test_the_top_level_config_without_a_gpu(tmp_path):

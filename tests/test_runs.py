@@ -14,27 +14,30 @@ from test_finetune import run_here, settings_of
 
 import finetune
 import orpheus.audio
-import orpheus.runs
+import orpheus.output
 from orpheus.audio import whole_file, write_text
 from orpheus.callbacks import StopOnSignal, write_unbuffered
 from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
-from orpheus.runs import (
+from orpheus.output import (
     MANIFEST,
-    PREVIOUS,
-    SAVED_CONFIG,
+    MOVING,
+    check_location,
     check_output,
-    check_place,
-    disk_watched,
-    last_checkpoint,
-    load_run_info,
+    finish_replacement,
     output_lock,
     owned_files,
-    python_command,
     record_files,
-    resume_command,
     set_aside,
-    settle_previous,
+)
+from orpheus.runs import (
+    PREVIOUS,
+    SAVED_CONFIG,
+    last_checkpoint,
+    load_run_info,
+    python_command,
+    reporting_full_disk,
+    resume_command,
 )
 from orpheus.settings import UserError, read_settings
 
@@ -165,40 +168,70 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", max_steps="1", **KEYS)
 
 
-def test_a_run_from_before_the_manifest_goes_by_its_known_names(run_copy):
-    add_mine(run_copy)
-    (run_copy / MANIFEST).unlink()
-    owned = {str(path.relative_to(run_copy)) for path in owned_files(run_copy)}
-    assert {"checkpoint-3", "samples/step-000003", "adapter_model.safetensors"} <= owned
-    assert any(name.startswith("runs/") for name in owned)
-    set_aside(run_copy)
-    assert set(contents(run_copy)) >= set(MINE)
-    left = {name for name in contents(run_copy) if not name.startswith(".previous_run/")}
-    assert left == {*MINE, "README.md"}
+class Killed(BaseException):
+    pass
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
-def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkeypatch):
-    """os.replace fails at the n-th call and nothing that would tidy up runs, as after SIGKILL."""
-    add_mine(run_copy)
-    before, replace, calls = contents(run_copy), os.replace, []
+@contextlib.contextmanager
+def killed_at(number: int):
+    """From the given call on, nothing changes in the file system any more, as after SIGKILL."""
+    calls = 0
 
-    def fail(*words):
-        calls.append(words)
-        if len(calls) > moved:
-            raise KeyboardInterrupt
-        replace(*words)
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > number:
+                raise Killed
+            return function(*arguments, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", fail)
-        set_aside(run_copy)
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        calls.clear()
-        moved //= 2
-        patch.setattr(os, "replace", fail)
-        settle_previous(run_copy)
-    settle_previous(run_copy)
-    assert contents(run_copy) == before
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield
+
+
+def write_run(out: Path, text: str, *names: str) -> None:
+    record_files(out, *(name if "/" not in name else name.rpartition("/")[0] for name in names))
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+NEW = ("checks.csv", SAVED_CONFIG, "samples/step-000001/01.wav", "runs/b/events")
+OLD = (*NEW, "runs/a/events", "samples/step-000009/01.wav", "checkpoint-9/a", "checkpoint-9/b")
+OLD += ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.mark.parametrize("saved", [(), ("adapter_config.json",)])
+def test_a_kill_at_any_moment_of_a_replacement_loses_nothing(saved, tmp_path):
+    """At each change of the file system; the next start finds the old run, or the new one whole."""
+    for number in range(200):
+        out, ended = tmp_path / str(number), False
+        out.mkdir()
+        add_mine(out)
+        new = {**contents(out), **dict.fromkeys((*NEW, *saved), b"new")}
+        write_run(out, "old", *OLD)
+        old = contents(out)
+        with contextlib.suppress(Killed), killed_at(number):
+            set_aside(out)
+            write_run(out, "new", *NEW)
+            write_run(out, "new", *saved)
+            finish_replacement(out)
+            ended = True
+        finish_replacement(out)
+        found = contents(out)
+        found.pop(f".{MANIFEST}.part", None)  # the next run overwrites it
+        if found["adapter_config.json"] == b"new":
+            del found[MANIFEST]
+        assert found == (new if len(found) == len(new) else old), number
+        assert not (out / PREVIOUS).exists() and not (out / MOVING).exists()
+        if ended:
+            assert (found == new) == bool(saved)
+            return
+    pytest.fail("it never came to its end")
 
 
 def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
@@ -306,7 +339,7 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
             pytest.fail("a run began")
     inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
     settings = read_settings(None, inside)
-    check_place(settings)
+    check_location(settings)
     assert sorted(p.name for p in (tmp_path / "voices/anna").iterdir()) == ["metadata.csv"]
 
 
@@ -340,7 +373,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
 def test_only_the_first_rank_locks(tmp_path, monkeypatch):
     settings = settings_of(output_dir=str(tmp_path / "out"))
     with output_lock(settings):
-        monkeypatch.setattr(orpheus.runs, "RANK", 1)
+        monkeypatch.setattr(orpheus.output, "RANK", 1)
         with output_lock(settings):
             assert check_output(settings) is None
 
@@ -502,7 +535,7 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
     Trainer.model = Saver()
     with (
         pytest.raises(UserError, match="disk is full"),
-        disk_watched(tmp_path, lambda: "the adapter"),
+        reporting_full_disk(tmp_path, lambda: "the adapter"),
     ):
         finetune.save_model(Trainer, Saver(), tmp_path)
     assert not list(tmp_path.iterdir())

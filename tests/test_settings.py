@@ -20,7 +20,6 @@ import orpheus.settings
 from data import prepare
 from orpheus import compatibility
 from orpheus.compatibility import (
-    WITHOUT_EFFECT,
     check_compatibility,
     check_optimizer,
     check_schedule,
@@ -29,9 +28,10 @@ from orpheus.compatibility import (
     resolve_settings,
 )
 from orpheus.generation import parts_of, split_text
+from orpheus.keys import DERIVED, GROUPS, OWN_KEYS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 from orpheus.models import fetch
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
-from orpheus.settings import TRAINER_TYPES, UserError, parse_word, read_settings
+from orpheus.settings import UserError, parse_json, read_settings, trainer_keys
 from orpheus.tokens import TOKEN_NAMES, read_speech_ids
 
 BAD = {
@@ -86,7 +86,7 @@ def test_a_value_out_of_bounds_is_named(name, tmp_path):
         with pytest.raises(UserError, match=f"^command line: {name}") as caught:
             read_settings(None, {name: text})
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-        given = parse_word(text)
+        given = parse_json(text)
         if given is None or text.startswith("[[") or len(text) > 1000:
             continue
         config = tmp_path / "mine.json"
@@ -118,9 +118,12 @@ def test_a_value_within_bounds(name, text, value):
 def test_bounds_are_of_keys_that_exist():
     from trl import SFTConfig
 
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert set(TRAINER_TYPES) | set(WITHOUT_EFFECT) <= known
-    assert not set(WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    assert trainer_keys() == known
+    config = json.loads((ROOT / "config.json").read_text())
+    refused = {*DERIVED, *WITHOUT_EFFECT}
+    assert set(TRAINER_TYPES) | refused | (set(config) - set(OWN_KEYS)) <= known
+    assert not refused & set(config)
 
 
 def test_every_other_number_of_the_trainer_is_finite():
@@ -129,11 +132,11 @@ def test_every_other_number_of_the_trainer_is_finite():
         resolve_settings(settings)
 
 
-@pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_trainer_keys_without_effect_are_refused(name):
-    settings = read_settings("data/demo/config.json", {name: "1"})
-    with pytest.raises(UserError, match=f"^settings: {name} has no effect, leave it out: "):
-        resolve_settings(settings)
+@pytest.mark.parametrize("name", [*DERIVED, *WITHOUT_EFFECT])
+def test_trainer_keys_that_would_not_be_used_are_refused(name):
+    reason = "is set by finetune.py itself" if name in DERIVED else "has no effect, leave it out: "
+    with pytest.raises(UserError, match=f"^command line: {name} {reason}"):
+        read_settings("data/demo/config.json", {name: "1"})
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "comet_ml"])
@@ -441,9 +444,46 @@ def test_a_closed_pipe_ends_quietly():
     assert done.stderr == "" and done.stdout.endswith("\n141\n")
 
 
-def test_mistakes_in_our_keys_are_told_without_heavy_imports():
-    for program in ("finetune.py", "data/prepare.py"):
-        words = ["-X", "importtime", program, "--learning_rate", "nan"]
-        code, _, errors = script(*words)
-        assert code == 2 and "error: command line: learning_rate" in errors
-        assert not re.search(r"\| +(torch|trl|transformers|datasets)$", errors, re.M)
+@pytest.mark.parametrize("name", ["finetune.py", "data/prepare.py"])
+def test_help_and_mistakes_in_keys_need_no_heavy_imports(name):
+    mistakes = {
+        ("--learning_rate", "nan"): "error: command line: learning_rate is",
+        ("--adam_beta_2", "0.9"): "no key is named 'adam_beta_2'; the nearest is 'adam_beta2'",
+        ("--eval_steps", "5"): "error: command line: eval_steps has no effect, leave it out:",
+        ("--help",): "",
+    }
+    for words, line in mistakes.items():
+        code, _, errors = script("-X", "importtime", name, *words)
+        assert code == (2 if line else 0) and line in errors
+        assert not re.search(r"\| +(torch|trl|transformers|datasets|snac|peft)$", errors, re.M)
+
+
+def test_help_shows_each_key_with_its_meaning_and_default():
+    code, printed, _ = script("finetune.py", "--help")
+    entries = dict(re.findall(r"^  --(\w+) +(\S.*(?:\n {20}.*)*)$", printed, re.M))
+    config = json.loads((ROOT / "config.json").read_text())
+    assert code == 0 and set(config) == set(Settings.model_fields) == set(entries) - {"config"}
+    for name, value in config.items():
+        words = " ".join(entries[name].split())
+        assert words.endswith(f"(default: {json.dumps(value)})") and words[0].isalpha(), name
+    assert re.findall(r"^(\w+):$", printed, re.M)[1:] == list(GROUPS.values())
+    assert set(GROUPS) <= set(config)
+
+
+def test_a_changed_copy_leaves_the_settings_alone():
+    settings = read_settings(None, {"adam_beta2": "0.9"})
+    changed = settings.replace(limit=5, adam_beta2=0.8, adam_beta1=0.7, learning_rate=1.0)
+    assert (settings.limit, settings.trainer["adam_beta2"]) == (None, 0.9)
+    assert "adam_beta1" not in settings.flat() and settings.learning_rate == 2e-4
+    given = {"adam_beta2": 0.8, "adam_beta1": 0.7, "learning_rate": 1.0}
+    assert changed.limit == 5 and given.items() <= changed.trainer.items()
+    assert changed.flat().keys() == settings.flat().keys() | {"adam_beta1"}
+    assert not set(OWN_KEYS) & set(changed.trainer)
+
+
+def test_keys_of_a_saved_config_are_not_looked_up(tmp_path):
+    (tmp_path / "saved.json").write_text('{"a_key_of_an_earlier_trl": 1}')
+    settings = read_settings(tmp_path / "saved.json", saved=True)
+    assert settings.trainer["a_key_of_an_earlier_trl"] == 1
+    with pytest.raises(UserError, match=r"saved\.json: no key is named 'a_key_of_an_earlier_trl'"):
+        read_settings(tmp_path / "saved.json")

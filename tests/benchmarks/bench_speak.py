@@ -9,7 +9,6 @@ takes its turn in every round.
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -84,7 +83,7 @@ def ours(model, codec, ids, rows, settings, static) -> float:
 
 def graphed(model, codec, ids, rows, settings, static) -> float:
     """The same with `cuda_graph` on; its capture counts."""
-    return ours(model, codec, ids, rows, dataclasses.replace(settings, cuda_graph=True), static)
+    return ours(model, codec, ids, rows, settings.replace(cuda_graph=True), static)
 
 
 def main() -> None:
