@@ -370,7 +370,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
         patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
         with pytest.raises(UserError) as caught:
             run_here(patch, tmp_path, **keys)
-    told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
+    told = f"{tmp_path} cannot be written, its disk is full: free some of it, then --resume; "
     assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"
     run_here(monkeypatch, tmp_path, **keys, resume="true")
     assert is_adapter(tmp_path)
