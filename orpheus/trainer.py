@@ -16,11 +16,11 @@ import numpy as np
 from orpheus.audio import write_text
 from orpheus.batching import count_padded, length_batches
 from orpheus.doctor import Report
-from orpheus.generation import make_utterance, parts_of, speak
+from orpheus.generation import make_utterance, speak
 from orpheus.memory import GIB, peak_memory, read_config
 from orpheus.runs import PREVIOUS, RANK, RANKS, last_checkpoint, record_files
 from orpheus.settings import Settings, UserError
-from orpheus.tokens import SAMPLE_RATE, SLOTS, TOKEN_NAMES, SpeechIds, read_speech_ids
+from orpheus.tokens import SAMPLE_RATE, SLOTS, TOKEN_NAMES, SpeechIds, parts_of, read_speech_ids
 
 
 def check_schedule(arguments, steps: int) -> None:

@@ -18,11 +18,10 @@ import infer
 import orpheus.page
 import orpheus.settings
 from data import prepare
-from orpheus.generation import parts_of, split_text
 from orpheus.models import fetch
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
 from orpheus.settings import TRAINER_TYPES, UserError, parse_word, read_settings
-from orpheus.tokens import TOKEN_NAMES, read_speech_ids
+from orpheus.tokens import TOKEN_NAMES, parts_of, read_speech_ids, split_text
 from orpheus.trainer import check_schedule
 
 BAD = {
