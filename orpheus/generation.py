@@ -125,13 +125,15 @@ def speak_best(
     size = max(1, settings.speak_batch_size // settings.best_of)
     for start in range(0, len(groups), size):
         batch = groups[start : start + size]
-        generate_batch(model, [row for group in batch for row in group], ids, settings, pace)
-        for group in batch:
-            if len(group) > 1:
-                for row in group:
-                    pieces = decode_stream(codec, row.frames, seed=settings.seed)
-                    row.audio = np.concatenate(list(pieces))
-            yield choose_best(group, pace, judges) if len(group) > 1 else group[0]
+        rows = [row for group in batch for row in group]
+        generate_batch(model, rows, ids, settings, pace)
+        if settings.best_of == 1:
+            yield from rows
+            continue
+        for row in rows:
+            pieces = decode_stream(codec, row.frames, seed=settings.seed)
+            row.audio = np.concatenate(list(pieces))
+        yield from [choose_best(group, pace, judges) for group in batch]
 
 
 def synthesize(
