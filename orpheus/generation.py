@@ -1,7 +1,7 @@
 """From texts to speech: batches, streams, long texts, the best of several candidates."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from orpheus.sampling import speak_frames, start_batch
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
+    Judge,
     Utterance,
     choose_best,
     detect_failure,
@@ -28,10 +29,10 @@ from orpheus.tokens import (
     SAMPLE_RATE,
     SLOTS,
     SpeechIds,
+    ids_to_codes,
     parts_of,
     prompt_ids,
     read_speech_ids,
-    whole_frames,
 )
 
 
@@ -99,10 +100,10 @@ def generate_with_transformers(
         **sampling,
     )
     for row, speech in zip(rows, generated[:, length:].cpu().numpy(), strict=True):
-        codes, _ = whole_frames(speech, ids)
-        complete = ids.eos in speech and len(codes) <= row.max_frames
-        row.end = BY_ITSELF if complete else CUT_OFF
-        row.frames = list(codes[: row.max_frames])
+        end = next(iter(np.flatnonzero(speech == ids.eos)), len(speech))
+        frames = min(end // SLOTS, row.max_frames)
+        row.end = BY_ITSELF if frames * SLOTS == end < len(speech) else CUT_OFF
+        row.frames = list(ids_to_codes(speech[: frames * SLOTS], ids))
 
 
 def generate_batch(
@@ -121,7 +122,7 @@ def generate_batch(
 def speak_best(
     groups: list[list[Utterance]], model, codec, ids: SpeechIds, settings: Settings, pace, judges
 ) -> Iterator[Utterance]:
-    """Generates the candidates of each group, in batches of groups, and yields the best of each."""
+    """Generates groups of candidates of one text, in batches, and yields the best of each group."""
     size = max(1, settings.speak_batch_size // settings.best_of)
     for start in range(0, len(groups), size):
         batch = groups[start : start + size]
@@ -137,12 +138,20 @@ def speak_best(
 
 
 def synthesize(
-    texts, model, tokenizer, codec, settings: Settings, voice, pace=None, judges=None, stream=False
+    texts: list[str],
+    model,
+    tokenizer,
+    codec,
+    settings: Settings,
+    voice: str | None,
+    pace: float | None = None,
+    judges: list[Judge] | None = None,
+    stream: bool = False,
 ) -> Iterator[tuple[list[Utterance], Iterator[np.ndarray]]]:
-    """Yields for each text its parts and the pieces of its samples.
+    """Yields for each text the Utterances of its parts, and its samples in pieces.
 
-    Texts are generated in batches, as they are asked for. In a stream, parts are generated one by
-    one while the pieces are taken.
+    Texts are generated in batches, when the first of a batch is asked for. In a stream, each part
+    is generated while its pieces are taken, and `best_of` must be 1.
     """
     ids = read_speech_ids(tokenizer, codec.codebook_size)
 
@@ -156,7 +165,7 @@ def synthesize(
         frames = row.frames
         if stream:
             frames = (row.frames[-1] for _ in speak_frames(model, [row], ids, settings))
-        return decode_stream(codec, frames, seed=settings.seed)  # sounds alike in any text
+        return decode_stream(codec, frames, seed=settings.seed)
 
     lines = [[make_candidates(part) for part in parts_of(text, settings)] for text in texts]
     groups = [group for line in lines for group in line]
@@ -172,10 +181,17 @@ def synthesize(
 STREAM_TARGETS = ("-", "pcm")  # names of --out that write to standard output
 
 
-def save_speech(lines, path: Path, stream=False, keep=True, quiet=False):
-    """Writes the next of `lines`, which `synthesize` yields, to `path`, and prints a line about it.
+def save_speech(
+    lines: Iterator[tuple[list[Utterance], Iterable[np.ndarray]]],
+    path: Path,
+    stream: bool = False,
+    keep: bool = True,
+    quiet: bool = False,
+) -> tuple[np.ndarray, list[Utterance]]:
+    """Writes the next of `lines`, as `synthesize` yields them, and prints a line unless `quiet`.
 
-    The file is opened first, so that an error is reported before anything is generated.
+    The file is opened first, so that one which cannot be written is reported before anything is
+    generated.
 
     Returns:
         (samples,) of the speech, empty unless `keep`, and its Utterances.
@@ -198,10 +214,27 @@ def save_speech(lines, path: Path, stream=False, keep=True, quiet=False):
 
 
 def speak(
-    texts, paths, model, tokenizer, codec, settings: Settings, voice: str | None,
-    *, pace=None, judges=None, stream=False, keep=True, quiet=False,
-) -> list[tuple[np.ndarray, bool]]:  # fmt: skip
-    """Speaks each text to its path, and prints a line, and with judges its scores, for each.
+    texts: list[str],
+    paths: list[Path],
+    model,
+    tokenizer,
+    codec,
+    settings: Settings,
+    voice: str | None,
+    *,
+    pace: float | None = None,
+    judges: list[Judge] | None = None,
+    stream: bool = False,
+    keep: bool = True,
+    quiet: bool = False,
+) -> list[tuple[np.ndarray, bool]]:
+    """Speaks each text to its path, and prints a line about it, unless `quiet`, and its scores.
+
+    Args:
+        pace: the voice's, in seconds a character, for the scores and to detect runaways.
+        judges: as `load_judges` returns them; None prints no scores.
+        stream: write each piece of audio as soon as it can be decoded.
+        keep: return the samples.
 
     Returns:
         for each text its (samples,), empty unless `keep`, and whether it ended by itself.
