@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,23 @@ def make_folder(path: str, name: str) -> None:
     except OSError as error:
         remedy = f"set --{name} to a folder that can be written"
         raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+
+
+PAUSE = 0.25  # seconds between the parts of a long text, added to the silence at their ends
+FADE = 240  # samples, 10 ms: parts fade into the pause and out of it, which avoids clicks
+
+
+def concat_with_pauses(parts: list[Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Joins parts, each an iterable of pieces of (samples,), with pauses; yields pieces."""
+    ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+    pause = np.zeros(int(PAUSE * SAMPLE_RATE), dtype=np.float32)
+    for n, pieces in enumerate(parts):
+        tail = None  # the last 10 ms, held back until it is known whether a pause follows
+        for piece in pieces:
+            if n and tail is None:
+                piece = np.concatenate([piece[:FADE] * ramp, piece[FADE:]])
+            tail = piece if tail is None else np.concatenate([tail, piece])
+            yield tail[:-FADE]
+            tail = tail[-FADE:]
+        assert tail is not None, "a part without a frame"
+        yield tail if n == len(parts) - 1 else np.concatenate([tail * ramp[::-1], pause])

@@ -10,11 +10,11 @@ import torch
 
 from orpheus.audio import write_text
 from orpheus.doctor import Report
-from orpheus.generation import make_utterance, parts_of, speak
+from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
 from orpheus.output import record_files
 from orpheus.settings import Settings
-from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, read_speech_ids
+from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, parts_of, read_speech_ids
 
 POSITIONS = 256  # whose logits are held at once: those of a whole row would fill a small GPU
 

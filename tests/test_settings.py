@@ -27,12 +27,10 @@ from orpheus.compatibility import (
     print_changes,
     resolve_settings,
 )
-from orpheus.generation import parts_of, split_text
 from orpheus.keys import DERIVED, GROUPS, OWN_KEYS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 from orpheus.models import fetch
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
 from orpheus.settings import UserError, parse_json, read_settings, trainer_keys
-from orpheus.tokens import TOKEN_NAMES, read_speech_ids
 
 BAD = {
     "temperature": ["-1", "inf", "nan", "1e-300", "1e300"],
@@ -416,25 +414,6 @@ def test_an_unreachable_hub_names_a_way_out(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"hub cannot be reached .*data/demo/config\.json"):
         fetch("some/model", ["*"])
-
-
-def test_audio_tokens_out_of_order_are_refused():
-    class Tokenizer:
-        name_or_path = "mine"
-
-        def get_vocab(self):
-            names = [*TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
-            return {name: n for n, name in enumerate(names)}
-
-    with pytest.raises(UserError, match="mine: its audio tokens are not in order"):
-        read_speech_ids(Tokenizer())
-
-
-def test_sentences_are_split_by_their_language():
-    text = "Τι κάνεις; Είμαι καλά."
-    assert len(split_text(text, 12, "el")) == 2
-    settings = read_settings(None, {"language": "el", "max_seconds": "1"})
-    assert parts_of(text, settings)[0] == "Τι κάνεις;"
 
 
 def test_a_closed_pipe_ends_quietly():
