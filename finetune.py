@@ -22,10 +22,10 @@ from typing import get_type_hints
 import numpy as np
 
 from data import prepare
-from orpheus.audio import write_text
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
 from orpheus.doctor import Report
+from orpheus.files import write_text
 from orpheus.memory import GIB, check_memory, peak_memory, print_plan, read_base, step_down
 from orpheus.models import (
     LINEAR_LAYERS,
@@ -510,13 +510,12 @@ def fine_tune(settings: Settings, started: float) -> None:
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     codec = load_codec(settings.codec, device())
     with first_rank_first():
-        rows, report = prepare.make_rows(clips, settings, tokenizer, codec)
+        rows, held, report = prepare.make_rows(clips, settings, tokenizer, codec)
     if RANK and settings.resume:  # the first rank has settled what is there by now
         checkpoint = last_checkpoint(out)
-    report.tell(settings)
+    report.print_summary(settings)
     if checkpoint:
         check_resumed(settings, report.digest)
-    rows, held = report.split
     listen = make_sample_evaluator(tokenizer, codec, settings, report, held)
     model, stop = load_model(settings, arguments), {}
     trainer = make_trainer(model, tokenizer, rows, arguments, settings, stop, listen)

@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from orpheus.audio import write_text
+from orpheus.files import write_text
 from orpheus.models import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -26,11 +26,18 @@ from orpheus.models import (
     local,
     on_hub,
 )
-from orpheus.settings import RUN_KEYS, SPEAKING, Settings, UserError, read_json, read_settings
+from orpheus.settings import (
+    RUN_KEYS,
+    SAVED_CONFIG,
+    SAVED_REPORT,
+    SPEAKING,
+    Settings,
+    UserError,
+    read_json,
+    read_settings,
+)
 
-SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
-SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
 
 @dataclass

@@ -19,6 +19,8 @@ from annotated_types import Ge, Gt, Le, Lt
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
+SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 
 
 class UserError(ValueError):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import write_text
 from orpheus.batching import count_padded, length_batches
 from orpheus.doctor import Report
+from orpheus.files import write_text
 from orpheus.generation import make_utterance, parts_of, speak
 from orpheus.memory import GIB, peak_memory, read_config
 from orpheus.runs import PREVIOUS, RANK, RANKS, last_checkpoint, record_files

@@ -94,9 +94,9 @@ def main() -> None:
             chosen = read_settings(config, {"cache_dir": str(home / "cache"), "train_on": "audio"})
             alone = name in ("list.jsonl", "bars.csv", "tabs.tsv")
             chosen.dataset = str(home / name if alone else home)
-            rows, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
-            assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
-            told["rows"] += len(rows)
+            rows, held, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
+            assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows + held)
+            told["rows"] += len(rows + held)
         except UserError as mistake:
             assert "\n" not in str(mistake), (n, name, str(mistake))
             told["mistakes"] += 1

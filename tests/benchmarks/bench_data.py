@@ -83,7 +83,7 @@ def prepare_all(folder: str, cache: str) -> tuple[int, float, float, float]:
     tokenizer = load_tokenizer(Path(settings.model))
     load_codec(settings.codec)  # torch and snac are start-up, as they are in the loop
     begun, cpu = time.perf_counter(), time.process_time()
-    _, report = prepare.make_rows(read_clips(settings), settings, tokenizer)
+    *_, report = prepare.make_rows(read_clips(settings), settings, tokenizer)
     spent = time.perf_counter() - begun, time.process_time() - cpu
     return report.clips, report.seconds, *spent
 
