@@ -12,7 +12,7 @@ import torch
 from conftest import DEMO, script
 
 import finetune
-from orpheus.batching import length_batches, make_row, slots_used
+from orpheus.batching import count_packed, length_batches, make_row, slots_used
 from orpheus.settings import read_settings
 from orpheus.tokens import ids_to_codes
 
@@ -116,6 +116,16 @@ def test_the_doctor_tells_of_batches_what_the_trainer_does(trainer_of, rows, cap
     lengths = [len(row["input_ids"]) for row in rows]
     used = slots_used(lengths, read_settings("data/demo/config.json", keys))
     assert f"{100 * used[batching]:.1f} % used; 2 rows a step; " in capsys.readouterr().out
+
+
+def test_packed_rows_are_counted_as_trl_packs_them():
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(20, 1024, 300).tolist()
+        table = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+        assert count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
 
 
 def test_length_batches_are_alike_whole_and_repeatable():
