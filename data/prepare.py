@@ -55,7 +55,7 @@ def make_rows(
         try:
             row, measures = build_row(clip, encoded, tokenizer, ids, settings)
         except UserError as error:
-            report.add_left_out(clip.source, str(error))
+            report.add_left_out(clip.source, error)
             continue
         report.cached += encoded.cached
         if check_length(row, measures, report, ids, settings):

@@ -23,6 +23,14 @@ MAX_PEAK = 10  # times full scale; a recording above that was saved with the wro
 NEED_FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".wma")  # libsndfile does not read them
 
 
+class ClipError(UserError):
+    """Why a clip cannot be used; `reason` is the few words under which the report counts it."""
+
+    def __init__(self, message: str, reason: str = "broken row"):
+        super().__init__(message)
+        self.reason = reason
+
+
 def wav_data_bytes(file: BinaryIO) -> tuple[int, int] | None:
     """(bytes of samples that a RIFF header declares, bytes that the file holds after it).
 
@@ -42,7 +50,7 @@ def wav_data_bytes(file: BinaryIO) -> tuple[int, int] | None:
 def read_samples(file: BinaryIO, name: str | Path) -> tuple[np.ndarray, int, int]:
     """Reads an open audio file: (samples,) mono at its own rate, the rate, the number of channels.
 
-    Raises `UserError` for a file that holds less audio than its header declares, as after a
+    Raises `ClipError` for a file that holds less audio than its header declares, as after a
     download that broke off.
     """
     declared, held = wav_data_bytes(file) or (0, 0)
@@ -50,18 +58,20 @@ def read_samples(file: BinaryIO, name: str | Path) -> tuple[np.ndarray, int, int
     with soundfile.SoundFile(file) as sound:
         rate, channels, frames = sound.samplerate, sound.channels, sound.frames
         if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-            raise UserError(f"{name}: its header does not say how long it is; make it a wav")
+            fault = "its header does not say how long it is; make it a wav"
+            raise ClipError(f"{name}: {fault}", "unreadable")
         if frames > MAX_SECONDS * rate:
-            raise UserError(f"{name}: {frames / rate:.0f} s long; cut it into sentences")
+            fault = f"{frames / rate:.0f} s long; cut it into sentences"
+            raise ClipError(f"{name}: {fault}", "too long")
         try:
             audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
         except soundfile.LibsndfileError as error:
             fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
-            raise UserError(f"{name}: {fault}: {error.error_string}") from None
+            raise ClipError(f"{name}: {fault}: {error.error_string}", "cut short") from None
     frames = round(len(audio) * declared / held) if declared > held > 0 else frames
     if frames - len(audio) > rate / 10:
         sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"
-        raise UserError(f"{name}: cut short: {sizes}")
+        raise ClipError(f"{name}: cut short: {sizes}", "cut short")
     return audio, rate, channels
 
 
@@ -69,29 +79,31 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     """Reads a recording in any format of libsndfile, from a file or its bytes.
 
     Returns (samples,) at 24 kHz, mono, float32; the recording's own rate and number of channels.
-    Raises `UserError` for a recording that cannot be used, with what to do about it.
+    Raises `ClipError` for a recording that cannot be used, with what to do about it.
     """
     name = "its audio" if isinstance(source, bytes) else source
     if isinstance(source, Path) and not os.path.isfile(source):
         fault = "is a folder, not a sound" if os.path.isdir(source) else "does not exist"
-        raise UserError(f"{name} {fault}")
+        raise ClipError(f"{name} {fault}", "no such file")
     if isinstance(source, Path) and source.suffix.lower() in NEED_FFMPEG:
         wav = source.with_suffix(".wav").name
-        raise UserError(f"{name}: not read here; ffmpeg -i {source.name} {wav} makes it a wav")
+        fault = f"not read here; ffmpeg -i {source.name} {wav} makes it a wav"
+        raise ClipError(f"{name}: {fault}", "unreadable")
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             audio, rate, channels = read_samples(file, name)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
-        raise UserError(f"{name}: not audio that libsndfile reads: {reason}") from None
+        fault = f"not audio that libsndfile reads: {reason}"
+        raise ClipError(f"{name}: {fault}", "unreadable") from None
     if not np.isfinite(audio).all():
-        raise UserError(f"{name}: samples that are not numbers (NaN or infinite)")
+        raise ClipError(f"{name}: samples that are not numbers (NaN or infinite)", "unreadable")
     if (peak := np.abs(audio).max(initial=0)) > MAX_PEAK:
         fault = f"samples of up to {peak:.3g}, far over full scale (1.0)"
-        raise UserError(f"{name}: {fault}; scale it down")
+        raise ClipError(f"{name}: {fault}; scale it down", "far over full scale")
     audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if not len(audio):
-        raise UserError(f"{name}: no samples in it")
+        raise ClipError(f"{name}: no samples in it", "unreadable")
     return audio, rate, channels
 
 
@@ -137,14 +149,14 @@ def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
 def measure_clip(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, Sound]:
     """(samples,) of a recording, trimmed, at 24 kHz, and what is measured of them.
 
-    Raises `UserError` for a recording that cannot be used or is silent.
+    Raises `ClipError` for a recording that cannot be used or is silent.
     """
     whole, rate, channels = read_audio(source)
     audio = trim(whole, settings)
     rms = float(np.sqrt((audio.astype(np.float64) ** 2).mean()))
     if rms < 1e-4:  # -80 dB
         name = "its audio" if isinstance(source, bytes) else source
-        raise UserError(f"{name}: silent throughout")
+        raise ClipError(f"{name}: silent throughout", "silent")
     return audio, Sound(
         digest=hashlib.sha256(audio.tobytes()).hexdigest(),
         rate=rate,

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpheus.audio import ClipError
 from orpheus.settings import Settings, UserError, first_reason, read_text
 from orpheus.tables import (
     AUDIO_COLUMNS,
     TEXT_COLUMNS,
-    TOKEN_COLUMNS,
     VOICE_COLUMNS,
     column_key,
     read_json_rows,
@@ -33,7 +33,7 @@ class Clip(NamedTuple):
     text: str | None = None
     voice: str | None = None
     pretokenized: dict | None = None  # codes, or input_ids and perhaps labels
-    fault: str | None = None  # why the row cannot be used
+    error: ClipError | None = None  # why the row cannot be used
 
 
 @dataclass
@@ -52,7 +52,7 @@ def read_clips(settings: Settings) -> Clips:
     """Reads the first `limit` clips of a dataset in any of the accepted forms.
 
     Raises `UserError` for a dataset that cannot be read as a whole. A row that cannot be used
-    becomes a clip with a fault.
+    becomes a clip with an error.
     """
     path = Path(settings.dataset)
     for name in ("dataset_config", "dataset_revision"):
@@ -96,11 +96,12 @@ def read_pair(audio: Path) -> Clip:
     path, source = audio.with_suffix(".txt"), printable(audio.name)
     try:
         if not path.is_file():
-            raise UserError(f"no {path.name} beside it")
-        text = check_text(read_text(path), "text")
-    except UserError as error:
-        return Clip(source, fault=str(error))
-    return Clip(source, audio, text)
+            raise ClipError(f"no {path.name} beside it", "no text")
+        return Clip(source, audio, check_text(read_text(path), "text"))
+    except ClipError as error:
+        return Clip(source, error=error)
+    except UserError as error:  # the file cannot be read
+        return Clip(source, error=ClipError(str(error), "text unreadable"))
 
 
 def printable(name: str) -> str:
@@ -203,8 +204,8 @@ def clips_of_rows(
         source = f"{printable(table.name)} row {number}"
         try:
             return clip_of_row(source, row, found, home, settings.absolute_paths)
-        except UserError as error:
-            return Clip(source, fault=str(error))
+        except ClipError as error:
+            return Clip(source, error=error)
 
     return itertools.starmap(read_row, rows)
 
@@ -224,9 +225,9 @@ def find_column(columns, wanted: str | None, names: tuple[str, ...], table: Path
 def clip_of_row(
     source: str, row: dict, columns: dict[str, str], home: Path | None, absolute_paths: bool
 ) -> Clip:
-    """The clip that a row describes; `UserError` for a row that cannot be used."""
+    """The clip that a row describes; `ClipError` for a row that cannot be used."""
     if None in row:
-        raise UserError("more columns than the header has: a text with commas wants quotes")
+        raise ClipError("more columns than the header has: a text with commas wants quotes")
     audio = row.get(columns.get("audio"))
     if isinstance(audio, dict):
         audio = audio.get("bytes") or audio.get("path")
@@ -238,32 +239,34 @@ def clip_of_row(
     if "tokens" not in columns:
         return Clip(source, audio, text, voice)
     if row.get(columns["tokens"]) is None:
-        raise UserError(f"no {columns['tokens']} in this row")
-    return Clip(source, audio, text, voice, {k: row[k] for k in TOKEN_COLUMNS if k in row})
+        raise ClipError(f"no {columns['tokens']} in this row")
+    names = ("codes",) if columns["tokens"] == "codes" else ("input_ids", "labels")
+    return Clip(source, audio, text, voice, {name: row[name] for name in names if name in row})
 
 
 def check_text(value: Any, column: str | None, is_voice: bool = False) -> str | None:
-    """A value as text; `UserError` for what cannot be trained on. Only a text needs a letter."""
+    """A value as text; `ClipError` for what cannot be trained on. Only a text needs a letter."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise UserError(f"{column} holds {type(value).__name__}, not text")
+        raise ClipError(f"{column} holds {type(value).__name__}, not text", "no text")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{column} holds {value}, not text")
+        raise ClipError(f"{column} holds {value}, not text", "no text")
     if value is None:
         return None
     text, what = str(value), "voice" if is_voice else "text"
     if printable(text) != text:
-        raise UserError(f"the {what} holds half of a character (a lone surrogate)")
+        raise ClipError(f"the {what} holds half of a character (a lone surrogate)", "broken text")
     control = (c for c in text if unicodedata.category(c) == "Cc" and not c.isspace())
     if found := next(control, None):
-        raise UserError(f"the {what} holds a control character (U+{ord(found):04X})")
+        fault = f"the {what} holds a control character (U+{ord(found):04X})"
+        raise ClipError(fault, "broken text")
     if text.strip() and not is_voice and not any(map(str.isalnum, text)):
-        fault = f"nothing to speak in the {what} {text.strip()[:20]!r}"
-        raise UserError(f"{fault}: no letter or digit")
+        fault = f"nothing to speak in the text {text.strip()[:20]!r}: no letter or digit"
+        raise ClipError(fault, "nothing to speak")
     return text
 
 
 def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
-    """The file that a row names; `UserError` for one outside the dataset's folder.
+    """The file that a row names; `ClipError` for one outside the dataset's folder.
 
     A name without a suffix is that of a file in wavs/, or beside the table.
     """
@@ -272,7 +275,8 @@ def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
         return path
     inside = os.path.abspath(home / path).startswith(os.path.join(os.path.abspath(home), ""))
     if not inside and not absolute_paths:
-        raise UserError(f"{path} is outside the dataset's folder; --absolute_paths allows it")
+        fault = f"{path} is outside the dataset's folder; --absolute_paths allows it"
+        raise ClipError(fault, "outside the folder")
     names = [str(path)]
     if not path.suffix:
         names[:0] = [f"{part}{path}{s}" for part in ("wavs/", "") for s in AUDIO_SUFFIXES]

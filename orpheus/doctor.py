@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orpheus.audio import Sound
+from orpheus.audio import ClipError, Sound
 from orpheus.clips import printable
 from orpheus.files import atomic_file, write_text
 from orpheus.settings import SAVED_REPORT, Settings, UserError
@@ -36,29 +36,6 @@ FINDINGS = {
 }
 # Findings that a training run prints, too, unless their clips are left out: those with a remedy.
 IMPORTANT = {"long", "clipped", "quiet", "narrow", "digits", "unspeakable", "pace", "loudness"}
-# Part of an error's message: the words under which clips that are left out are counted.
-REASONS = {
-    "silent throughout": "silent",
-    "the text is empty": "no text",
-    "beside it": "no text",
-    "cannot be read as UTF-8": "text not UTF-8",
-    "not text": "no text",
-    " in the text": "nothing to speak",
-    "lone surrogate": "broken text",
-    "control character": "broken text",
-    "no sound is named": "no sound",
-    "does not exist": "no such file",
-    "is a folder": "no such file",
-    "outside the dataset": "outside the folder",
-    "cut short": "cut short",
-    "cut it into sentences": "too long",
-    "far over full scale": "far over full scale",
-    "not numbers": "unreadable",
-    "no samples": "unreadable",
-    "not audio": "unreadable",
-    "not read here": "unreadable",
-    "more columns": "broken row",
-}
 
 
 class Measures(NamedTuple):
@@ -160,11 +137,10 @@ class Report:
     def voices(self) -> dict[str, int]:
         return dict(Counter(clip.voice for clip in self.measures if clip.voice).most_common())
 
-    def add_left_out(self, source: str, fault: str) -> None:
+    def add_left_out(self, source: str, error: UserError) -> None:
         """Records a clip that is left out, and why."""
-        self.left_out.append(f"{source}: {printable(fault)}")
-        parts = (reason for part, reason in REASONS.items() if part in fault)
-        self.reasons[next(parts, "broken row")] += 1
+        self.left_out.append(f"{source}: {printable(str(error))}")
+        self.reasons[getattr(error, "reason", "broken row")] += 1
 
     def add_findings(self, leave_out: list[str]) -> np.ndarray:
         """Examines the measured clips, and records those with findings that `leave_out` names.
@@ -181,8 +157,8 @@ class Report:
                 kept &= values <= 0
         for n in np.flatnonzero(~kept):
             names = [name for name in leave_out if excess[name][n] > 0]
-            self.left_out.append(f"{self.measures[n].source}: {', '.join(names)}")
-            self.reasons[names[0].replace("_", " ")] += 1
+            error = ClipError(", ".join(names), names[0].replace("_", " "))
+            self.add_left_out(self.measures[n].source, error)
         self.measures = [clip for clip, keep in zip(self.measures, kept, strict=True) if keep]
         return kept
 

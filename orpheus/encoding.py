@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from orpheus.audio import Sound, measure_clip
+from orpheus.audio import ClipError, Sound, measure_clip
 from orpheus.clips import Clip, Clips
 from orpheus.codec import CODEC_FILES, encode, load_codec
 from orpheus.files import make_folder, write_text
@@ -133,14 +133,14 @@ def load_clip(clip: Clip, settings: Settings, cache: Path | None, ids) -> Encode
     """
     max_frames = settings.max_length // SLOTS
     try:
-        if clip.fault:
-            raise UserError(clip.fault)
+        if clip.error:
+            return clip.error
+        if not (clip.text or "").strip() and "input_ids" not in (clip.pretokenized or {}):
+            raise ClipError("the text is empty", "no text")
         if clip.pretokenized:
             return load_pretokenized(clip.pretokenized, ids)
-        if not (clip.text or "").strip():
-            raise UserError("the text is empty")
         if not clip.audio:
-            raise UserError("no sound is named")
+            raise ClipError("no sound is named", "no sound")
         path = find_cache_file(clip.audio, cache)
         if path and (cached := read_cached(path, max_frames, ids.codebook_size)):
             return cached
