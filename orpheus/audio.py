@@ -58,7 +58,7 @@ def read_samples(file: BinaryIO, name: str | Path) -> tuple[np.ndarray, int, int
     with soundfile.SoundFile(file) as sound:
         rate, channels, frames = sound.samplerate, sound.channels, sound.frames
         if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-            fault = "its header does not say how long it is; make it a wav"
+            fault = "its header does not say how long it is; convert it to wav"
             raise ClipError(f"{name}: {fault}", "unreadable")
         if frames > MAX_SECONDS * rate:
             fault = f"{frames / rate:.0f} s long; cut it into sentences"
@@ -83,11 +83,11 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     """
     name = "its audio" if isinstance(source, bytes) else source
     if isinstance(source, Path) and not os.path.isfile(source):
-        fault = "is a folder, not a sound" if os.path.isdir(source) else "does not exist"
+        fault = "is a folder, not an audio file" if os.path.isdir(source) else "does not exist"
         raise ClipError(f"{name} {fault}", "no such file")
     if isinstance(source, Path) and source.suffix.lower() in NEED_FFMPEG:
         wav = source.with_suffix(".wav").name
-        fault = f"not read here; ffmpeg -i {source.name} {wav} makes it a wav"
+        fault = f"cannot be read here; convert it: ffmpeg -i {source.name} {wav}"
         raise ClipError(f"{name}: {fault}", "unreadable")
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:

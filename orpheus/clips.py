@@ -57,9 +57,7 @@ def read_clips(settings: Settings) -> Clips:
     path = Path(settings.dataset)
     for name in ("dataset_config", "dataset_revision"):
         if getattr(settings, name) and path.exists():
-            raise UserError(
-                f"{name} is of a hub dataset, and {path} is a local one; set it to null"
-            )
+            raise UserError(f"{name} is for hub datasets, and {path} is local; set it to null")
     if os.path.isdir(path):
         clips = read_folder(path, settings)
     elif os.path.isfile(path):
@@ -84,7 +82,7 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
     paths = [path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES]
     paths = [path for path in paths if not path.name.startswith(".")]
     if not any(path.with_suffix(".txt").is_file() for path in paths):
-        forms = f"{', '.join(TABLES)}, no .parquet, and no sound file with a .txt beside it"
+        forms = f"{', '.join(TABLES)}, no .parquet, and no audio file with a .txt beside it"
         raise UserError(f"{folder}: no {forms} (data/README.md has the forms)")
     # 9.wav before 10.wav
     paths.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.stem)])
@@ -112,7 +110,8 @@ def printable(name: str) -> str:
 def read_manifest(path: Path, settings: Settings) -> Clips:
     """Clips of a csv, tsv, jsonl or parquet table. Its paths are relative to its folder."""
     if path.suffix.lower() in AUDIO_SUFFIXES:
-        raise UserError(f"{path}: one sound; set --dataset to a folder or a table (data/README.md)")
+        remedy = "set --dataset to a folder or a table (data/README.md)"
+        raise UserError(f"{path}: a single audio file; {remedy}")
     if path.suffix == ".parquet":
         return read_parquet([path], path.parent, settings)
     text, note = read_text(path), None
@@ -172,7 +171,8 @@ def read_hub(settings: Settings) -> Clips:
         )
     except (ValueError, OSError, DatasetGenerationError) as error:
         reason = first_reason(error.__cause__ or error)
-        raise UserError(f"{name}: no such folder here, and the hub's gives: {reason}") from None
+        fault = "no such folder here, and it cannot be loaded from the hub"
+        raise UserError(f"{name}: {fault}: {reason}") from None
     for column, feature in (table.features or {}).items():
         if isinstance(feature, Audio):  # soundfile decodes it; datasets would want torchcodec
             table = table.cast_column(column, Audio(decode=False))
@@ -227,7 +227,7 @@ def clip_of_row(
 ) -> Clip:
     """The clip that a row describes; `ClipError` for a row that cannot be used."""
     if None in row:
-        raise ClipError("more columns than the header has: a text with commas wants quotes")
+        raise ClipError("more columns than the header has; put a text with commas in quotes")
     audio = row.get(columns.get("audio"))
     if isinstance(audio, dict):
         audio = audio.get("bytes") or audio.get("path")

@@ -27,6 +27,7 @@ from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
     SLOTS,
+    SpeechIds,
     check_labels,
     check_row,
     ids_to_codes,
@@ -125,7 +126,9 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
 # ---------------------------------------------------------------- clips
 
 
-def load_clip(clip: Clip, settings: Settings, cache: Path | None, ids) -> EncodedClip | UserError:
+def load_clip(
+    clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds
+) -> EncodedClip | UserError:
     """Loads a clip: its codes from its row or from the cache, else its samples.
 
     The samples end four frames after the longest row, which is as far as the encoder looks ahead.
@@ -150,7 +153,7 @@ def load_clip(clip: Clip, settings: Settings, cache: Path | None, ids) -> Encode
     return EncodedClip(sound, audio=audio[: (max_frames + 4) * FRAME_SAMPLES], cache_file=path)
 
 
-def load_pretokenized(columns: dict, ids) -> EncodedClip:
+def load_pretokenized(columns: dict, ids: SpeechIds) -> EncodedClip:
     """A clip that was tokenised elsewhere; `UserError` for codes or ids that are not Orpheus's."""
     row = None if "codes" in columns else check_row(columns, ids)
     if row:
@@ -180,7 +183,7 @@ def prefetch(
 
 
 def encode_clips(
-    clips: Clips, settings: Settings, ids, codec=None
+    clips: Clips, settings: Settings, ids: SpeechIds, codec=None
 ) -> Iterator[tuple[Clip, EncodedClip | UserError]]:
     """Yields every clip with its codes, or with the error for which it is left out, in order.
 

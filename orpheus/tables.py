@@ -48,12 +48,13 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, str | N
     if "\0" in text:
         raise UserError(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8")
     header = text.lstrip("\n").split("\n", 1)[0]
-    chosen = (settings.audio_column, settings.text_column, settings.voice_column)
-    known = (*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS, *TOKEN_COLUMNS, *filter(None, chosen))
+    chosen = filter(None, (settings.audio_column, settings.text_column, settings.voice_column))
+    known = (*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS, *TOKEN_COLUMNS, *chosen)
+    known = {column_key(name) for name in known}
 
     def count_known(separator: str) -> tuple[int, int]:
         names = [column_key(cell.strip('" ')) for cell in header.split(separator)]
-        return len(set(names).intersection(map(column_key, known))), len(names)
+        return len(known.intersection(names)), len(names)
 
     separator = max(",;\t|", key=count_known)
     least = 2 if "|" in header else 1  # a text of LJSpeech's first row may be a known name
@@ -103,28 +104,38 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str 
 def read_csv_rows(
     path: Path, text: str, separator: str, columns: tuple[str, ...] | None = None
 ) -> Iterator[tuple[int, dict]]:
-    """(line on which a row begins, row). Without `columns`, the first line names them.
+    """Yields (line on which a row begins, row). Without `columns`, the first line names them.
 
     A row has its surplus cells under the key None. Between bars, quotes are ordinary characters.
     """
     padded = columns is not None or f"{separator} " in text.lstrip("\n").split("\n", 1)[0]
-    quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-    keys = {"delimiter": separator, "quoting": quoting, "skipinitialspace": padded}
-    table, line = csv.reader(io.StringIO(text, newline=""), strict=True, **keys), 1
+    table = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL,
+        skipinitialspace=padded,
+        strict=True,
+    )
+    line = 1
     try:
         for cells in table:
             first, line = line, table.line_num + 1
-            if not "".join(cells).strip() and len(cells) < 2:
-                continue
             cells = [cell.strip() for cell in cells] if padded else cells
+            if cells in ([], [""]):
+                continue
             if columns is None:
                 columns = cells
-                names = Counter(column_key(name) for name in columns if name.strip())
-                if names and (twice := names.most_common(1)[0])[1] > 1:
-                    raise UserError(f"{path}: two columns are named {twice[0]}; rename one of them")
+                check_header(path, columns)
                 continue
             surplus = {None: cells[len(columns) :]} if len(cells) > len(columns) else {}
             yield first, dict(zip(columns, cells, strict=False)) | surplus
     except csv.Error as error:
         remedy = 'quote a field as a whole, and double the quotes in it: "a ""b"" c"'
         raise UserError(f"{path} line {line}: not a csv table: {error}; {remedy}") from None
+
+
+def check_header(path: Path, columns: list[str]) -> None:
+    """`UserError` for two columns of the same name."""
+    names = [column_key(name) for name in columns if name.strip()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path}: two columns are named {twice}; rename one of them")

@@ -170,25 +170,18 @@ def losses(out):
 def test_both_backends_give_the_same_losses(native, tmp_path, monkeypatch):
     """In fp32, as the demo's config says, whether or not Unsloth finds bfloat16 instructions."""
     monkeypatch.setenv("UNSLOTH_CPU_BF16", native)
-    words = [
-        *DEMO,
-        "--limit",
-        "16",
-        "--max_steps",
-        "4",
-        "--logging_steps",
-        "1",
-        "--lr_scheduler_type",
-    ]
-    words += ["constant", "--sample_texts", "[]", "--per_device_train_batch_size", "4"]
-    told = {}
+    words = [*DEMO, "--limit", "16", "--max_steps", "4", "--logging_steps", "1"]
+    words += ["--lr_scheduler_type", "constant", "--sample_texts", "[]"]
+    words += ["--per_device_train_batch_size", "4"]
+    printed = {}
     for backend in ("unsloth", "transformers"):
         out = tmp_path / backend
-        code, told[backend], errors = script(
+        code, printed[backend], errors = script(
             "finetune.py", *words, "--backend", backend, "--output_dir", out
         )
         assert code == 0, errors
     first, second = losses(tmp_path / "unsloth"), losses(tmp_path / "transformers")
     assert len(first) == 4 and first[-1] < first[0]
     assert np.allclose(first, second, rtol=1e-4), (first, second)
-    assert told["unsloth"].split("batches")[1][:80] == told["transformers"].split("batches")[1][:80]
+    batches = [text.split("batches")[1][:80] for text in printed.values()]
+    assert batches[0] == batches[1]

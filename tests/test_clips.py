@@ -155,7 +155,7 @@ def test_a_streamed_csv(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dataset_config", "dataset_revision"])
 def test_keys_of_the_hub_do_nothing_for_a_folder(name, tokenizer):
-    with pytest.raises(UserError, match=f"{name} is of a hub dataset"):
+    with pytest.raises(UserError, match=f"{name} is for hub datasets"):
         rows_of("data/numbers", tokenizer, **{name: "x"})
 
 
@@ -214,9 +214,9 @@ def test_a_bare_folder_leaves_out_one_clip_alone(tmp_path, tokenizer):
         (tmp_path / f"{n}.txt").write_text(text, encoding="latin-1")
     rows, report = rows_of(tmp_path, tokenizer)
     assert [row["text"] for row in rows] == ["one", "five"]
-    told = dict(fault.split(": ", 1) for fault in report.left_out)
-    assert "2.txt: cannot be read as UTF-8" in told["2.wav"]
-    assert told["3.wav"] == "no 3.txt beside it" and "no letter or digit" in told["4.wav"]
+    faults = dict(fault.split(": ", 1) for fault in report.left_out)
+    assert "2.txt: cannot be read as UTF-8" in faults["2.wav"]
+    assert faults["3.wav"] == "no 3.txt beside it" and "no letter or digit" in faults["4.wav"]
     assert report.clips == 5
 
 
@@ -249,8 +249,8 @@ def test_tables_in_the_current_folder(tmp_path, tokenizer, monkeypatch):
         assert len(rows) == 1
 
 
-def test_a_sound_is_no_dataset(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="one sound; set --dataset to a folder"):
+def test_an_audio_file_is_no_dataset(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="a single audio file; set --dataset to a folder"):
         rows_of(noise(tmp_path / "a.wav"), tokenizer)
 
 
@@ -339,30 +339,23 @@ def test_forty_planted_faults(tmp_path, tokenizer, codec, ids):
     folder.mkdir()
     noise(tmp_path / "good.wav")
     plant(folder)
-    rows = [(name, json.loads(t[1:]) if str(t)[:1] == "L" else t) for name, t in BAD]
-    rows = [pair for both in itertools.zip_longest(rows, GOOD.items()) for pair in both if pair]
-    table = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    bad = [(name, json.loads(t[1:]) if str(t)[:1] == "L" else t) for name, t in BAD]
+    pairs = [pair for both in itertools.zip_longest(bad, GOOD.items()) for pair in both if pair]
+    table = [json.dumps({"file_name": name, "text": text}) for name, text in pairs]
     (folder / "metadata.jsonl").write_text("\n".join(table))
-    made, report = rows_of(folder, tokenizer)
-    assert len(made) == len(GOOD) and len(report.left_out) == len(BAD)
-    told = dict(fault.split(": ", 1) for fault in report.left_out)
+    rows, report = rows_of(folder, tokenizer)
+    assert len(rows) == len(GOOD) and len(report.left_out) == len(BAD)
+    faults = dict(fault.split(": ", 1) for fault in report.left_out)
     wanted = iter(BAD.values())
-    for n, (name, text) in enumerate(rows, 1):
-        if f"metadata.jsonl row {n}" in told:
-            fault = told[f"metadata.jsonl row {n}"]
+    for n, (name, text) in enumerate(pairs, 1):
+        if f"metadata.jsonl row {n}" in faults:
+            fault = faults[f"metadata.jsonl row {n}"]
             assert next(wanted) in fault and "\n" not in fault, (name, text, fault)
-    assert [row["text"] for row in made] == [str(text) for text in GOOD.values()]
+    assert [row["text"] for row in rows] == [str(text) for text in GOOD.values()]
     chosen = settings(folder)
-    for row, name in zip(made, GOOD, strict=True):
-        path = (
-            next(
-                p
-                for form in ("NFC", "NFD")
-                if (p := folder / unicodedata.normalize(form, name)).is_file()
-            )
-            if not (folder / name).is_file()
-            else folder / name
-        )
+    for row, name in zip(rows, GOOD, strict=True):
+        forms = (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        path = next(path for path in (folder / name, *forms) if path.is_file())
         audio, _ = measure_clip(path, chosen)
         codes = codes_to_ids(orpheus.codec.encode(codec, [audio])[0], ids)
         assert (row["input_ids"][-2 - len(codes) : -2] == codes).all(), name
@@ -390,8 +383,8 @@ def test_rows_that_are_left_out(row, fault, tmp_path, tokenizer):
     two_clips(tmp_path)
     rows = [{"file_name": "a.wav"} | row, {"file_name": "b.wav", "text": "fine", "voice": " x\ty "}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made, report = rows_of(tmp_path, tokenizer)
-    assert len(made) == 1 and report.voices == {"x y": 1}
+    rows, report = rows_of(tmp_path, tokenizer)
+    assert len(rows) == 1 and report.voices == {"x y": 1}
     with pytest.raises(UserError, match=fault):
         raise UserError(report.left_out[0])
     assert report.reasons.total() == 1 and ("broken row" not in report.reasons), report.reasons

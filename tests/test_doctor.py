@@ -92,7 +92,7 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
     assert saved["reasons"] == {"silent": 1, "too long": 1} and "split" not in saved
 
 
-def test_a_share_that_is_kept_is_told_only_if_it_is_less_than_all(capsys):
+def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
     report = Report("x", measures=[Measures("a", "", "t")])
     report.lengths = [100] * 50
     report.print_rows(settings("x"))

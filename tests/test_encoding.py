@@ -52,15 +52,15 @@ def test_rows_tokenised_elsewhere(tmp_path, tokenizer, ids):
         rows, report = rows_of(tmp_path / f"{name}.jsonl", tokenizer, leave_out="[]")
         for row in rows:
             assert row["input_ids"].tolist() == whole and row["labels"].tolist() == labels
-        told = " ".join(report.left_out)
+        faults = " ".join(report.left_out)
         if name == "input_ids":
             assert len(rows) == 1 and len(report.left_out) == 3
-            assert "position 1 (frame 0, slot 1) belongs in slot 2" in told
-            assert "no EOS" in told and "labels for" in told
+            assert "position 1 (frame 0, slot 1) belongs in slot 2" in faults
+            assert "no EOS" in faults and "labels for" in faults
         else:
             assert len(rows) == 2 and len(report.left_out) == 3
-            assert "no codes in this row" in told
-            assert "in frame 0: codes go from 0 to" in told and "neither frames of 7" in told
+            assert "no codes in this row" in faults
+            assert "in frame 0: codes go from 0 to" in faults and "neither frames of 7" in faults
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_rows_tokenised_elsewhere(tmp_path, tokenizer, ids):
     ],
     ids=str,
 )
-def test_faults_of_rows_made_elsewhere(change, fault, tmp_path, tokenizer, ids):
+def test_faults_of_rows_tokenised_elsewhere(change, fault, tmp_path, tokenizer, ids):
     codes = np.ones((2, 7), dtype=np.int64)
     prompt = prompt_ids(tokenizer, ids, "one", "x")
     row = [*prompt, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
@@ -91,17 +91,28 @@ def test_faults_of_rows_made_elsewhere(change, fault, tmp_path, tokenizer, ids):
     if "labels" in change:
         labels = [-100] * len(row)
     labels[0] = change.get("label", -100)
-    made = {"input_ids": row, "labels": labels}
+    table = {"input_ids": row, "labels": labels}
     if "codes" in change:
-        made = change | {"text": "one"}
-    (tmp_path / "list.jsonl").write_text(json.dumps(made))
+        table = change | {"text": "one"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(table))
     with pytest.raises(UserError, match=fault):
         rows_of(tmp_path / "list.jsonl", tokenizer)
 
 
+def test_ids_come_before_codes(tmp_path, tokenizer, ids):
+    """In a table that has both, whose rows then need no text."""
+    codes = np.ones((2, 7), dtype=np.int64)
+    prompt = prompt_ids(tokenizer, ids, "one", "x")
+    row = [*prompt, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+    table = {"input_ids": row, "codes": (codes + 1).tolist()}
+    (tmp_path / "list.jsonl").write_text(json.dumps(table))
+    rows, _ = rows_of(tmp_path / "list.jsonl", tokenizer)
+    assert rows[0]["input_ids"].tolist() == row
+
+
 @pytest.fixture
 def work(monkeypatch):
-    """What was done in earnest: sounds that were decoded, encoded, codecs that were loaded."""
+    """Counts the recordings that are decoded and encoded, and the codecs that are loaded."""
     done = {"measure_clip": 0, "encode": 0, "load_codec": 0}
 
     def count(module, name):
@@ -128,9 +139,9 @@ def test_a_second_run_neither_decodes_nor_encodes(tmp_path, tokenizer, work):
     cache = {"cache_dir": tmp_path / "cache"}
     first, report = rows_of(tmp_path / "one", tokenizer, **cache)
     assert work() == (2, 2, 1) and report.cached == 0
-    again, told = rows_of(tmp_path / "one", tokenizer, **cache)
-    assert work() == (2, 2, 1) and told.cached == 2 and same(first, again)
-    assert told.measures == report.measures and told.lengths == report.lengths
+    again, second = rows_of(tmp_path / "one", tokenizer, **cache)
+    assert work() == (2, 2, 1) and second.cached == 2 and same(first, again)
+    assert second.measures == report.measures and second.lengths == report.lengths
     assert rows_of(tmp_path / "two", tokenizer, **cache)[1].cached == 2
     assert work() == (2, 2, 1)
     assert rows_of(tmp_path / "one", tokenizer, keep_silence=0.2, **cache)[1].cached == 0
@@ -245,8 +256,8 @@ def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
     """As the ranks of one run do: both get the same rows, no file is torn or left over."""
     words = ["--limit", 9, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"]
     both = [start(*words), start(*words)]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    output = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
     _, report = rows_of("data/numbers", tokenizer, limit=9)
     saved = json.loads((tmp_path / "out/data_report.json").read_text())
     assert saved["digest"] == report.digest and saved["rows"] == 9

@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     cases = [
         (tmp_path / "none", "no such folder of clips"),
         ("no_such_folder", "no such folder here"),
-        (tmp_path, "no metadata.csv, .* no sound file with a .txt beside it"),
+        (tmp_path, "no metadata.csv, .* no audio file with a .txt beside it"),
         (column, "no column text or .*; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
         (broken, "metadata.jsonl row 2: not JSON"),
@@ -86,15 +86,15 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (unreadable, r"no rows left of 1 clips; the first: .*row 2: .*not audio"),
     ]
     for dataset, line in cases:
-        told = one_line(
+        message = one_line(
             prepare.main, monkeypatch, "--config", "data/demo/config.json", "--dataset", dataset
         )
-        assert re.search(line, told), told
+        assert re.search(line, message), message
 
 
 @pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
 @pytest.mark.parametrize("path", ["file/below", "/proc/none", "/proc", "x" * 300])
-def test_a_folder_that_cannot_be_written_is_told_first(key, path, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported_first(key, path, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     path = path if path[0] == "/" else f"{tmp_path}/{path}"
     monkeypatch.setattr(orpheus.encoding, "encode", None)  # it is not reached
@@ -123,3 +123,12 @@ def test_prepare_by_itself_reports(tmp_path):
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["rows"] == 5 and report["voices"] == {"slt": 5}
     assert (tmp_path / "data_report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_help_and_the_light_modules_import_nothing_heavy():
+    """What reads a dataset and prints its report must not wait for torch."""
+    light = "import orpheus.clips, orpheus.audio, orpheus.batching, orpheus.doctor, data.prepare"
+    for words in (["data/prepare.py", "--help"], ["-c", light]):
+        code, _, imported = script("-X", "importtime", *words)
+        assert code == 0, imported
+        assert not re.search(r"\| +(torch|trl|transformers|datasets|pyarrow)$", imported, re.M)

@@ -109,6 +109,6 @@ def test_tables_that_are_no_tables(tmp_path, tokenizer):
         folder = tmp_path / str(n)
         folder.mkdir()
         (folder / name).write_bytes(data)
-        with pytest.raises(UserError, match=line) as told:
+        with pytest.raises(UserError, match=line) as caught:
             rows_of(folder, tokenizer)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
