@@ -48,6 +48,7 @@ class Measures(NamedTuple):
     tokens: int = 0  # in its row
 
     def describe(self) -> str:
+        """The clip in a line of the report."""
         sound = self.sound
         return f"{self.source}: {sound.seconds:.1f} s, {sound.level:.0f} dB, {self.text[:50]!r}"
 
@@ -127,14 +128,17 @@ class Report:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the clips that are kept."""
         return sum(clip.sound.seconds for clip in self.measures)
 
     @property
     def characters(self) -> int:
+        """Characters of their texts."""
         return sum(len(clip.text) for clip in self.measures)
 
     @property
     def voices(self) -> dict[str, int]:
+        """Clips by voice, the most frequent voice first."""
         return dict(Counter(clip.voice for clip in self.measures if clip.voice).most_common())
 
     def add_left_out(self, source: str, error: UserError) -> None:
