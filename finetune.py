@@ -70,13 +70,12 @@ def fine_tune(settings: Settings, started: float) -> None:
     tokenizer = models.load_tokenizer(models.fetch(settings.model, models.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with runs.first_rank_first():
-        _, report = prepare.make_rows(dataset, settings, tokenizer, snac)
-    report.tell(settings)
+        rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
+    report.print_summary(settings)
     if runs.RANK and settings.resume:  # the first rank has settled what is there by now
         checkpoint = runs.last_checkpoint(out)
     if checkpoint:
         runs.check_resumed(settings, report.digest)
-    rows, held_out = report.split
     evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out)
 
     # 3. The base with a LoRA, and the trainer
@@ -306,7 +305,7 @@ def save_card(settings: Settings, report) -> None:
     """README.md: a model card, unless the user has put a README.md there."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    from orpheus.audio import write_text
+    from orpheus.files import write_text
     from orpheus.models import on_hub
     from orpheus.output import owned_files, record_files
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orpheus.audio import write_text
 from orpheus.doctor import Report
+from orpheus.files import write_text
 from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
 from orpheus.output import record_files

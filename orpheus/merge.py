@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import write_text
 from orpheus.codec import load_codec
+from orpheus.files import write_text
 from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import is_adapter, load_model, loads, on_hub
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, RunInfo

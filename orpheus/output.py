@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from orpheus.audio import write_text
+from orpheus.files import write_text
 from orpheus.models import is_model
 from orpheus.runs import PREVIOUS, RANK, SAVED_CONFIG, last_checkpoint
 from orpheus.settings import Settings, UserError, read_json

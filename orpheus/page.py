@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import read_audio, to_int16, wav_header, whole_file
+from orpheus.audio import read_audio, to_int16, wav_header
 from orpheus.codec import load_codec
+from orpheus.files import atomic_file
 from orpheus.generation import synthesize
 from orpheus.models import device
 from orpheus.runs import choose_voice, load_run, load_run_info, overrides
@@ -49,7 +50,7 @@ def page_cell(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[
 
 def make_page(folder: Path, texts: list[str], recordings: list[Path], arguments, judges) -> None:
     """folder/index.html: each text as recorded and as each --model speaks it, all in one file."""
-    with whole_file(folder / "index.html") as part:  # opened first: it may not be writable
+    with atomic_file(folder / "index.html") as part:  # opened first: it may not be writable
         page = page_html(texts, recordings, arguments, judges)
         part.write_text(page, encoding="utf-8")
     print(f"{folder / 'index.html'}  {len(texts)} texts")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orpheus.audio import write_text
+from orpheus.files import write_text
 from orpheus.models import (
     MODEL_FILES,
     TOKENIZER_FILES,

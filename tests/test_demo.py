@@ -10,7 +10,6 @@ import soundfile
 from conftest import ROOT
 
 from data import prepare
-from orpheus.batching import split_rows
 from orpheus.checks import held_out_metrics
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
@@ -69,8 +68,7 @@ def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     tokenizer = load_tokenizer(Path(settings.model))
     codec = load_codec(settings.codec)
     ids = read_speech_ids(tokenizer, codec.codebook_size)
-    rows, _ = prepare.make_rows(read_clips(settings), settings, tokenizer)
-    _, held = split_rows(rows, settings)
+    _, held, _ = prepare.make_rows(read_clips(settings), settings, tokenizer)
     assert len(held) >= 4
     models = [load_model(str(folder))[0] for folder in (settings.model, out)]
     losses = [held_out_metrics(model, held, ids)["eval_loss"] for model in models]

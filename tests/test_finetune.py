@@ -223,7 +223,7 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
 
 def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
     """Against one log-softmax over all positions and a loop in Python."""
-    rows, _ = prepare_rows(limit="3", train_on="all")
+    rows, *_ = prepare_rows(limit="3", train_on="all")
     model, _ = load_model("data/demo/base")
     metrics = held_out_metrics(model, rows, ids)
     seen = {}

@@ -15,8 +15,8 @@ from test_finetune import run_here, settings_of
 import finetune
 import orpheus.audio
 import orpheus.output
-from orpheus.audio import whole_file, write_text
 from orpheus.callbacks import StopOnSignal, write_unbuffered
+from orpheus.files import atomic_file, write_text
 from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
 from orpheus.output import (
@@ -388,7 +388,7 @@ def test_a_part_that_a_kill_left_is_taken_up(tmp_path):
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"a.txt": b"old"}

@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
+from orpheus.audio import Sound  # noqa: E402
 from orpheus.batching import make_row  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.compatibility import resolve_settings  # noqa: E402
-from orpheus.encoding import frames_of  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids  # noqa: E402
@@ -44,7 +44,7 @@ def clip_seconds(draw, count: int) -> np.ndarray:
 def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
     draw, rows = np.random.default_rng(0), []
     for n, length in enumerate(clip_seconds(draw, count)):
-        codes = draw.integers(0, ids.codebook_size, (frames_of(length), SLOTS))
+        codes = draw.integers(0, ids.codebook_size, (Sound(seconds=length).frames, SLOTS))
         prompt = prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
         rows.append(make_row(prompt, codes, ids, settings))
     return rows
