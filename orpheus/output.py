@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,16 +12,19 @@ from pathlib import Path
 
 from orpheus.files import write_text
 from orpheus.models import is_model
-from orpheus.runs import PREVIOUS, RANK, SAVED_CONFIG, last_checkpoint
+from orpheus.runs import PREVIOUS, RANK, last_checkpoint
 from orpheus.settings import Settings, UserError, read_json
 
 MANIFEST = "finetune_files.json"  # lists the files and folders that runs made in output_dir
 MOVING = ".previous_run.part"  # an earlier run that is being moved to PREVIOUS, or back
-# Files that a run replaces. (Others it writes under new names, or only if there are none.)
-RUN_FILES = ("checkpoint-[0-9]*", "samples/step-[0-9]*", "checks.csv", SAVED_CONFIG, MANIFEST)
-RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "model*.safetensors*")
-RUN_FILES += ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-RUN_FILES += ("special_tokens_map.json", "chat_template.jinja")
+# What a run would replace, or remove: transformers rotates all folders named checkpoint-*. The
+# other files of a run have new names, or are written only if there are none.
+RUN_FILES = re.compile(
+    r"checkpoint-.*|samples/step-[0-9]+|checks\.csv|finetune_config\.json"
+    r"|adapter_(config\.json|model\.safetensors)|(generation_)?config\.json"
+    r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
+)
 
 
 @contextlib.contextmanager
@@ -61,7 +65,7 @@ def lock_file(file) -> None:
         warning = f"no locks here ({error.strerror}): start no second run in this folder"
         print(f"{file.name}: {warning}")
         return
-    if not os.path.samefile(file.fileno(), file.name):  # a run that has just ended removed it
+    if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended has removed the file
         raise BlockingIOError
 
 
@@ -181,10 +185,10 @@ def check_output(settings: Settings) -> Path | None:
     with user_errors(out):
         finish_replacement(out)
     owned = owned_files(out)
-    for path in (path for pattern in RUN_FILES for path in sorted(out.glob(pattern))):
-        if path not in owned:
-            message = f"{path}: finetune.py did not make it, and a run would replace it"
-            raise UserError(f"{message}: choose another --output_dir")
+    for path in sorted([*out.glob("*"), *out.glob("samples/*")]):
+        if RUN_FILES.fullmatch(str(path.relative_to(out))) and path not in owned:
+            message = f"{path}: finetune.py did not make it, and a run would replace or remove it"
+            raise UserError(f"{message}: move it, or choose another --output_dir")
     for path in (out / "samples", out / "runs"):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; a run needs a folder there: try --output_dir")

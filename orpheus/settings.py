@@ -94,7 +94,8 @@ def parse_json(word: str) -> Any:
 def validate(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type `hint` has it; `UserError` with the key's name and source.
 
-    A string from the command line may be JSON, a bare word such as True, or a name like 7.
+    A string from the command line may be JSON, a bare word such as True, or a name like 7. So may
+    one of "settings", whose type was not known when it was read.
     """
     readings = [(value, True)]  # and whether the type must match exactly
     if source in (COMMAND_LINE, "settings") and isinstance(value, str):
@@ -171,7 +172,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A flat JSON object from a file; `UserError` with the place where it is not one."""
+    """A JSON object from a file; `UserError` if it cannot be read, is none, or repeats a key."""
 
     def unique(pairs):
         values = dict(pairs)
@@ -288,6 +289,7 @@ def read_command_line(description: str) -> Settings:
 
 
 def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; `UserError` if it cannot be read, or has another encoding."""
     check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")

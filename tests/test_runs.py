@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, content, run_copy, capsys):
 
 # ---------------------------------------------------------------- replacing a run
 
-MINE = ("samples/mine.wav", "runs/mine/x", "checkpoint-notes/a", "adapter_notes.txt", "model.txt")
+MINE = ("samples/mine.wav", "runs/mine/x", "notes/a", "adapter_notes.txt", "model.txt")
 
 
 def add_mine(out: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_new_run_replaces_the_old_and_nothing_else(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", **keys)
     found = contents(run_copy)
     assert all(found[name] == b"mine" for name in (*MINE, "README.md"))
-    assert {p.name for p in run_copy.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-notes"}
+    assert {p.name for p in run_copy.glob("checkpoint-*")} == {"checkpoint-2"}
     assert {p.name for p in (run_copy / "samples").iterdir()} == {"mine.wav"}
     assert {p.name for p in (run_copy / "runs").iterdir()} == {"mine"}
     assert not list(run_copy.glob(".*"))
@@ -283,7 +283,8 @@ def test_a_manifest_of_another_shape_is_refused(text, tmp_path):
 # ---------------------------------------------------------------- the user's files
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "checkpoint-7", "samples/step-000010",
+@pytest.mark.parametrize("name", ["tokenizer.json", "checkpoint-7", "checkpoint-3-good",
+                                  "checkpoint-notes", "samples/step-000010",
                                   "checks.csv", "adapter_config.json", "config.json"])  # fmt: skip
 @pytest.mark.parametrize("overwrite", ["true", "false"])
 def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
@@ -368,6 +369,20 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "out/.finetune.lock").write_text("123")  # as a killed run leaves it
     with output_lock(settings):
         pass
+
+
+def test_a_lock_on_a_file_that_was_just_removed_does_not_count(tmp_path, monkeypatch):
+    """Another run removes the file between our opening it and locking it, as it ends."""
+    flock = fcntl.flock
+
+    def remove_and_lock(file, flags):
+        os.unlink(file.name)
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    lock = output_lock(settings_of(output_dir=str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"another run .* is writing to"), lock:
+        pytest.fail("a run began")
 
 
 def test_only_the_first_rank_locks(tmp_path, monkeypatch):
