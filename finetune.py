@@ -39,8 +39,8 @@ from orpheus.models import (
     load_tokenizer,
     loads,
     local,
-    nf4,
     on_hub,
+    quantization_config,
 )
 from orpheus.runs import (
     RANK,
@@ -300,11 +300,8 @@ def load_with_unsloth(settings: Settings, dtype):
 def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
 
-    config = nf4(dtype) if settings.weights == "4bit" else None
-    if settings.weights == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+    config = quantization_config(settings.weights, dtype)
     folder = fetch(settings.model, MODEL_FILES)
     model = load_base(
         folder, dtype=dtype, quantization_config=config, device_map=settings.device_map

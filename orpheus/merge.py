@@ -13,7 +13,7 @@ from orpheus.audio import write_text
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import is_adapter, load_model, loads, on_hub
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, RunInfo
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, RunInfo, held_weights
 from orpheus.scoring import Utterance
 from orpheus.settings import Settings, UserError, read_json, read_settings, read_text
 from orpheus.tokens import SpeechIds, codes_to_ids, read_speech_ids
@@ -94,7 +94,8 @@ def merge(run: RunInfo, voice: str | None, out: Path) -> bool:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give --merge a new folder")
     card = model_card(run) if run.home else ""  # a UserError in what it is made from comes first
-    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
+    weights = held_weights(run)
+    model, tokenizer = load_model(str(run.folder), weights)
     ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
     rows = generate_greedy(model, tokenizer, ids, run.settings, voice)
     logits = logits_over(model, ids, rows)
@@ -102,7 +103,7 @@ def merge(run: RunInfo, voice: str | None, out: Path) -> bool:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        for saved in load_model(str(run.folder), merged=True):
+        for saved in load_model(str(run.folder), weights, merged=True):
             saved.save_pretrained(str(part))
         if run.home:
             settings = run.settings.flat() | {"weights": "16bit"}
@@ -119,12 +120,5 @@ def merge(run: RunInfo, voice: str | None, out: Path) -> bool:
         write_text(out / "README.md", card.replace("{parity}", told, 1))
     print(f"merged   {out}: {told}")
     if not passed:
-        why = (
-            "; trained over 4-bit weights, which these are not"
-            if run.settings.weights == "4bit"
-            else ""
-        )
-        print(
-            f"parity   FAILED: it does not speak as the adapter does{why}. Listen before you use it"
-        )
+        print("parity   FAILED: it does not speak as the adapter does. Listen before you use it")
     return passed

@@ -115,10 +115,16 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def nf4(dtype):
-    """QLoRA's 4-bit weights (arXiv 2305.14314), computed with in `dtype`."""
+def quantization_config(weights: str, dtype):
+    """bitsandbytes' config for `weights` of "4bit" (NF4 with double quantisation, as in QLoRA,
+    arXiv 2305.14314) or "8bit" (arXiv 2208.07339), computing in `dtype`; None for others.
+    """
     from transformers import BitsAndBytesConfig
 
+    if weights == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if weights != "4bit":
+        return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -196,8 +202,12 @@ def choose_dtype(folder: Path, fp32: bool):
     return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
 
 
-def load_base(folder: Path, **keys):
-    """transformers' model of a folder; `UserError` where that is damaged or lacks weights."""
+def load_base(folder: Path, dequantize_to=None, **keys):
+    """transformers' model of a folder; `UserError` where that is damaged or lacks weights.
+
+    With `dequantize_to`, a dtype, a quantised model is dequantised layer by layer: it keeps the
+    values that quantisation gave its weights.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -208,6 +218,8 @@ def load_base(folder: Path, **keys):
     try:
         with loads(folder / "config.json"):
             model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
+            if dequantize_to and hasattr(model.config, "quantization_config"):
+                model = model.dequantize(dequantize_to).to(dequantize_to)
     finally:
         transformers_logging.set_verbosity(verbosity)
     layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
@@ -215,11 +227,14 @@ def load_base(folder: Path, **keys):
     return model
 
 
-def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: bool = True):
+def load_model(path: str, weights: str = "16bit", merged: bool = False, fp32: bool = True):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
+    Quantised weights stay quantised on a GPU that holds them in 4 bits. Elsewhere they are
+    dequantised, since that is faster and gives the same numbers on every machine.
+
     Args:
-        in_4bit: quantise the base to NF4, on a GPU.
+        weights: how the base's weights were held in training; "4bit" and "8bit" quantise them.
         merged: merge the adapter into its base, in fp16.
         fp32: on a CPU, compute in fp32 even where the base is stored in bfloat16.
     """
@@ -231,11 +246,14 @@ def load_model(path: str, in_4bit: bool = False, merged: bool = False, fp32: boo
     for part in {folder, whole}:
         check_weights(part)
     tokenizer = load_tokenizer(folder)
-    keys = {"dtype": torch.float16 if merged else choose_dtype(whole, fp32)}
+    dtype = choose_dtype(whole, fp32)
+    config = quantization_config(weights, dtype)
+    target = torch.float16 if merged else dtype
+    keys = {"dtype": dtype if config else target, "quantization_config": config}
     if torch.cuda.is_available() or merged:
         keys["device_map"] = device()
-    if torch.cuda.is_available() and in_4bit and not merged:
-        keys["quantization_config"] = nf4(keys["dtype"])
+    if merged or weights != "4bit" or not torch.cuda.is_available():
+        keys["dequantize_to"] = target
     model = load_base(whole, **keys)
     if whole != folder:
         from peft import PeftModel

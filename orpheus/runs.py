@@ -20,6 +20,7 @@ from orpheus.models import (
     TOKENIZER_FILES,
     check_machine,
     check_weights,
+    device,
     fetch,
     is_model,
     load_model,
@@ -89,11 +90,21 @@ def read_report(path: Path) -> tuple[list[str], float | None]:
     return list(voices), sizes[0] / sizes[1] if all(0 < size < math.inf for size in sizes) else None
 
 
+def held_weights(run: RunInfo) -> str:
+    """How the base's weights are held to speak: as in training, on every machine.
+
+    What no run of ours trained has no weights of training: it follows config.json on a GPU.
+    """
+    return run.settings.weights if run.home or device() == "cuda" else "16bit"
+
+
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
-    fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
-    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
-    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}")
+    fp32, weights = run.settings.trainer.get("bf16", (None,))[0] is False, held_weights(run)
+    model, tokenizer = load_model(str(run.folder), weights, fp32=fp32)
+    text = {"16bit": "", "fp8": "; trained over fp8 weights, speaks over 16-bit ones instead"}
+    text = text.get(weights, f"; {weights.replace('bit', '-bit')} weights")
+    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{text}")
     return model, tokenizer
 
 

@@ -31,7 +31,6 @@ from orpheus.codec import CONTEXT, decode_stream
 from orpheus.generation import (
     FADE,
     PAUSE,
-    SlotProcessor,
     concat_with_pauses,
     generate_batch,
     generate_with_transformers,
@@ -41,9 +40,7 @@ from orpheus.generation import (
     speak_frames,
     split_text,
 )
-from orpheus.merge import generate_greedy, merge
-from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
@@ -59,9 +56,6 @@ from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
     SLOTS,
-    codes_to_ids,
-    prompt_ids,
-    read_speech_ids,
 )
 
 TEXTS = ["seven", "one two three four five six", "nine zero two", "four four eight one"]
@@ -471,55 +465,6 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
     generate_batch(model, [alone], ids, plain)
     assert same([rows[0]], [alone])
     assert not same([rows[1]], [alone]) and not same([rows[1]], [rows[2]])
-
-
-# ---------------------------------------------------------------- merging
-
-
-def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run, out = load_run_info(str(finished[0]), {}), tmp_path / "merged"
-    assert merge(run, "slt", out), capsys.readouterr().out
-    assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
-    weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert weights.dtype == torch.float16 and not (out / "adapter_config.json").exists()
-    plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
-    adapter, _ = load_model(str(finished[0]))
-    ids = read_speech_ids(tokenizer, 256)
-    row = generate_greedy(adapter, tokenizer, ids, run.settings, "slt")[0]
-    prompt = torch.tensor([prompt_ids(tokenizer, ids, row.text, "slt")])
-    speech = plain.generate(
-        prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
-        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
-    )[0, prompt.shape[1] :]  # fmt: skip
-    assert speech.tolist() == codes_to_ids(row.codes, ids).tolist()
-    again = load_run_info(str(out), {})
-    assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
-    card = (out / "README.md").read_text()
-    assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
-
-
-def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
-    tmp_path, finished, monkeypatch, capsys
-):
-    load = load_model
-
-    def worse(path, in_4bit=False, merged=False):
-        model, tokenizer = load(path, in_4bit, merged)
-        if merged:
-            model.model.norm.weight.data.neg_()
-        return model, tokenizer
-
-    monkeypatch.setattr(orpheus.merge, "load_model", worse)
-    with pytest.raises(SystemExit) as stopped:
-        say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
-    assert stopped.value.code == 1
-    assert "parity   FAILED" in capsys.readouterr().out
-    line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
-    assert "nothing to merge" in line
-    words = ("--merge", tmp_path / "merged", "--model", finished[0])
-    assert "is there already" in one_line(infer.main, monkeypatch, *words)
 
 
 # ---------------------------------------------------------------- scores, pages

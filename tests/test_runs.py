@@ -16,7 +16,6 @@ import finetune
 import orpheus.audio
 import orpheus.runs
 from orpheus.audio import whole_file, write_text
-from orpheus.merge import merge
 from orpheus.models import is_adapter, is_model
 from orpheus.runs import (
     MANIFEST,
@@ -469,17 +468,6 @@ def test_a_longer_run_goes_on(run_copy, monkeypatch, capsys):
     keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
     run_here(monkeypatch, run_copy, resume="true", **keys | {"max_steps": "5"})
     assert "steps    5" in capsys.readouterr().out
-
-
-def test_a_full_disk_in_a_merge_leaves_nothing(run_folder, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(orpheus.merge, "write_text", full)
-    run = load_run_info(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
-    with pytest.raises(UserError, match="merged: cannot be written: No space left"):
-        merge(run, "slt", tmp_path / "merged")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
