@@ -26,20 +26,22 @@ from orpheus.audio import write_text
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
 from orpheus.doctor import Report
+from orpheus.hub import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    absolute_path_or_hub_id,
+    as_user_error,
+    check_weights,
+    fetch,
+    is_hub_id,
+)
 from orpheus.memory import GIB, check_memory, peak_memory, print_plan, read_base, step_down
 from orpheus.models import (
     LINEAR_LAYERS,
-    MODEL_FILES,
-    TOKENIZER_FILES,
     check_machine,
-    check_weights,
     device,
-    fetch,
     load_base,
     load_tokenizer,
-    loads,
-    local,
-    on_hub,
     quantization_config,
 )
 from orpheus.runs import (
@@ -245,7 +247,7 @@ def load_model(settings: Settings, arguments):
     dtype = resolve_dtype(settings, arguments)
     if os.path.isdir(settings.model):  # the hub's is not downloaded yet
         check_weights(Path(settings.model))
-    with loads(Path(settings.model)), quiet_libraries():
+    with as_user_error(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     classes = {type(module).__name__ for module in model.modules()}
     wanted = QUANTISED.get(settings.weights)
@@ -254,7 +256,9 @@ def load_model(settings: Settings, arguments):
             f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead"
         )
     if not settings.full_finetuning:
-        model.peft_config["default"].base_model_name_or_path = local(settings.model)
+        model.peft_config["default"].base_model_name_or_path = absolute_path_or_hub_id(
+            settings.model
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     used = model.dtype if settings.weights == "16bit" else dtype
     if used != dtype:
@@ -422,7 +426,7 @@ def save_card(settings: Settings, report: Report) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     out = Path(settings.output_dir)
-    path, hub = out / "README.md", on_hub(settings.model)
+    path, hub = out / "README.md", is_hub_id(settings.model)
     if os.path.lexists(path) and path not in owned_files(out):
         print(f"card     {path} was there before: kept, no model card written")
         return

@@ -22,7 +22,8 @@ from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.codec import CODEC_FILES
 from orpheus.doctor import FINDINGS, Report, draw_report, examine
 from orpheus.encoding import SOUND_TYPES, Measures, encode_clips, frames_of
-from orpheus.models import TOKENIZER_FILES, fetch, load_tokenizer
+from orpheus.hub import TOKENIZER_FILES, fetch
+from orpheus.models import load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import Settings, UserError, check_names, read_command_line, read_json, run
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids

@@ -5,7 +5,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 
-from orpheus.models import fetch, loads
+from orpheus.hub import as_user_error, fetch
 from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to_levels
 
@@ -26,9 +26,9 @@ def load_codec(path: str, device: str = "cpu"):
     from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
     weights = folder / "pytorch_model.bin"
-    with loads(folder / "config.json"):
+    with as_user_error(folder / "config.json"):
         codec = SNAC.from_config(folder / "config.json")
-    with loads(weights):
+    with as_user_error(weights):
         try:
             codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
         except (UnpicklingError, EOFError):  # torch advises to load it all the same

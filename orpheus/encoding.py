@@ -20,7 +20,8 @@ import numpy as np
 from orpheus.audio import make_folder, read_audio, write_text
 from orpheus.clips import Clip, Clips
 from orpheus.codec import CODEC_FILES, encode, load_codec
-from orpheus.models import device, fetch
+from orpheus.hub import fetch
+from orpheus.models import device
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import (
     FRAME_SAMPLES,

@@ -296,7 +296,6 @@ def speak_best(groups: list, model, codec, ids, settings: Settings, pace, judges
     return best
 
 
-STREAM_TARGETS = ("-", "pcm")  # names of --out that are heard at once
 PAUSE = 0.25  # seconds between the parts of a long text, on top of the silence at clips' ends
 FADE = 240  # samples, 10 ms: a part goes into the pause, and comes out of it, without a click
 CHARACTERS = 10  # a second, of a slow voice: so a part has room in max_seconds

@@ -23,7 +23,8 @@ import infer
 from data import prepare
 from orpheus.batching import split_rows
 from orpheus.clips import read_clips
-from orpheus.models import is_adapter, load_model, load_tokenizer
+from orpheus.hub import is_adapter
+from orpheus.models import load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import OWN_KEYS, UserError, check_names, read_settings
 from orpheus.trainer import held_out_metrics, loss_warnings, make_sample_evaluator

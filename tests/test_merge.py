@@ -8,12 +8,14 @@ import torch
 from conftest import change, one_line, over_nf4
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import infer
 import orpheus.merge
+import orpheus.models
 from orpheus.generation import SlotProcessor
-from orpheus.merge import generate_greedy, logits_over, merge
+from orpheus.merge import merge
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
+from orpheus.parity import generate_greedy, speech_logits
+from orpheus.run_info import load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
 from orpheus.tokens import codes_to_ids, prompt_ids, read_speech_ids
 
@@ -53,7 +55,7 @@ def test_a_4_bit_run_is_merged_into_the_weights_that_it_was_trained_over(tmp_pat
     ids, row = greedy_row(trained, tokenizer, run)
     full_precision, _ = load_model(str(adapter))
     (wanted,), (found,), (other,) = (
-        logits_over(model, ids, [row]) for model in (trained, merged, full_precision)
+        speech_logits(model, ids, [row]) for model in (trained, merged, full_precision)
     )
     assert (found - wanted).abs().max() < 0.1 < 0.5 < (other - wanted).abs().max()
     printed = capsys.readouterr().out
@@ -73,18 +75,30 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
             model.model.norm.weight.data.neg_()
         return model, tokenizer
 
-    monkeypatch.setattr(orpheus.merge, "load_model", worse)
-    monkeypatch.setattr(
-        "sys.argv", ["infer.py", "--merge", str(tmp_path / "merged"), "--model", str(finished[0])]
-    )
+    monkeypatch.setattr(orpheus.models, "load_model", worse)
+    out = tmp_path / "merged"
+    monkeypatch.setattr("sys.argv", ["merge", str(finished[0]), str(out)])
     with pytest.raises(SystemExit) as stopped:
-        infer.main()
+        orpheus.merge.main()
     assert stopped.value.code == 1
     assert "parity   FAILED" in capsys.readouterr().out
-    line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
-    assert "nothing to merge" in line
-    words = ("--merge", tmp_path / "merged", "--model", finished[0])
-    assert "is there already" in one_line(infer.main, monkeypatch, *words)
+    line = one_line(orpheus.merge.main, monkeypatch, finished[0], out)
+    assert line == f"{out} is there already; give a new folder"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["data/demo/base"], "the following arguments are required: FOLDER"),
+        (["data/demo/base", ""], "--out is empty"),
+        (["data/demo/base", "a", "--temperature", "1"], "unrecognized arguments"),
+        (["data/demo/base", "a", "--config", "none.json"], "none.json: cannot be read"),
+        (["data/demo/base", "a"], "data/demo/base: no adapter: there is nothing to merge"),
+        (["tests/nothing_here", "a"], "tests/nothing_here: no such folder"),
+    ],
+)
+def test_mistakes_of_merging_are_one_line(words, line, monkeypatch):
+    assert line in one_line(orpheus.merge.main, monkeypatch, *words)
 
 
 @pytest.mark.parametrize("name", [SAVED_REPORT, "checks.csv"])

@@ -14,7 +14,8 @@ import infer
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run, load_run_info
+from orpheus.run_info import load_run, load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
 
 

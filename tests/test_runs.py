@@ -16,7 +16,8 @@ import finetune
 import orpheus.audio
 import orpheus.runs
 from orpheus.audio import whole_file, write_text
-from orpheus.models import is_adapter, is_model
+from orpheus.hub import is_adapter, is_model
+from orpheus.run_info import load_run_info
 from orpheus.runs import (
     MANIFEST,
     PREVIOUS,
@@ -25,7 +26,6 @@ from orpheus.runs import (
     check_place,
     disk_watched,
     last_checkpoint,
-    load_run_info,
     output_lock,
     owned_files,
     record_files,
