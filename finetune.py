@@ -10,7 +10,6 @@ Every key of config.json can be given as --key value, and so can every key of TR
 """
 
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -29,45 +28,52 @@ from orpheus.settings import (
 def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
-    import_backend(settings)
-    from orpheus.compatibility import resolve_settings
-    from orpheus.memory import print_plan, read_base
+    if settings.plan:
+        print_plan(settings)
+        return
     from orpheus.output import output_lock
     from orpheus.runs import RANK
 
-    settings = resolve_settings(settings)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
-    if settings.plan:
-        print_plan(settings, read_base(settings))
-        return
     with output_lock(settings):
         fine_tune(settings, started)
 
 
+def print_plan(settings: Settings) -> None:
+    from orpheus import compatibility, memory
+
+    settings = compatibility.resolve_settings(settings)
+    memory.print_plan(settings, memory.read_base(settings))
+
+
 def import_backend(settings: Settings) -> None:
     """Imports unsloth before transformers, trl and peft, which it patches."""
-    if settings.backend == "unsloth" and not settings.plan:
+    if settings.backend == "unsloth":
         with quiet_libraries():
             import unsloth  # noqa: F401
 
 
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
-    from data import prepare
-    from orpheus import checks, clips, codec, compatibility, memory, models, output, runs
-    from orpheus.trainer import print_summary
+    from orpheus import clips, hub, output, runs
 
-    # 1. The run's folder, and what the machine allows
+    # 1. What the output folder and the dataset hold
     out, checkpoint = Path(settings.output_dir), output.check_output(settings)
     dataset = clips.read_clips(settings)
+    import_backend(settings)
+    from data import prepare
+    from orpheus import checks, codec, compatibility, memory, models, trainer
+
+    # 2. The settings, as this machine and its memory allow
     models.check_machine(settings.model)
+    settings = compatibility.resolve_settings(settings)
     settings = memory.choose_fit(settings, memory.read_base(settings), checkpoint)
     arguments = make_sft_config(settings)
     compatibility.check_compatibility(settings, arguments)
 
-    # 2. Clips → rows of tokens, before the base is loaded
-    tokenizer = models.load_tokenizer(models.fetch(settings.model, models.TOKENIZER_FILES))
+    # 3. Clips → rows of tokens, before the base is loaded
+    tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with runs.first_rank_first():
         rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
@@ -78,26 +84,26 @@ def fine_tune(settings: Settings, started: float) -> None:
         runs.check_resumed(settings, report.digest)
     evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out)
 
-    # 3. The base with a LoRA, and the trainer
+    # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
-    trainer = make_trainer(model, tokenizer, rows, arguments, settings, evaluator)
-    compatibility.print_changes(settings, trainer.args)
+    sft_trainer = make_trainer(model, tokenizer, rows, arguments, settings, evaluator)
+    compatibility.print_changes(settings, sft_trainer.args)
 
-    # 4. Training, and saving. With `overwrite`, the earlier run stays until this one has saved.
+    # 5. Training, and saving. With `overwrite`, the earlier run stays until this one has saved.
     with output.previous_run(settings):
         if not runs.RANK:
             output.record_files(out, runs.SAVED_CONFIG, runs.SAVED_REPORT)
             runs.save_config(settings)
             report.save(out)
-        tokens = train(trainer, settings, checkpoint)
+        tokens = train(sft_trainer, settings, checkpoint)
         with runs.reporting_full_disk(out, lambda: "the adapter"):
-            save_model(trainer, tokenizer, out)
+            save_model(sft_trainer, tokenizer, out)
 
-    # 5. The model card, the table of the checks, and a summary
+    # 6. The model card, the table of the checks, and a summary
     if not runs.RANK:
-        save_card(settings, report)
-        checks.save_checks(trainer.state.log_history, out)
-    print_summary(trainer, settings, tokens, started)
+        output.save_card(settings, report)
+        checks.save_checks(sft_trainer.state.log_history, out)
+    trainer.print_summary(sft_trainer, settings, tokens, started)
 
 
 def make_sft_config(settings: Settings):
@@ -130,18 +136,19 @@ def load_model(settings: Settings, arguments):
     from transformers.utils.logging import disable_progress_bar
 
     from orpheus.compatibility import check_loaded, resolve_dtype
-    from orpheus.models import check_weights, loads, local
+    from orpheus.hub import absolute_path_or_hub_id, as_user_error, check_weights
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     dtype = resolve_dtype(settings, arguments)
     disable_progress_bar()
     if os.path.isdir(settings.model):  # otherwise it is not downloaded yet
         check_weights(Path(settings.model))
-    with loads(Path(settings.model)), quiet_libraries():
+    with as_user_error(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
     if not settings.full_finetuning:
-        model.peft_config["default"].base_model_name_or_path = local(settings.model)
+        base = absolute_path_or_hub_id(settings.model)
+        model.peft_config["default"].base_model_name_or_path = base
     return model
 
 
@@ -180,13 +187,11 @@ def load_with_unsloth(settings: Settings, dtype):
 def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
 
-    from orpheus.models import LINEAR_LAYERS, MODEL_FILES, fetch, load_base, nf4
+    from orpheus.hub import MODEL_FILES, fetch
+    from orpheus.models import LINEAR_LAYERS, load_base, quantization_config
 
-    quantization = nf4(dtype) if settings.weights == "4bit" else None
-    if settings.weights == "8bit":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    quantization = quantization_config(settings.weights, dtype)
     model = load_base(
         fetch(settings.model, MODEL_FILES),
         dtype=dtype,
@@ -299,40 +304,6 @@ def save_model(trainer, tokenizer, out: Path) -> None:
             os.replace(path, out / path.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def save_card(settings: Settings, report) -> None:
-    """README.md: a model card, unless the user has put a README.md there."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    from orpheus.files import write_text
-    from orpheus.models import on_hub
-    from orpheus.output import owned_files, record_files
-
-    out = Path(settings.output_dir)
-    path, hub = out / "README.md", on_hub(settings.model)
-    if os.path.lexists(path) and path not in owned_files(out):
-        print(f"card     {path} was there before: kept, no model card written")
-        return
-    kind = "peft", "A LoRA adapter for"
-    if settings.full_finetuning:
-        kind = "transformers", "Fine-tuned from"
-    data = ModelCardData(
-        base_model=settings.model if hub else None,
-        library_name=kind[0],
-        pipeline_tag="text-to-speech",
-        tags=["orpheus"],
-    )
-    base = settings.model if hub else Path(settings.model).name
-    voices = ", ".join(report.voices) or "none named"
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {out.resolve().name}\n\n{kind[1]} {base}, trained with "
-        f"orpheus-finetune on {len(report.measures)} clips, {report.seconds / 3600:.3f} hours.\n"
-        f"Voices: {voices}.\n\n```\n"
-        f'python infer.py "Hello there" --model {shlex.quote(str(out))}\n```\n'
-    )
-    record_files(out, path.name)
-    write_text(path, str(ModelCard(text)))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def main() -> None:
     settings = read_command_line(__doc__)
     clips = read_clips(settings)
     make_folder(settings.output_dir, "output_dir")
-    from orpheus.models import TOKENIZER_FILES, fetch, load_tokenizer
+    from orpheus.hub import TOKENIZER_FILES, fetch
+    from orpheus.models import load_tokenizer
 
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     *_, report = make_rows(clips, settings, tokenizer)

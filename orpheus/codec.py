@@ -10,7 +10,7 @@ from snac import SNAC
 from snac.layers import Snake1d
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from orpheus.models import fetch, loads
+from orpheus.hub import as_user_error, fetch
 from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to_levels
 
@@ -30,9 +30,9 @@ def load_codec(path: str, device: str = "cpu") -> SNAC:
                 f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is"
             )
     weights = folder / "pytorch_model.bin"
-    with loads(folder / "config.json"):
+    with as_user_error(folder / "config.json"):
         codec = SNAC.from_config(folder / "config.json")
-    with loads(weights):
+    with as_user_error(weights):
         try:
             codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
         except (UnpicklingError, EOFError):  # torch's message advises to load the file all the same

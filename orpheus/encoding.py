@@ -21,7 +21,8 @@ from orpheus.audio import ClipError, Sound, measure_clip
 from orpheus.clips import Clip, Clips
 from orpheus.codec import CODEC_FILES, encode, load_codec
 from orpheus.files import make_folder, write_text
-from orpheus.models import device, fetch
+from orpheus.hub import fetch
+from orpheus.models import device
 from orpheus.settings import Settings, UserError, read_json
 from orpheus.tokens import (
     FRAME_SAMPLES,

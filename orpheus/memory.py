@@ -8,7 +8,8 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-from orpheus.models import LINEAR_LAYERS, fetch, is_adapter, loads, read_model_config
+from orpheus.hub import as_user_error, fetch, is_adapter
+from orpheus.models import LINEAR_LAYERS, read_model_config
 from orpheus.runs import SAVED_CONFIG
 from orpheus.settings import Settings, UserError, read_json
 
@@ -50,7 +51,7 @@ def read_config(settings: Settings):
 def read_base(settings: Settings) -> Base:
     """The base's shape."""
     config = read_config(settings)
-    with loads(Path(settings.model, "config.json")):
+    with as_user_error(Path(settings.model, "config.json")):
         return count_weights(config)
 
 

@@ -1,127 +1,128 @@
-"""Adapter and base as one 16-bit model."""
+"""Merges an adapter into its base: one 16-bit model, with a model card.
 
+python -m orpheus.merge outputs/anna merged
+
+Exits with 1 if the merged model does not speak the adapter's greedy tokens.
+"""
+
+import argparse
 import csv
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
-
-from orpheus.codec import load_codec
-from orpheus.files import write_text
-from orpheus.generation import generate_batch, make_utterance
-from orpheus.models import is_adapter, load_model, loads, on_hub
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, RunInfo
-from orpheus.scoring import Utterance
-from orpheus.settings import Settings, UserError, read_json, read_settings, read_text
-from orpheus.tokens import SpeechIds, codes_to_ids, read_speech_ids
+from orpheus.audio import write_text
+from orpheus.hub import as_user_error, is_adapter
+from orpheus.options import add_run_options, overrides, parse_options
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, base_name, model_card
+from orpheus.settings import Parser, UserError, read_json, read_text, run
 
 
-def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
-    """The sample texts, five seconds of each at most, spoken without chance."""
-    greedy = settings.replace(temperature=0.0, max_seconds=min(5.0, settings.max_seconds))
-    texts = settings.sample_texts or read_settings().sample_texts
-    rows = [make_utterance(model, tokenizer, ids, text, greedy, voice) for text in texts]
-    generate_batch(model, rows, ids, greedy)
-    return rows
-
-
-def logits_over(model, ids: SpeechIds, rows: list[Utterance]) -> list:
-    """(tokens, vocabulary) logits of each row's speech, as it was spoken."""
-    import torch
-
-    logits = []
-    for row in rows:
-        tokens = [*row.prompt, *codes_to_ids(row.codes, ids).tolist()]
-        with torch.no_grad():
-            out = model(input_ids=torch.tensor([tokens], device=model.device)).logits
-        logits.append(out[0, len(row.prompt) - 1 :].float().cpu())
-    return logits
-
-
-def check_merged(run: RunInfo, voice, out: Path, ids: SpeechIds, rows, logits) -> tuple[bool, str]:
-    """Whether the folder `out` speaks the greedy tokens of the adapter, and a line that says so."""
-    model, tokenizer = load_model(str(out))
-    merged = generate_greedy(model, tokenizer, ids, run.settings, voice)
-    again = logits_over(model, ids, rows)
-    far = max(float((a - b).abs().max()) for a, b in zip(logits, again, strict=True))
-    same, total = 0, sum(row.codes.size for row in rows)
-    for row, other in zip(rows, merged, strict=True):
-        common = min(len(row.frames), len(other.frames))
-        same += int((row.codes[:common] == other.codes[:common]).sum())
-    passed = all(
-        row.end == other.end and np.array_equal(row.codes, other.codes)
-        for row, other in zip(rows, merged, strict=True)
-    )
-    told = f"{same} of {total} greedy tokens on {len(rows)} texts are the adapter's"
-    return passed, f"{told}, logits differ by {far:.4f} at most"
-
-
-def model_card(run: RunInfo) -> str:
-    """README.md of a merged folder: where it comes from, data, settings, scores, {parity}."""
-    settings, home = run.settings, run.home
+def merged_card(info, parity: str) -> str:
+    """README.md of a merged folder: base, data, scores, parity and settings of the run `info`."""
+    settings, home = info.settings, info.home
     report = read_json(home / SAVED_REPORT)
-    base = settings.model if on_hub(settings.model) else Path(settings.model).name
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-to-speech"]
-    lines += [f"base_model: {base}"] if on_hub(settings.model) else []
-    lines += ["---", "", f"# {Path(settings.output_dir).name}", ""]
-    lines += [f"{base}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.", ""]
-    lines += ["Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens."]
-    with loads(home / SAVED_REPORT):
-        size = f"{report['rows']} clips, {report['hours']:.3f} hours"
-        data = f"{size} of {Path(report['dataset']).name}"
-    lines += ["", "## Data", "", f"{data}; voices: {', '.join(run.voices) or 'none named'}.", ""]
+    with as_user_error(home / SAVED_REPORT):
+        data = f"{report['rows']} clips, {report['hours']:.3f} hours"
+        data += f" of {Path(report['dataset']).name}"
+    sections = [
+        f"{base_name(settings)}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.",
+        "Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens.",
+        f"## Data\n\n{data}; voices: {', '.join(info.voices) or 'none named'}.",
+    ]
     if (home / "checks.csv").is_file():
         checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
-        with loads(home / "checks.csv"):
+        with as_user_error(home / "checks.csv"):
             best = max(checks, key=lambda check: float(check["eval_score"]))
-        lines += ["## Scores", "", "| measure, at the best check | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in best.items()] + [""]
-    lines += ["## Parity", "", "{parity}.", "", "## Settings", "", "```json"]
-    return "\n".join([*lines, json.dumps(settings.flat(), indent=2, ensure_ascii=False), "```", ""])
+        rows = "\n".join(f"| {name} | {value} |" for name, value in best.items())
+        sections.append(f"## Scores\n\n| measure, at the best check | |\n|---|---|\n{rows}")
+    values = json.dumps(settings.flat(), indent=2, ensure_ascii=False)
+    sections += [f"## Parity\n\n{parity}.", f"## Settings\n\n```json\n{values}\n```"]
+    return model_card(
+        settings, Path(settings.output_dir).name, "transformers", "\n\n".join(sections)
+    )
 
 
-def merge(run: RunInfo, voice: str | None, out: Path) -> bool:
-    """The adapter merged into its base, to the folder `out`; whether it still speaks the same."""
+def save_merged(info, weights: str, out: Path) -> None:
+    """Writes the merged model, its tokenizer, settings and report to `out`, whole or not at all."""
     from safetensors import SafetensorError
 
-    if not is_adapter(run.folder):
-        raise UserError(f"{run.folder}: no adapter: there is nothing to merge")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give --merge a new folder")
-    card = model_card(run) if run.home else ""  # a UserError in what it is made from comes first
-    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit")
-    ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
-    rows = generate_greedy(model, tokenizer, ids, run.settings, voice)
-    logits = logits_over(model, ids, rows)
-    del model
+    from orpheus.models import load_model
+
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        for saved in load_model(str(run.folder), merged=True):
+        for saved in load_model(str(info.folder), weights, merged=True):
             saved.save_pretrained(str(part))
-        if run.home:
-            settings = run.settings.flat() | {"weights": "16bit"}
+        if info.home:
+            settings = info.settings.flat() | {"weights": "16bit"}
             write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
-            shutil.copy(run.home / SAVED_REPORT, part)
+            shutil.copy(info.home / SAVED_REPORT, part)
         os.replace(part, out)
     except (OSError, SafetensorError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise UserError(f"{out}: cannot be written: {told}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    passed, told = check_merged(run, voice, out, ids, rows, logits)
-    if run.home:
-        write_text(out / "README.md", card.replace("{parity}", told, 1))
-    print(f"merged   {out}: {told}")
+
+
+def merge(info, voice: str | None, out: Path) -> bool:
+    """Merges the adapter of a run into its base, into the new folder `out`.
+
+    Args:
+        info: a RunInfo.
+        voice: speaks the sample texts, which compare the merged model with the adapter.
+
+    Returns:
+        Whether the merged model speaks the same greedy tokens as the adapter over the weights that
+        it was trained over.
+    """
+    from orpheus.codec import load_codec
+    from orpheus.models import load_model
+    from orpheus.parity import compare, speak_greedy
+    from orpheus.run_info import held_weights
+    from orpheus.tokens import read_speech_ids
+
+    if not is_adapter(info.folder):
+        raise UserError(f"{info.folder}: no adapter: there is nothing to merge")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give a new folder")
+    if info.home:
+        merged_card(info, "")  # so that damage in what it is written from is found first
+    weights, settings = held_weights(info), info.settings
+    model, tokenizer = load_model(str(info.folder), weights)
+    ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
+    adapter_speech = speak_greedy(model, tokenizer, ids, settings, voice)
+    del model  # its memory is needed for the merged one
+    save_merged(info, weights, out)
+    model, tokenizer = load_model(str(out))
+    passed, message = compare(adapter_speech, model, tokenizer, ids, settings, voice)
+    if info.home:
+        write_text(out / "README.md", merged_card(info, message))
+    print(f"merged   {out}: {message}")
     if not passed:
-        why = (
-            "; trained over 4-bit weights, which these are not"
-            if run.settings.weights == "4bit"
-            else ""
-        )
-        print(
-            f"parity   FAILED: it does not speak as the adapter does{why}. Listen before you use it"
-        )
+        print("parity   FAILED: it does not speak as the adapter does. Listen before you use it")
     return passed
+
+
+def main() -> None:
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="RUN", help="adapter or checkpoint of finetune.py")
+    parser.add_argument("out", metavar="FOLDER", help="new folder for the merged model")
+    add_run_options(parser, keys=("codec",))
+    arguments = parse_options(parser)
+    from orpheus.run_info import choose_voice, load_run_info
+
+    info = load_run_info(arguments.model, overrides(arguments), config=arguments.config)
+    if not merge(info, choose_voice(arguments.voice, info), Path(arguments.out)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -5,14 +5,15 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from orpheus.files import write_text
-from orpheus.models import is_model
-from orpheus.runs import PREVIOUS, RANK, last_checkpoint
+from orpheus.hub import is_model
+from orpheus.runs import PREVIOUS, RANK, base_name, last_checkpoint, model_card
 from orpheus.settings import Settings, UserError, read_json
 
 MANIFEST = "finetune_files.json"  # lists the files and folders that runs made in output_dir
@@ -204,3 +205,26 @@ def check_output(settings: Settings) -> Path | None:
         kind = "a finished run:" if finished else "an unfinished run: --resume continues it,"
         raise UserError(f"{out} holds {kind} --overwrite replaces it, --output_dir goes elsewhere")
     return None
+
+
+def save_card(settings: Settings, report) -> None:
+    """Writes README.md, a model card, unless the user has put a README.md there.
+
+    `report` is the doctor's Report on the data.
+    """
+    out = Path(settings.output_dir)
+    path = out / "README.md"
+    if os.path.lexists(path) and path not in owned_files(out):
+        print(f"card     {path} was there before: kept, no model card written")
+        return
+    full = settings.full_finetuning
+    body = (
+        f"{'Fine-tuned from' if full else 'A LoRA adapter for'} {base_name(settings)}, trained "
+        f"with orpheus-finetune on {len(report.measures)} clips, "
+        f"{report.seconds / 3600:.3f} hours.\n"
+        f"Voices: {', '.join(report.voices) or 'none named'}.\n\n```\n"
+        f'python infer.py "Hello there" --model {shlex.quote(str(out))}\n```'
+    )
+    record_files(out, path.name)
+    library = "transformers" if full else "peft"
+    write_text(path, model_card(settings, out.resolve().name, library, body))

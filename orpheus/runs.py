@@ -1,31 +1,17 @@
 """What a run's folder holds: saved settings and report, checkpoints, what may change on resume."""
 
-import argparse
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from orpheus.files import write_text
-from orpheus.models import (
-    MODEL_FILES,
-    TOKENIZER_FILES,
-    check_machine,
-    check_weights,
-    fetch,
-    is_model,
-    load_model,
-    local,
-    on_hub,
-)
-from orpheus.settings import RUN_KEYS, SPEAKING, Settings, UserError, read_json, read_settings
+from orpheus.hub import absolute_path_or_hub_id, check_weights, is_hub_id
+from orpheus.settings import SPEAKING, Settings, UserError, read_json
 
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
@@ -38,80 +24,25 @@ CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_")
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
 
 
-@dataclass
-class RunInfo:
-    """What speaks: a model's folder, and what finetune.py left beside it."""
-
-    settings: Settings
-    folder: Path | None = None  # --wav and --tokens need none
-    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
-    pace: float | None = None  # seconds a character of theirs
-    home: Path | None = None  # where the run's settings and report are
+def base_name(settings: Settings) -> str:
+    """The base as a model card names it: its hub id, or the name of its folder."""
+    return settings.model if is_hub_id(settings.model) else Path(settings.model).name
 
 
-def load_run_info(
-    model: str | None, overrides: dict, patterns: list[str] = MODEL_FILES, config=None
-) -> RunInfo:
-    """The Run of --model; without it config.json's run, or its base.
+def model_card(settings: Settings, title: str, library: str, body: str) -> str:
+    """README.md of a run or a merged model: metadata for the hub, a title, and `body` (Markdown).
 
-    With no more than the tokenizer asked for (--wav, --tokens) there need be no folder.
+    `library` is what loads it: "peft" or "transformers".
     """
-    plain = read_settings(config, overrides)
-    chosen = read_json(Path(config)) if config else {}  # of these, the run keeps what made it
-    if model is None:
-        out = Path(plain.output_dir)
-        made = is_model(out) or (out / PREVIOUS).is_dir()
-        if not made and patterns is TOKENIZER_FILES:
-            return RunInfo(plain)
-        model = plain.output_dir if made else plain.model
-        print(f"model    {model}" + ("" if made else ", the base: no run in output_dir yet"))
-    if patterns is MODEL_FILES:
-        check_machine(model)
-    folder = fetch(model, patterns)
-    for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
-        if (home / SAVED_CONFIG).is_file():
-            voices, pace = read_report(home / SAVED_REPORT)
-            settings = read_settings(home / SAVED_CONFIG, overrides, saved=True)
-            named = "codec" not in overrides and "codec" not in chosen
-            if named and not os.path.isdir(settings.codec) and not on_hub(settings.codec):
-                place = f"{home / SAVED_CONFIG}: no folder {settings.codec}"
-                raise UserError(f"{place}; correct codec there, or give --codec")
-            spoken_with = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
-            settings = settings.replace(**spoken_with)
-            return RunInfo(settings, folder, voices, pace, home)
-    if (folder / PREVIOUS).is_dir():
-        told = "the run that was to replace the one in it was killed"
-        raise UserError(f"{folder}: {told}; finetune.py --resume puts the earlier one back")
-    return RunInfo(plain, folder)
+    from huggingface_hub import ModelCard, ModelCardData
 
-
-def read_report(path: Path) -> tuple[list[str], float | None]:
-    """The voices of a run's data, and their seconds a character."""
-    report = read_json(path)
-    voices, sizes = report.get("voices"), [report.get(n, 0) for n in ("seconds", "characters")]
-    if not isinstance(voices, dict) or not all(isinstance(size, int | float) for size in sizes):
-        raise UserError(f"{path}: damaged: voices, seconds or characters")
-    return list(voices), sizes[0] / sizes[1] if all(0 < size < math.inf for size in sizes) else None
-
-
-def load_run(run: RunInfo):
-    """(model, tokenizer) of a run, in the precision that it was trained in; prints which."""
-    fp32 = run.settings.bf16 is False
-    model, tokenizer = load_model(str(run.folder), run.settings.weights == "4bit", fp32=fp32)
-    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}")
-    return model, tokenizer
-
-
-def choose_voice(asked: str | None, run: RunInfo) -> str | None:
-    """The voice asked for, or the run's first; `UserError` for one that it was not trained on."""
-    if asked and run.voices and asked not in run.voices:
-        raise UserError(f"--voice {asked}: {run.folder} was trained on {', '.join(run.voices)}")
-    return asked or (run.voices[0] if run.voices else run.settings.voice)
-
-
-def overrides(arguments: argparse.Namespace) -> dict[str, str]:
-    given = {n: getattr(arguments, n) for n in RUN_KEYS if getattr(arguments, n) is not None}
-    return given | ({"codec": local(given["codec"])} if "codec" in given else {})
+    data = ModelCardData(
+        base_model=settings.model if is_hub_id(settings.model) else None,
+        library_name=library,
+        pipeline_tag="text-to-speech",
+        tags=["orpheus"],
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}\n"))
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -155,7 +86,10 @@ def first_rank_first():
 
 def resolve_paths(settings: Settings) -> dict:
     """The flat settings as they are saved, with paths that hold from any folder."""
-    paths = {name: local(getattr(settings, name)) for name in ("model", "codec", "dataset")}
+    paths = {
+        name: absolute_path_or_hub_id(getattr(settings, name))
+        for name in ("model", "codec", "dataset")
+    }
     return settings.flat() | paths | {"overwrite": False, "resume": False}
 
 

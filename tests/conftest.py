@@ -1,6 +1,8 @@
 """Fixtures: the demo's tiny codec and base, and one finished run that many tests look at."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,14 @@ def ids(tokenizer, codec):
     return read_speech_ids(tokenizer, codec.codebook_size)
 
 
+def change(path, **values):
+    """Sets keys of a JSON file; one that is None is removed."""
+    config = json.loads(path.read_text()) | values
+    for name in [name for name, value in values.items() if value is None]:
+        del config[name]
+    path.write_text(json.dumps(config))
+
+
 DEMO = ["--config", "data/demo/config.json"]
 
 
@@ -75,6 +85,31 @@ def finished(tmp_path_factory):
     code, printed, errors = program("train_and_keep_logits", *words, "--save_steps", "2")
     assert code == 0, errors
     return out, printed
+
+
+@pytest.fixture
+def adapter(finished, tmp_path):
+    """A copy of the finished run, without its checkpoints, that a test may change."""
+    out = tmp_path / "adapter"
+    return shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def over_nf4(adapter):
+    """The demo's base and an adapter by PEFT and bitsandbytes alone, with weights of 4 bits.
+
+    In train mode, since bitsandbytes' kernel for CPUs with bfloat16 instructions, which serves in
+    eval mode, rounds them once more.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    keys = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**keys)
+    base = AutoModelForCausalLM.from_pretrained(
+        "data/demo/base", dtype=torch.float32, quantization_config=config
+    )
+    return PeftModel.from_pretrained(base, adapter).train()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ from orpheus.callbacks import loss_warnings
 from orpheus.checks import SampleEvaluator, held_out_metrics
 from orpheus.clips import read_clips
 from orpheus.compatibility import check_compatibility, resolve_settings
-from orpheus.models import is_adapter, load_model, load_tokenizer
+from orpheus.hub import is_adapter
+from orpheus.models import load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import Settings, UserError, read_settings
 

@@ -1,14 +1,7 @@
 """Speaking: streams against whole files, long texts, several candidates, transformers' generate."""
 
-import base64
-import io
-import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -23,18 +16,14 @@ import orpheus.models
 import orpheus.scoring
 from orpheus.audio import FADE, PAUSE, concat_with_pauses, streamed_audio
 from orpheus.generation import SlotProcessor, make_utterance, speak, speak_best
-from orpheus.merge import generate_greedy, merge
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.scoring import BY_ITSELF, CUT_OFF
 from orpheus.settings import UserError
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
-    codes_to_ids,
     ids_to_codes,
-    prompt_ids,
-    read_speech_ids,
     split_text,
 )
 
@@ -258,157 +247,3 @@ def test_best_of_is_repeatable_and_the_first_candidate_is_the_plain_one(
     alone = generate_text(model, tokenizer, ids, plain, "nine")
     assert same_codes([rows[0]], [alone])
     assert not same_codes([rows[1]], [alone]) and not same_codes([rows[1]], [rows[2]])
-
-
-# ---------------------------------------------------------------- merging
-
-
-def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finished, capsys):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run, out = load_run_info(str(finished[0]), {}), tmp_path / "merged"
-    assert merge(run, "slt", out), capsys.readouterr().out
-    assert "greedy tokens on 2 texts are the adapter's" in capsys.readouterr().out
-    weights = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert weights.dtype == torch.float16 and not (out / "adapter_config.json").exists()
-    plain, tokenizer = weights.float(), AutoTokenizer.from_pretrained(out)
-    adapter, _ = load_model(str(finished[0]))
-    ids = read_speech_ids(tokenizer, 256)
-    row = generate_greedy(adapter, tokenizer, ids, run.settings, "slt")[0]
-    prompt = torch.tensor([prompt_ids(tokenizer, ids, row.text, "slt")])
-    speech = plain.generate(
-        prompt, max_new_tokens=7 * len(row.frames), do_sample=False,
-        logits_processor=[SlotProcessor(ids, prompt.shape[1])],
-    )[0, prompt.shape[1] :]  # fmt: skip
-    assert speech.tolist() == codes_to_ids(row.codes, ids).tolist()
-    again = load_run_info(str(out), {})
-    assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
-    card = (out / "README.md").read_text()
-    assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
-
-
-def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
-    tmp_path, finished, monkeypatch, capsys
-):
-    load = load_model
-
-    def worse(path, in_4bit=False, merged=False):
-        model, tokenizer = load(path, in_4bit, merged)
-        if merged:
-            model.model.norm.weight.data.neg_()
-        return model, tokenizer
-
-    monkeypatch.setattr(orpheus.merge, "load_model", worse)
-    with pytest.raises(SystemExit) as stopped:
-        say(monkeypatch, "--merge", tmp_path / "merged", "--model", finished[0])
-    assert stopped.value.code == 1
-    assert "parity   FAILED" in capsys.readouterr().out
-    line = one_line(infer.main, monkeypatch, "--merge", tmp_path / "m", "--model", "data/demo/base")
-    assert "nothing to merge" in line
-    words = ("--merge", tmp_path / "merged", "--model", finished[0])
-    assert "is there already" in one_line(infer.main, monkeypatch, *words)
-
-
-# ---------------------------------------------------------------- pages
-
-
-@pytest.fixture
-def listening_page(tmp_path, monkeypatch):
-    """page(*words): index.html of two lines, one of them hostile, with recordings."""
-    text = '<script>alert(1)</script> & "seven" </section>'
-    for name in ("a.wav", "b.wav"):
-        soundfile.write(tmp_path / name, np.sin(np.arange(12_000) / 20), 24_000)
-    rows = f'file_name,text\na.wav,"{text.replace(chr(34), chr(34) * 2)}"\nb.wav,two\n'
-    (tmp_path / "lines.csv").write_text(rows)
-
-    def page(*words):
-        names = ["--file", tmp_path / "lines.csv", "--page", tmp_path / "page", "--score"]
-        say(monkeypatch, *names, *SHORT, *words)
-        return text, (tmp_path / "page/index.html").read_text()
-
-    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: None)
-    return page
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-FLAGS += " --disable-background-networking --disable-component-update"
-FLAGS += " --autoplay-policy=no-user-gesture-required --remote-debugging-pipe"
-LOADED = "document.readyState === 'complete' && document.querySelectorAll('audio').length"
-PLAY = """(async () => {
-  for (const button of document.querySelectorAll("figcaption button")) button.click();
-  const played = [];
-  for (const audio of document.querySelectorAll("audio")) {
-    await audio.play();
-    await new Promise((resolve) => (audio.onended = resolve));
-    played.push([audio.duration, audio.currentTime]);
-  }
-  const texts = (tag) => [...document.querySelectorAll(tag)].map((e) => e.textContent);
-  const images = [...document.images].map((image) => image.naturalHeight);
-  return { played, images, lines: texts("h2"), names: texts("figcaption"), scores: texts("p") };
-})()"""
-
-
-def in_browser(folder, url, expression):
-    """What JavaScript answers on a page in headless Chromium, asked through its debugging pipe."""
-    (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
-    flags = f"{FLAGS} --user-data-dir={folder / 'profile'} {url}"
-    command = f"exec {CHROMIUM} {flags} 3<&{their_in} 4>&{their_out}"
-    browser = subprocess.Popen(
-        ["bash", "-c", command], pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL
-    )
-    os.close(their_in), os.close(their_out)
-    replies = os.fdopen(our_in, "rb", buffering=0)
-
-    def ask(method, session=None, **parameters):
-        message = {"id": 1, "method": method, "params": parameters}
-        message |= {"sessionId": session} if session else {}
-        os.write(our_out, json.dumps(message).encode() + b"\0")
-        while True:
-            raw = b"".join(iter(lambda: replies.read(1), b"\0"))
-            if "id" in (reply := json.loads(raw)):
-                return reply.get("result", {})
-
-    try:
-        pages = []
-        while not pages:
-            pages = [t for t in ask("Target.getTargets")["targetInfos"] if t["url"] == url]
-        found = pages[0]["targetId"]
-        session = ask("Target.attachToTarget", targetId=found, flatten=True)["sessionId"]
-        asked = {"expression": expression, "awaitPromise": True, "returnByValue": True}
-        loaded = asked | {"expression": LOADED}
-        while not ask("Runtime.evaluate", session, **loaded).get("result", {}).get("value"):
-            time.sleep(0.2)
-        return ask("Runtime.evaluate", session, **asked)["result"]["value"]
-    finally:
-        browser.kill()
-        browser.wait()
-        os.close(our_out), replies.close()
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium here (apt-get install chromium)")
-@pytest.mark.parametrize("blind", [False, True])
-def test_a_page_plays_in_a_browser(tmp_path, listening_page, blind):
-    text, _ = listening_page("--model", "data/demo/base", *["--blind"] * blind)
-    url = (tmp_path / "page/index.html").as_uri()
-    before = in_browser(tmp_path, url, "document.body.innerText")
-    assert ("recording" not in before) == blind and ("silence" not in before) == blind
-    seen = in_browser(tmp_path, url, PLAY)
-    assert seen["images"] == [80] * 4
-    assert all(length == at > 0 for length, at in seen["played"]), seen
-    assert len(seen["played"]) == 4 and [0.5, 0.5] in seen["played"]
-    assert seen["lines"] == [text, "two"]
-    assert sorted(seen["names"]) == ["data/demo/base"] * 2 + ["recording"] * 2
-    assert sum(words.startswith("silence 0.") for words in seen["scores"]) == 4
-
-
-def test_a_page_holds_all_and_no_text_is_markup(tmp_path, listening_page):
-    text, page = listening_page("--model", "data/demo/base", "--model", "data/demo/base/")
-    assert "<script>alert" not in page and "https://" not in page
-    told = json.loads(re.search(r'id="page">(.*?)</script>', page, re.S)[1])
-    assert told["lines"][0]["text"] == text
-    assert told["columns"] == ["recording", "data/demo/base", "data/demo/base/"]
-    cells = told["lines"][1]["cells"]
-    wav = base64.b64decode(cells[0]["audio"].removeprefix("data:audio/wav;base64,"))
-    assert soundfile.info(io.BytesIO(wav)).frames == 12_000
-    assert cells[1]["audio"] == cells[2]["audio"] and cells[1]["scores"].startswith("silence")

@@ -1,9 +1,12 @@
 """infer.py: settings, ids and recordings in place of texts, and a person's mistakes."""
 
+import itertools
 import json
+import os
 import re
 import resource
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +15,15 @@ from conftest import one_line, script
 
 import infer
 import orpheus.codec
+import orpheus.options
 from orpheus.audio import audio_file, read_audio
 from orpheus.codec import encode
-from orpheus.models import fetch, load_tokenizer
-from orpheus.settings import UserError, read_settings
+from orpheus.hub import fetch
+from orpheus.models import load_tokenizer
+from orpheus.options import read_texts
+from orpheus.run_info import load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.settings import RUN_KEYS, UserError, read_settings
 from orpheus.tokens import (
     codes_to_ids,
     read_tokens,
@@ -82,11 +90,17 @@ def test_a_config_that_is_no_json_object(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("infer.py", "--out"), ("finetune.py", "--config"), ("data/prepare.py", "--config")],
+    [
+        ("infer.py", "--out"),
+        ("-m orpheus.merge", "--codec"),
+        ("-m orpheus.page", "--blind"),
+        ("finetune.py", "--config"),
+        ("data/prepare.py", "--config"),
+    ],
 )
 def test_help_imports_no_heavy_library(name, option):
     """So that it answers at once: each of these takes seconds to import."""
-    code, printed, times = script("-X", "importtime", name, "--help")
+    code, printed, times = script("-X", "importtime", *name.split(), "--help")
     assert code == 0 and option in printed
     imported = {line.split("|")[-1].strip() for line in times.splitlines()}
     assert "argparse" in imported
@@ -195,3 +209,117 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
     code, _, errors = script("infer.py", "hi", "--model", tmp_path / "none")
     assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")
+
+
+def words_of(name):
+    """An option of infer.py with a value that is right by itself."""
+    values = {"best_of": "2", "seed": "1", "speak_batch_size": "2", "language": "de"}
+    if name == "texts":
+        return ["hello"]
+    switch = name in ("stream", "score", "cuda_graph")
+    return [f"--{name}"] if switch else [f"--{name}", values.get(name, "1")]
+
+
+OTHERS = {"voice", "out", "stream", "score", "whisper", "model", "config", *RUN_KEYS}
+INPUTS = ("texts", "file", "tokens", "wav")
+DECODING = {"model", "config", "out", "codec", "seed"}
+
+
+def test_every_pair_of_options_works_or_is_refused(monkeypatch):
+    monkeypatch.setattr(orpheus.options, "read_settings", lambda path: read_settings())
+    for first, second in itertools.combinations(INPUTS, 2):
+        line = one_line(infer.read_arguments, monkeypatch, *words_of(first), *words_of(second))
+        assert "give one of" in line
+    for way in INPUTS:
+        for names in itertools.combinations(sorted(OTHERS), 2):
+            words = [*words_of(way), *words_of(names[0]), *words_of(names[1])]
+            accepted = way in ("texts", "file") or {*names} <= {
+                "model",
+                "config",
+                "out",
+                "codec",
+                "seed",
+            }
+            if accepted and ("whisper" not in names or "score" in names):
+                monkeypatch.setattr(sys, "argv", ["infer.py", *words])
+                infer.read_arguments()
+            else:
+                line = one_line(infer.read_arguments, monkeypatch, *words)
+                assert any(f"--{name}" in line for name in names), words
+
+
+def test_every_option_is_in_a_pair(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--help"])
+    with pytest.raises(SystemExit):
+        infer.read_arguments()
+    options = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    assert options == OTHERS | set(INPUTS) - {"texts"}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["hi", "--out", ""], "--out is empty"),
+        (["hi", "--voice", " "], "--voice is empty"),
+        (["hi", "--out", "a\0b"], "--out holds a NUL byte"),
+        (["h\udcff"], "not valid UTF-8"),
+        (["hi", "--voice", "\udcff"], "not valid UTF-8"),
+        (["hi", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["hi", "--model", "a", "--model", "b"], "only a page takes several"),
+        ([], "give one of"),
+        (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),
+        (["hi", "--model", "tests/nothing_here"], "^tests/nothing_here: no such folder"),
+        (["--merge", "merged", "--model", "a"], "a command of its own: python -m orpheus.merge"),
+        (["hi", "--page=a"], "--page is a command of its own: python -m orpheus.page"),
+        (["hi", "--blind"], "--blind is a command of its own: python -m orpheus.page"),
+        (["hi", "--config", "none.json"], "none.json: cannot be read"),
+        (["hi", "--language", "English", "--model", "data/demo/base"], "language is"),
+    ],
+)
+def test_mistakes_of_infer(words, line, monkeypatch):
+    assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.parquet"])
+def test_other_tables_are_not_spoken_as_lines(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text('{"file_name": "a.wav", "text": "hi"}\n')
+    line = one_line(infer.main, monkeypatch, "--file", tmp_path / name)
+    assert "give a metadata.csv" in line
+
+
+@pytest.mark.parametrize("header", ["file_name,text", "File Name, Text", "file_name;text",
+                                    "file_name\ttext", "file_name|text"])  # fmt: skip
+def test_separators_of_a_table_to_speak(header, tmp_path):
+    path = tmp_path / "lines.tsv"
+    path.write_text(f"{header}\n{header.replace('Text', 'text')}\n")
+    texts, clips = read_texts([], str(path))
+    assert [text.strip() for text in texts] == ["text"] and len(clips) == 1
+
+
+def test_a_pipe_is_no_list_of_texts(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in one_line(infer.main, monkeypatch, "--file", tmp_path / "pipe")
+
+
+def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
+    table = tmp_path / "lines.csv"
+    table.write_text("file_name,text\na.wav," + "a" * 200_000 + "\n")
+    line = one_line(infer.main, monkeypatch, "--file", table)
+    assert line.startswith(f"{table}: not a table") and "131072" in line
+
+
+def test_infer_takes_a_config(tmp_path, monkeypatch):
+    """Its speaking keys go over those of the run, the rest of which is kept."""
+    config = tmp_path / "mine.json"
+    config.write_text('{"temperature": 0.9, "lora_r": 3, "output_dir": "elsewhere"}')
+    home = tmp_path / "run"
+    home.mkdir()
+    shutil.copy("data/demo/base/config.json", home)
+    (home / SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
+    (home / SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
+    settings = load_run_info(str(home), {"seed": "4"}, config=config).settings
+    assert (settings.temperature, settings.lora_r, settings.top_p) == (0.9, 5, 0.5)
+    assert load_run_info(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
+    config.write_text('{"temprature": 0.9}')
+    line = one_line(infer.main, monkeypatch, "hi", "--config", config)
+    assert "mine.json: no key is named 'temprature'" in line

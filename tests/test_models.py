@@ -2,32 +2,21 @@
 
 import json
 import pickle
-import resource
 import shutil
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, one_line
+from conftest import DEMO, ROOT, change, one_line, over_nf4
 from safetensors.torch import load_file, save_file
 
 import finetune
 import infer
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
-from orpheus.merge import merge
 from orpheus.models import load_model
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run, load_run_info
+from orpheus.run_info import load_run, load_run_info
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
-
-BASE = ROOT / "data/demo/base"
-
-
-def change(path, **values):
-    """Sets keys of a JSON file; one that is None is removed."""
-    config = json.loads(path.read_text()) | values
-    for name in [name for name, value in values.items() if value is None]:
-        del config[name]
-    path.write_text(json.dumps(config))
 
 
 def cut(path, size):
@@ -36,13 +25,7 @@ def cut(path, size):
 
 @pytest.fixture
 def base(tmp_path):
-    return shutil.copytree(BASE, tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(finished, tmp_path):
-    out = tmp_path / "adapter"
-    return shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return shutil.copytree("data/demo/base", tmp_path / "base")
 
 
 BROKEN_BASES = {
@@ -206,17 +189,6 @@ def test_a_broken_run_is_named_in_one_line(name, adapter):
         load_run_info(str(adapter), {})
 
 
-@pytest.mark.parametrize("name", [REPORT, "checks.csv"])
-def test_a_merge_finds_damaged_scores_first(name, adapter, tmp_path):
-    if name == REPORT:
-        change(adapter / REPORT, rows=None)
-    else:
-        (adapter / name).write_text("step\n1\n")
-    with pytest.raises(UserError, match=f"{name}: does not load"):
-        merge(load_run_info(str(adapter), {}), None, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
 def test_a_report_without_characters_has_no_pace(adapter):
     change(adapter / REPORT, characters=0)
     assert load_run_info(str(adapter), {}).pace is None
@@ -235,24 +207,6 @@ def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
     row = make_utterance(model, tokenizer, ids, "seven", run.settings, "slt")
     with pytest.raises(UserError, match="computes NaN"):
         generate_batch(model, [row], ids, run.settings)
-
-
-@pytest.mark.parametrize("spoil", ["disk full", "no rows in the report", "odd checks"])
-def test_a_merge_that_fails_leaves_nothing(spoil, adapter, tmp_path):
-    if spoil == "no rows in the report":
-        change(adapter / REPORT, rows=None)
-    if spoil == "odd checks":
-        (adapter / "checks.csv").write_text("step\n1\n")
-    run, limits = load_run_info(str(adapter), {}), resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = sorted(tmp_path.iterdir())
-    if spoil == "disk full":  # the system refuses to write more, as a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"cannot be written|does not load"):
-            merge(run, "slt", tmp_path / "merged")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(tmp_path.iterdir()) == before
 
 
 BROKEN_CODECS = {
@@ -311,3 +265,34 @@ def test_a_base_stored_in_fp32_stays_fp32(base):
     change(base / "config.json", dtype="float32")
     model, _ = load_model(str(base), fp32=False)
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("16bit", "float32"),
+        ("4bit", "float32; 4-bit weights"),
+        ("8bit", "float32; 8-bit weights"),
+        ("fp8", "float32; trained over fp8 weights, speaks over 16-bit ones instead"),
+    ],
+)
+def test_a_run_speaks_over_the_weights_of_its_training_or_says_so(weights, words, adapter, capsys):
+    change(adapter / SETTINGS, weights=weights)
+    model, _ = load_run(load_run_info(str(adapter), {}))
+    assert f"model    {adapter}: {words}\n" in capsys.readouterr().out
+    tokens = torch.arange(300)[None]
+    with torch.no_grad():
+        plain, logits, nf4 = (
+            other(input_ids=tokens).logits
+            for other in (load_model(str(adapter))[0], model, over_nf4(adapter))
+        )
+    assert (weights in ("16bit", "fp8")) == bool((logits - plain).abs().max() < 1e-4)
+    assert (weights == "4bit") == bool((logits - nf4).abs().max() < 1e-4)
+
+
+def test_a_base_that_no_run_trained_speaks_in_16_bits_on_a_cpu(capsys):
+    run = load_run_info("data/demo/base", {})
+    assert run.settings.weights == "4bit"
+    model, _ = load_run(run)
+    assert "data/demo/base: bfloat16\n" in capsys.readouterr().out
+    assert model.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ from conftest import DEMO, script
 
 import finetune
 from orpheus.compatibility import check_compatibility, resolve_settings
-from orpheus.models import is_adapter
+from orpheus.hub import is_adapter
 from orpheus.settings import UserError, read_settings
 
 WORDS = [*DEMO, "--limit", "16", "--held_out", "0.2", "--max_steps", "3", "--logging_steps", "1"]

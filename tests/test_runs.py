@@ -17,8 +17,7 @@ import orpheus.audio
 import orpheus.output
 from orpheus.callbacks import StopOnSignal, write_unbuffered
 from orpheus.files import atomic_file, write_text
-from orpheus.merge import merge
-from orpheus.models import is_adapter, is_model
+from orpheus.hub import is_adapter, is_model
 from orpheus.output import (
     MANIFEST,
     MOVING,
@@ -30,11 +29,11 @@ from orpheus.output import (
     record_files,
     set_aside,
 )
+from orpheus.run_info import load_run_info
 from orpheus.runs import (
     PREVIOUS,
     SAVED_CONFIG,
     last_checkpoint,
-    load_run_info,
     python_command,
     reporting_full_disk,
     resume_command,
@@ -519,17 +518,6 @@ def test_a_longer_run_goes_on(run_copy, monkeypatch, capsys):
     keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
     run_here(monkeypatch, run_copy, resume="true", **keys | {"max_steps": "5"})
     assert "steps    5" in capsys.readouterr().out
-
-
-def test_a_full_disk_in_a_merge_leaves_nothing(run_folder, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(orpheus.merge, "write_text", full)
-    run = load_run_info(str(run_folder), {"sample_texts": '["two"]', "max_seconds": "0.2"})
-    with pytest.raises(UserError, match="merged: cannot be written: No space left"):
-        merge(run, "slt", tmp_path / "merged")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):

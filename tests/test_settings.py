@@ -1,12 +1,9 @@
 """Settings and command lines: bounds, config files, paths, and options that exclude each other."""
 
-import argparse
 import dataclasses
-import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -14,7 +11,6 @@ import pytest
 from conftest import DEMO, ROOT, one_line, script
 
 import finetune
-import infer
 import orpheus.page
 import orpheus.settings
 from data import prepare
@@ -27,9 +23,8 @@ from orpheus.compatibility import (
     print_changes,
     resolve_settings,
 )
+from orpheus.hub import fetch
 from orpheus.keys import DERIVED, GROUPS, OWN_KEYS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
-from orpheus.models import fetch
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, load_run_info
 from orpheus.settings import UserError, parse_json, read_settings, trainer_keys
 
 BAD = {
@@ -255,99 +250,6 @@ def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- command lines
 
 
-def words_of(name):
-    """An option of infer.py with a value that is right by itself."""
-    values = {"best_of": "2", "seed": "1", "speak_batch_size": "2", "language": "de"}
-    if name == "texts":
-        return ["hello"]
-    switch = name in infer.SWITCHES or name == "cuda_graph"
-    return [f"--{name}"] if switch else [f"--{name}", values.get(name, "1")]
-
-
-OTHERS = {*infer.SAYING, "blind", "page", "model", "config"}
-WAYS = ("texts", "file", "tokens", "wav", "merge")
-
-
-def accepted(way, names):
-    """What should be accepted, told in other words than infer.check_options does."""
-    names = set(names)
-    if ("whisper" in names and "score" not in names) or ("blind" in names and "page" not in names):
-        return False
-    if way in ("wav", "tokens"):
-        return names <= {"model", "config", "out", "codec", "seed"}
-    if way == "merge":
-        return names <= {"model", "config", "codec", "voice"}
-    return "page" not in names or not names & {"out", "stream"}
-
-
-def test_every_pair_of_options_works_or_is_refused(monkeypatch):
-    for first, second in itertools.combinations(WAYS, 2):
-        line = one_line(infer.read_arguments, monkeypatch, *words_of(first), *words_of(second))
-        assert "give one of" in line
-    for way in WAYS:
-        for names in itertools.combinations(sorted(OTHERS), 2):
-            words = [*words_of(way), *words_of(names[0]), *words_of(names[1])]
-            if accepted(way, names):
-                monkeypatch.setattr(sys, "argv", ["infer.py", *words])
-                infer.read_arguments()
-            else:
-                line = one_line(infer.read_arguments, monkeypatch, *words)
-                assert any(f"--{name}" in line for name in names), words
-
-
-def test_every_option_is_in_a_pair(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["infer.py", "--help"])
-    with pytest.raises(SystemExit):
-        infer.read_arguments()
-    options = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
-    assert options == OTHERS | set(WAYS) - {"texts"}
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["hi", "--out", ""], "--out is empty"),
-        (["hi", "--voice", " "], "--voice is empty"),
-        (["hi", "--out", "a\0b"], "--out holds a NUL byte"),
-        (["h\udcff"], "not valid UTF-8"),
-        (["hi", "--voice", "\udcff"], "not valid UTF-8"),
-        (["hi", "--temprature", "1"], "unrecognized arguments: --temprature"),
-        (["hi", "--model", "a", "--model", "b"], "only a --page takes several"),
-        ([], "give one of"),
-        (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),
-        (["hi", "--model", "tests/nothing_here"], "^tests/nothing_here: no such folder"),
-        (["hi", "--config", "none.json"], "none.json: cannot be read"),
-        (["hi", "--language", "English", "--model", "data/demo/base"], "language is"),
-    ],
-)
-def test_mistakes_of_infer(words, line, monkeypatch):
-    assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
-
-
-@pytest.mark.parametrize("name", ["lines.jsonl", "lines.parquet"])
-def test_other_tables_are_not_spoken_as_lines(name, tmp_path, monkeypatch):
-    (tmp_path / name).write_text('{"file_name": "a.wav", "text": "hi"}\n')
-    line = one_line(infer.main, monkeypatch, "--file", tmp_path / name)
-    assert "--file takes a metadata.csv" in line
-
-
-@pytest.mark.parametrize("header", ["file_name,text", "File Name, Text", "file_name;text",
-                                    "file_name\ttext", "file_name|text"])  # fmt: skip
-def test_separators_of_a_table_to_speak(header, tmp_path):
-    path = tmp_path / "lines.tsv"
-    path.write_text(f"{header}\n{header.replace('Text', 'text')}\n")
-    texts, clips = infer.read_texts(argparse.Namespace(texts=[], file=str(path)))
-    assert [text.strip() for text in texts] == ["text"] and len(clips) == 1
-
-
-def test_a_page_that_cannot_be_written_is_told_before_speaking(tmp_path, monkeypatch):
-    monkeypatch.setattr(orpheus.page, "load_run", lambda run: pytest.fail("loaded"))
-    (tmp_path / "file").write_text("")
-    words = ["hi", "--model", "data/demo/base", "--codec", "data/demo/codec", "--page"]
-    line = one_line(infer.main, monkeypatch, *words, tmp_path / "file/page")
-    assert "file/page/index.html: cannot be written" in line
-
-
 def test_a_missing_package_is_one_line(capsys):
     def main():
         import no_such_package  # noqa: F401
@@ -357,35 +259,6 @@ def test_a_missing_package_is_one_line(capsys):
     assert capsys.readouterr().err == (
         "error: No module named 'no_such_package'; `make` installs what is needed\n"
     )
-
-
-def test_a_pipe_is_no_list_of_texts(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe")
-    assert "not a regular file" in one_line(infer.main, monkeypatch, "--file", tmp_path / "pipe")
-
-
-def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
-    table = tmp_path / "lines.csv"
-    table.write_text("file_name,text\na.wav," + "a" * 200_000 + "\n")
-    line = one_line(infer.main, monkeypatch, "--file", table)
-    assert line.startswith(f"{table}: not a table") and "131072" in line
-
-
-def test_infer_takes_a_config(tmp_path, monkeypatch):
-    """Its speaking keys go over those of the run, the rest of which is kept."""
-    config = tmp_path / "mine.json"
-    config.write_text('{"temperature": 0.9, "lora_r": 3, "output_dir": "elsewhere"}')
-    home = tmp_path / "run"
-    home.mkdir()
-    shutil.copy("data/demo/base/config.json", home)
-    (home / SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
-    (home / SAVED_REPORT).write_text('{"voices": {}, "seconds": 1, "characters": 1}')
-    settings = load_run_info(str(home), {"seed": "4"}, config=config).settings
-    assert (settings.temperature, settings.lora_r, settings.top_p) == (0.9, 5, 0.5)
-    assert load_run_info(str(home), {"temperature": "0.4"}, config=config).settings.seed == 3407
-    config.write_text('{"temprature": 0.9}')
-    line = one_line(infer.main, monkeypatch, "hi", "--config", config)
-    assert "mine.json: no key is named 'temprature'" in line
 
 
 @pytest.mark.parametrize("main", [finetune.main, prepare.main])

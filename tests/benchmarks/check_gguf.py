@@ -1,6 +1,6 @@
 """Whether a merged model speaks the same greedy tokens in llama.cpp: converts it to GGUF, compares.
 
-python infer.py --merge merged --model outputs/demo
+python -m orpheus.merge outputs/demo merged
 python tests/benchmarks/check_gguf.py merged llama.cpp/convert_hf_to_gguf.py
 
 Outside `make test`. Needs llama-cpp-python and gguf beside the project's packages, and llama.cpp's
@@ -18,29 +18,28 @@ sys.path.insert(0, str(ROOT))
 
 import orpheus.settings  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
-from orpheus.generation import SlotProcessor  # noqa: E402
-from orpheus.merge import generate_greedy  # noqa: E402
 from orpheus.models import load_model  # noqa: E402
-from orpheus.runs import choose_voice, load_run_info  # noqa: E402
+from orpheus.parity import generate_greedy  # noqa: E402
+from orpheus.run_info import choose_voice, load_run_info  # noqa: E402
 from orpheus.settings import UserError  # noqa: E402
 from orpheus.tokens import SLOTS, ids_to_codes, read_speech_ids  # noqa: E402
 
 CONVERT = ROOT / "tests" / "programs" / "convert_to_gguf.py"
 
 
-def greedy(llama, ids, row) -> np.ndarray:
-    """(frames, 7) codes: the best of what a frame allows next, token by token."""
-    processor, tokens = SlotProcessor(ids, len(row.prompt)), list(row.prompt)
-    import torch
-
+def generate_greedy_codes(llama, ids, row) -> np.ndarray:
+    """(frames, 7) codes of an Utterance's prompt: the best of what a frame allows, id by id."""
+    tokens = list(row.prompt)
     while True:
+        frame, slot = divmod(len(tokens) - len(row.prompt), SLOTS)
         llama.reset()
         llama.eval(tokens)
-        logits = torch.tensor(llama.scores[len(tokens) - 1])[None]
-        best = int(processor(torch.tensor([tokens]), logits).argmax())
-        if best == ids.eos or len(tokens) == len(row.prompt) + row.max_frames * SLOTS:
-            spoken = np.array(tokens[len(row.prompt) :])
-            return ids_to_codes(spoken, ids)
+        logits = llama.scores[len(tokens) - 1]
+        start = ids.audio + slot * ids.codebook_size
+        best = start + int(logits[start : start + ids.codebook_size].argmax())
+        ended = frame > 0 and logits[ids.eos] >= logits[best]
+        if slot == 0 and (ended or frame == row.max_frames):
+            return ids_to_codes(np.array(tokens[len(row.prompt) :]), ids)
         tokens.append(best)
 
 
@@ -53,13 +52,13 @@ def main() -> None:
     gguf = merged.with_suffix(".gguf").resolve()
     words = [str(converter), str(merged), "--outfile", str(gguf), "--outtype", "f16"]
     subprocess.run([sys.executable, CONVERT, *words], check=True)
-    run = load_run_info(str(merged), {})
+    info = load_run_info(str(merged), {})
     model, tokenizer = load_model(str(merged))
-    ids = read_speech_ids(tokenizer, load_codec(run.settings.codec).codebook_size)
-    rows = generate_greedy(model, tokenizer, ids, run.settings, choose_voice(None, run))
+    ids = read_speech_ids(tokenizer, load_codec(info.settings.codec).codebook_size)
+    rows = generate_greedy(model, tokenizer, ids, info.settings, choose_voice(None, info))
     llama = Llama(str(gguf), n_ctx=1024, n_threads=1, logits_all=True, verbose=False)
     for row in rows:
-        codes = greedy(llama, ids, row)
+        codes = generate_greedy_codes(llama, ids, row)
         same = np.array_equal(codes, row.codes)
         print(f"{row.text!r}: {row.codes.size} tokens, {'the same' if same else 'NOT the same'}")
 

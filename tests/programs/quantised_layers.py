@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import finetune
-from orpheus.models import load_base, nf4
+from orpheus.models import load_base, quantization_config
 from orpheus.settings import read_settings
 
 settings = read_settings("data/demo/config.json", {"weights": "4bit"})
@@ -14,7 +14,9 @@ if sys.argv[1] == "training":
     model = finetune.load_with_unsloth(settings, torch.float32).get_base_model()
     layers = {n.removesuffix(".base_layer"): m for n, m in model.named_modules()}
 else:
-    model = load_base(Path(settings.model), quantization_config=nf4(torch.float32))
+    model = load_base(
+        Path(settings.model), quantization_config=quantization_config("4bit", torch.float32)
+    )
     layers = dict(model.named_modules())
 for name, layer in sorted(layers.items()):
     if type(layer).__name__ == "Linear4bit":

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 out = Path(sys.argv[1])
 base = AutoModelForCausalLM.from_pretrained("data/demo/base", dtype=torch.float32)
 model = PeftModel.from_pretrained(base, out).eval()
-seen = torch.load(out / "logits.pt")
+kept = torch.load(out / "logits.pt")
 logits = model(input_ids=torch.arange(300)[None]).logits
 with model.disable_adapter():
-    bare = model(input_ids=torch.arange(300)[None]).logits
+    base_logits = model(input_ids=torch.arange(300)[None]).logits
 assert "unsloth" not in sys.modules
-print(float((logits - seen).abs().max()), float((bare - seen).abs().max()))
+print(float((logits - kept).abs().max()), float((base_logits - kept).abs().max()))

@@ -11,7 +11,7 @@ from orpheus.tokens import read_speech_ids
 graph, temperature, weights = sys.argv[1:]
 overrides = {"cuda_graph": graph, "temperature": temperature}
 settings = read_settings("data/demo/config.json", overrides)
-model, tokenizer = load_model("data/demo/base", weights == "4bit")
+model, tokenizer = load_model("data/demo/base", weights)
 if weights == "4bit":
     from peft import LoraConfig, get_peft_model
 

@@ -1,0 +1,97 @@
+"""Command-line options and texts that infer.py, orpheus.page and orpheus.merge have in common."""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from orpheus.hub import absolute_path_or_hub_id
+from orpheus.keys import OWN_KEYS
+from orpheus.settings import (
+    RUN_KEYS,
+    Parser,
+    UserError,
+    check_strings,
+    read_settings,
+    read_text,
+)
+
+
+def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
+    """Adds --voice, --config, and settings that replace those of the run."""
+    parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
+    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+    for name in keys:
+        switch = OWN_KEYS[name].annotation is bool
+        kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
+        words = f"{OWN_KEYS[name].description} (the run's)"
+        parser.add_argument(f"--{name}", help=words, **kind)
+
+
+def add_scoring_options(parser: Parser) -> None:
+    words = "print scores by every judge that is installed"
+    parser.add_argument("--score", action="store_true", help=words)
+    words = "faster-whisper's model for --score: its size or folder (base)"
+    parser.add_argument("--whisper", metavar="…", help=words)
+
+
+def parse_options(parser: Parser) -> argparse.Namespace:
+    """The command line; `UserError` for an empty value, and for mistakes in the file --config."""
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name != "texts" and not text.strip():
+                raise UserError(f"command line: --{name} is empty; give a value, or leave it out")
+        check_strings(name if name == "texts" else f"--{name}", value, "command line")
+    if getattr(arguments, "whisper", None) and not arguments.score:
+        raise UserError("command line: --whisper needs --score")
+    if arguments.config:
+        read_settings(arguments.config)
+    return arguments
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings of a run that the command line gives, as `load_run_info` takes them."""
+    given = {name: getattr(arguments, name, None) for name in RUN_KEYS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | ({"codec": absolute_path_or_hub_id(given["codec"])} if "codec" in given else {})
+
+
+def read_table(path: str) -> list[dict[str, str]]:
+    """Rows with a file_name and a text, separated by whatever the header is separated by."""
+    text = read_text(path)
+    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
+    table = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        table.fieldnames = [
+            name.strip().lower().replace(" ", "_") for name in table.fieldnames or ()
+        ]
+        rows = list(table)
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table that can be read: {error}") from None
+    if not all(row.get("file_name") and row.get("text") for row in rows):
+        raise UserError(
+            f"{path}: every row needs a text and a file_name, columns of the first line"
+        )
+    return rows
+
+
+def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path]]:
+    """(texts to speak, the recordings of each) of the command line or a file.
+
+    A .csv or .tsv is a table of recordings and texts; any other file has a text on each line, and
+    no recordings. `UserError` for an empty text.
+    """
+    recordings, source = [], file or "command line"
+    suffix = Path(source).suffix.lower() if file else ""
+    if suffix in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"{source}: give a metadata.csv, or a .txt of one text a line")
+    if suffix in (".csv", ".tsv"):
+        rows = read_table(source)
+        texts = [row["text"] for row in rows]
+        recordings = [Path(source).parent / row["file_name"] for row in rows]
+    elif file:
+        texts = [line for line in read_text(source).splitlines() if line.strip()]
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError(f"{source}: the text is empty; give some to say")
+    return texts, recordings
