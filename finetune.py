@@ -10,7 +10,6 @@ Every key of config.json can be given as --key value, and so can every key of TR
 """
 
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -280,30 +279,24 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
 
 
 def save_model(trainer, tokenizer, out: Path) -> None:
-    """Saves the adapter (or the whole model) and the tokenizer: all files of it, or none.
-
-    Written aside and renamed, the config last: where it is, the rest is.
-    """
-    from orpheus.output import record_files, remove
+    """Saves the adapter (or the whole model) and the tokenizer: all of their files, or none."""
+    from orpheus.files import staging_folder
+    from orpheus.output import record_files
     from orpheus.runs import RANK
 
-    part, weights = out / ".adapter.part", None
+    weights = None
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
     if RANK:
         return
-    if os.path.lexists(part):  # of a run that was killed
-        remove(part)
-    try:
+    with staging_folder(out / ".adapter.part") as part:
         trainer.model.save_pretrained(str(part), state_dict=weights)
         tokenizer.save_pretrained(str(part))
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's; save_card writes ours
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
         record_files(out, *(path.name for path in part.iterdir()))
-        last = ("adapter_config.json", "config.json")
-        for path in sorted(part.iterdir(), key=lambda p: p.name in last):
+        last = ("adapter_config.json", "config.json")  # where these are, the rest is
+        for path in sorted(part.iterdir(), key=lambda path: path.name in last):
             os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 if __name__ == "__main__":
