@@ -61,6 +61,7 @@ def make_rows(
     report.digest = digest_rows(rows)
     train, held_out = split_rows(rows, settings)
     report.held_out = len(held_out)
+    report.held_out_texts = sorted({row["text"] for row in held_out})
     report.slots_used = slots_used([len(row["input_ids"]) for row in train], settings)
     return train, held_out, report
 

@@ -35,6 +35,7 @@ FINDINGS = {
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
     "loudness": ("over 10 dB from the voice's usual level", "normalise the clips"),
 }
+TAG = re.compile(r"<\w+>")  # an emotion tag, as <laugh>
 # Findings that a training run prints, too, unless their clips are left out: those with a remedy.
 IMPORTANT = {"long", "clipped", "quiet", "narrow", "digits", "unspeakable", "pace", "loudness"}
 
@@ -125,6 +126,7 @@ class Report:
     reasons: Counter = field(default_factory=Counter)  # clips left out or dropped, in few words
     note: str | None = None  # how the table was read, where that was not obvious
     held_out: int = 0  # rows kept from training
+    held_out_texts: list[str] = field(default_factory=list)  # their texts
     slots_used: dict[str, float] = field(default_factory=dict)  # share, by batching
 
     @property

@@ -31,7 +31,11 @@ def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
 def add_scoring_options(parser: Parser) -> None:
     words = "print scores by every judge that is installed"
     parser.add_argument("--score", action="store_true", help=words)
-    words = "faster-whisper's model for --score: its size or folder (base)"
+    add_whisper_option(parser)
+
+
+def add_whisper_option(parser: Parser) -> None:
+    words = "faster-whisper's model: its size or folder (base)"
     parser.add_argument("--whisper", metavar="…", help=words)
 
 
@@ -43,7 +47,7 @@ def parse_options(parser: Parser) -> argparse.Namespace:
             if isinstance(text, str) and name != "texts" and not text.strip():
                 raise UserError(f"command line: --{name} is empty; give a value, or leave it out")
         check_strings(name if name == "texts" else f"--{name}", value, "command line")
-    if getattr(arguments, "whisper", None) and not arguments.score:
+    if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
         raise UserError("command line: --whisper needs --score")
     if arguments.config:
         read_settings(arguments.config)

@@ -5,14 +5,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import soxr
 from transformers.models.whisper import english_normalizer
 
 from orpheus.audio import read_audio
-from orpheus.settings import UserError
+from orpheus.settings import UserError, first_reason
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 BY_ITSELF = "ended by itself"
@@ -85,7 +84,7 @@ def resample_to_16_khz(audio: np.ndarray) -> np.ndarray:
     return soxr.resample(audio, SAMPLE_RATE, 16_000)
 
 
-def judge_words(whisper: str, recordings: list[Path]) -> Judge:
+def judge_words(whisper: str, recordings: list) -> Judge:
     """Word and character error rates of faster-whisper's transcript; `whisper` is a size or folder.
 
     Tags such as <laugh> do not count as words.
@@ -120,8 +119,11 @@ def judge_words(whisper: str, recordings: list[Path]) -> Judge:
     return judge
 
 
-def judge_voice(whisper: str, recordings: list[Path]) -> Judge:
-    """Cosine similarity of Resemblyzer's embedding to the mean of the recordings', −1 to 1."""
+def judge_voice(whisper: str, recordings: list) -> Judge:
+    """Cosine similarity of Resemblyzer's embedding to the mean of the recordings', −1 to 1.
+
+    A recording is a file, its bytes, or (samples,) at 24 kHz.
+    """
     from resemblyzer import VoiceEncoder, preprocess_wav
 
     encoder = VoiceEncoder(verbose=False)
@@ -129,11 +131,12 @@ def judge_voice(whisper: str, recordings: list[Path]) -> Judge:
     def embed(audio):
         return encoder.embed_utterance(preprocess_wav(audio, source_sr=SAMPLE_RATE))
 
-    voice = np.mean([embed(read_audio(recording)[0]) for recording in recordings], axis=0)
+    sounds = [r if isinstance(r, np.ndarray) else read_audio(r)[0] for r in recordings]
+    voice = np.mean([embed(sound) for sound in sounds], axis=0)
     return lambda audio, text: {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
 
 
-def judge_sound(whisper: str, recordings: list[Path]) -> Judge:
+def judge_sound(whisper: str, recordings: list) -> Judge:
     """DNSMOS's overall mean opinion score of how clean the speech sounds, 1 to 5."""
     from speechmos import dnsmos
 
@@ -144,18 +147,40 @@ def judge_sound(whisper: str, recordings: list[Path]) -> Judge:
     return judge
 
 
+def judge_sound_again(whisper: str, recordings: list) -> Judge:
+    """Distill-MOS's mean opinion score, 1 to 5: another opinion than DNSMOS's."""
+    import torch
+    from distillmos import ConvTransformerSQAModel
+
+    model = ConvTransformerSQAModel().eval()
+
+    def judge(audio, text):
+        with torch.no_grad():
+            score = model(torch.from_numpy(resample_to_16_khz(audio))[None])
+        return {"distillmos": float(score)}
+
+    return judge
+
+
 # For each judge the scores it gives, and the modules it needs with their names on PyPI.
 JUDGES = {
     "wer, cer": (judge_words, {"faster_whisper": "faster-whisper", "jiwer": "jiwer"}),
     "likeness": (judge_voice, {"resemblyzer": "resemblyzer"}),
     "mos": (judge_sound, {"speechmos": "speechmos onnxruntime"}),
+    "distillmos": (judge_sound_again, {"distillmos": "distillmos"}),
 }
 
 
-def load_judges(whisper: str, recordings: list[Path]) -> list[Judge]:
-    """Loads the judges whose packages are installed; prints which scores there will be.
+def find_judges(whisper: str, recordings: list) -> tuple[list[Judge], list[str], list[str]]:
+    """Loads the judges whose packages are installed.
 
-    The scores that cannot be computed are printed with what to install or to give for them.
+    Args:
+        whisper: faster-whisper's model, a size or a folder.
+        recordings: of the voice, as `judge_voice` takes them; without any there is no likeness.
+
+    Returns:
+        the judges, the names of the scores that there will be, and the names of those that cannot
+        be computed, each with what to install or to give for it.
     """
     judges, available, missing = [], ["silence, pace"], []
     for name, (load_judge, packages) in JUDGES.items():
@@ -165,8 +190,17 @@ def load_judges(whisper: str, recordings: list[Path]) -> list[Judge]:
         elif load_judge is judge_voice and not recordings:
             missing.append(f"{name} (give recordings: --file metadata.csv)")
         else:
-            judges.append(load_judge(whisper, recordings))
-            available.append(name)
+            try:
+                judges.append(load_judge(whisper, recordings))
+                available.append(name)
+            except (ImportError, OSError) as error:  # torchaudio of another torch, for example
+                missing.append(f"{name} (does not load: {first_reason(error)})")
+    return judges, available, missing
+
+
+def load_judges(whisper: str, recordings: list) -> list[Judge]:
+    """The judges of `find_judges`; prints which scores there will be, and which there will not."""
+    judges, available, missing = find_judges(whisper, recordings)
     print(f"scores   {', '.join(available)}" + (f"; not: {', '.join(missing)}" if missing else ""))
     return judges
 

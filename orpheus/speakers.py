@@ -1,0 +1,165 @@
+"""Who says what in an evaluation: texts and recordings, the codec, models, other programs' wavs."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from orpheus.audio import measure_clip, read_audio
+from orpheus.clips import read_clips
+from orpheus.doctor import TAG
+from orpheus.files import write_text
+from orpheus.hub import find_base, is_adapter
+from orpheus.runs import SAVED_REPORT
+from orpheus.settings import SPEAKING, read_json, read_text
+
+TEXTS = Path(__file__).with_name("evaluation_texts.txt")
+REFERENCES = 20  # recordings from training, whose mean embedding is the voice that is compared with
+
+
+class Line(NamedTuple):
+    """A text to say, its kind, and its recording, if there is one."""
+
+    text: str
+    kind: str = "given"  # or held-out, or a heading of evaluation_texts.txt
+    recording: Path | bytes | None = None
+
+
+class Sound(NamedTuple):
+    """What a speaker makes of a line."""
+
+    line: Line
+    audio: np.ndarray  # (samples,) at 24 kHz
+    seed: int | None = None  # of a model's sampling
+    ended: bool | None = None  # whether a model ended it by itself; None if that is not known
+
+
+class Speaker(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    count: int  # of its sounds
+    sounds: Iterator[Sound]  # made as they are asked for
+
+
+@dataclasses.dataclass
+class Corpus:
+    """What a run's dataset gives to the evaluation."""
+
+    held_out: list[Line] = dataclasses.field(default_factory=list)  # of the voice
+    references: list[Path | bytes] = dataclasses.field(default_factory=list)  # trained on
+    others: dict[str, list[Line]] = dataclasses.field(default_factory=dict)  # by other voices
+    tags: set[str] = dataclasses.field(default_factory=set)
+
+
+# ---------------------------------------------------------------- texts and recordings
+
+
+def read_general(tags: set[str]) -> list[Line]:
+    """The lines of evaluation_texts.txt, and one for each of the `tags` that they do not have."""
+    lines, kind = [], ""
+    for line in read_text(TEXTS).splitlines():
+        if line.startswith("# "):
+            kind = line[2:]
+        elif line:
+            lines.append(Line(line, kind))
+    known = {tag for line in lines for tag in TAG.findall(line.text)}
+    lines += [Line(f"Well, this is how it goes. {tag}", "tags") for tag in sorted(tags - known)]
+    return lines
+
+
+def read_corpus(info, voice: str | None) -> Corpus:
+    """The recordings and texts of a run's dataset; `UserError` if the dataset cannot be read."""
+    report, settings, corpus = read_json(info.home / SAVED_REPORT), info.settings, Corpus()
+    held_out = set(report.get("held_out_texts", ()))
+    left_out = {clip.partition(": ")[0] for clip in [*report["left_out"], *report["dropped"]]}
+    for clip in read_clips(settings):
+        text = " ".join((clip.text or "").split())
+        name = " ".join((clip.voice or settings.voice or "").split())
+        corpus.tags |= set(TAG.findall(text))
+        if clip.error or not clip.audio or clip.source in left_out:
+            continue
+        line = Line(text, "held-out", clip.audio)
+        if name != (voice or ""):
+            corpus.others.setdefault(name, []).append(line)
+        elif text in held_out:
+            corpus.held_out.append(line)
+        elif len(corpus.references) < REFERENCES:
+            corpus.references.append(clip.audio)
+    return corpus
+
+
+def spread(lines: list, count: int) -> list:
+    """At most `count` of `lines`, evenly spread over them."""
+    return [lines[n * len(lines) // count] for n in range(count)] if len(lines) > count else lines
+
+
+# ---------------------------------------------------------------- speakers
+
+
+def recorded(lines: list[Line], settings) -> Iterator[Sound]:
+    """The recordings of lines, trimmed as for training."""
+    for line in lines:
+        yield Sound(line, measure_clip(line.recording, settings)[0])
+
+
+def decoded(lines: list[Line], settings, codec) -> Iterator[Sound]:
+    """The recordings through the codec."""
+    from orpheus.codec import decode_stream, encode
+
+    for sound in recorded(lines, settings):
+        codes = encode(codec, [sound.audio])[0]
+        yield sound._replace(audio=np.concatenate([*decode_stream(codec, codes, seed=0)]))
+
+
+def read_wavs(lines: list[Line], folder: Path) -> Iterator[Sound]:
+    """The sounds that another program made of the lines of texts.txt, 001.wav for the first."""
+    for n, line in enumerate(lines, 1):
+        if (path := folder / f"{n:03}.wav").is_file():
+            yield Sound(line, read_audio(path)[0])
+
+
+def fingerprint(info, voice: str | None) -> str:
+    """A digest of all that decides how a model speaks a text: weights, voice, settings, codec."""
+    folders = [info.folder, *([find_base(info.folder)] if is_adapter(info.folder) else [])]
+    files = [path for folder in folders for path in sorted(folder.resolve().glob("*.safetensors"))]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    settings = [getattr(info.settings, name) for name in (*SPEAKING, "codec", "weights", "bf16")]
+    return hashlib.sha256(repr((stats, voice, settings)).encode()).hexdigest()[:12]
+
+
+def spoken(
+    info, voice: str | None, lines: list[Line], seeds: int, codec, folder: Path
+) -> Iterator[Sound]:
+    """The lines as a model speaks them, with each seed. What `folder` holds is not spoken again.
+
+    The model is loaded once the first sound is missing. ended.json lists the wavs that are whole,
+    and whether the model ended them by itself.
+    """
+    from orpheus.generation import save_speech, synthesize
+    from orpheus.run_info import load_run
+    from orpheus.scoring import BY_ITSELF
+
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", info.folder.resolve().name)
+    folder = folder / f"{name}-{fingerprint(info, voice)}"
+    ended = read_json(folder / "ended.json") if (folder / "ended.json").is_file() else {}
+    model = None
+    for seed in range(info.settings.seed, info.settings.seed + seeds):
+        names = [hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines]
+        paths = [folder / f"{seed}-{name}.wav" for name in names]
+        missing = [n for n, path in enumerate(paths) if path.name not in ended]
+        if missing:
+            model = model or load_run(info)
+            texts, settings = [lines[n].text for n in missing], info.settings.replace(seed=seed)
+            speech = synthesize(texts, *model, codec, settings, voice, info.pace)
+        for line, path in zip(lines, paths, strict=True):
+            if path.name not in ended:
+                rows = save_speech(speech, path, keep=False, quiet=True)[1]
+                ended[path.name] = all(row.end == BY_ITSELF for row in rows)
+                write_text(folder / "ended.json", json.dumps(ended, indent=1))
+            yield Sound(line, read_audio(path)[0], seed, ended[path.name])
