@@ -81,7 +81,7 @@ def fine_tune(settings: Settings, started: float) -> None:
         checkpoint = runs.last_checkpoint(out)
     if checkpoint:
         runs.check_resumed(settings, report.digest)
-    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out)
+    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out, rows)
 
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)

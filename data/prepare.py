@@ -34,9 +34,9 @@ def make_rows(
 ) -> tuple[list[dict], list[dict], Report]:
     """Makes the rows that a run trains on, those that it holds out, and the report on the data.
 
-    A row has `input_ids` and `labels`, (tokens,) int64, and `text`. A clip that cannot be used is
-    left out, and the report names it. `codec` is settings.codec, if it is loaded already.
-    Raises `UserError` where no row is left, or for a broken dataset, codec or tokenizer.
+    A row has `input_ids` and `labels`, (tokens,) int64, its `text` and its `voice`. A clip that
+    cannot be used is left out, and the report names it. `codec` is settings.codec, if it is loaded
+    already. Raises `UserError` where no row is left, or for a broken dataset, codec or tokenizer.
     """
     from orpheus.encoding import encode_clips, read_codebook_size
 
@@ -81,7 +81,7 @@ def build_row(
         prompt = prompt_ids(tokenizer, ids, text, voice)
         row = make_row(prompt, encoded.codes, ids, settings)
     measures = Measures(clip.source, voice, text, encoded.sound, len(row["input_ids"]))
-    return row | {"text": text}, measures
+    return row | {"text": text, "voice": voice}, measures
 
 
 def check_length(

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from orpheus.codec import decode_stream
 from orpheus.doctor import Report
 from orpheus.files import write_text
 from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
 from orpheus.output import record_files
+from orpheus.runs import RANK
+from orpheus.scoring import Judge, load_judges
 from orpheus.settings import Settings
-from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, parts_of, read_speech_ids
+from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, parts_of, read_speech_ids, whole_frames
 
+SCORES = ("wer", "likeness", "mos")  # the judges' that the console shows
+REFERENCES = 20  # recordings whose voice the samples are compared with
 POSITIONS = 256  # whose logits are held at once: those of a whole row would fill a small GPU
 
 
@@ -78,6 +83,7 @@ class SampleEvaluator:
     settings: Settings
     report: Report
     held_out: list[dict]  # rows
+    trained: list[dict]  # rows, whose voice the judges compare with if none is held out
 
     def __post_init__(self):
         self.ids = read_speech_ids(self.tokenizer, self.codec.codebook_size)
@@ -86,6 +92,19 @@ class SampleEvaluator:
         for text in self.settings.sample_texts:
             for part in parts_of(text, self.settings):
                 make_utterance(base, self.tokenizer, self.ids, part, self.settings, self.voice)
+        self.judges = self.load_judges() if self.settings.judge_samples and not RANK else []
+
+    def load_judges(self) -> list[Judge]:
+        """The judges that are installed; the recordings through the codec are the voice."""
+        model = self.settings.judge_samples
+        rows = [row for row in self.held_out if row["voice"] == (self.voice or "")]
+        rows = rows or [row for row in self.trained if row["voice"] == (self.voice or "")]
+        speech = [
+            row["input_ids"][np.argmax(row["input_ids"] == self.ids.sos) + 1 :] for row in rows
+        ]
+        codes = [whole_frames(ids, self.ids)[0] for ids in speech[:REFERENCES]]
+        recordings = [np.concatenate([*decode_stream(self.codec, c, seed=0)]) for c in codes]
+        return load_judges("base" if model is True else model, recordings)
 
     def __call__(self, model, step: int, dtype=None) -> tuple[dict[str, float], list]:
         """(metrics, [(samples, whether the speech ended by itself), …]); writes the wavs.
@@ -100,10 +119,20 @@ class SampleEvaluator:
         with torch.random.fork_rng(devices):
             loaded = model, self.tokenizer, self.codec
             samples = speak(texts, paths, *loaded, settings, self.voice, quiet=True)
+            scores = self.judge(samples)
         metrics = held_out_metrics(model, self.held_out, self.ids, dtype)
         set_mode(model, settings, "training")
         loss = metrics.get("eval_loss", 0.0)
-        return metrics | speech_metrics(texts, samples, self.report, loss), samples
+        return metrics | speech_metrics(texts, samples, self.report, loss, scores), samples
+
+    def judge(self, samples: list) -> dict[str, float]:
+        """The mean of each judge's scores over the samples that it has scored."""
+        scores = [
+            {name: value for judge in self.judges for name, value in judge(audio, text).items()}
+            for text, (audio, _) in zip(self.settings.sample_texts, samples, strict=True)
+        ]
+        names = dict.fromkeys(name for row in scores for name in row)
+        return {name: float(np.mean([r[name] for r in scores if name in r])) for name in names}
 
 
 def set_mode(model, settings: Settings, mode: str) -> None:
@@ -118,19 +147,27 @@ def sample_folder(settings: Settings, step: int) -> Path:
     return Path(settings.output_dir) / f"samples/step-{step:06}"
 
 
-def speech_metrics(texts: list[str], samples: list, report: Report, loss: float) -> dict:
+def speech_metrics(
+    texts: list[str], samples: list, report: Report, loss: float, scores: dict[str, float]
+) -> dict:
     """The share of samples that ended by themselves, their pace, and a score to compare steps by.
 
     The pace is seconds a character, relative to the data's. The score weighs the share that ended
-    first, then the pace, the held-out loss last.
+    first, then the pace, the held-out loss last. With the judges' `scores`, it weighs the share
+    that ended, the word errors, the likeness, the pace and the loss, each ten times the next.
     """
     if not samples:
         return {"eval_score": -loss / 10}
     ended = sum(end for _, end in samples) / len(samples)
     seconds = sum(len(audio) for audio, _ in samples) / SAMPLE_RATE
     pace = seconds / sum(map(len, texts)) / (report.seconds / report.characters)
-    score = 100 * ended - 10 * min(abs(math.log(pace)), 5) - loss / 10
-    return {"eval_ended": ended, "eval_pace": pace, "eval_score": score}
+    distance = min(abs(math.log(pace)), 5)
+    score = 100 * ended - 10 * distance - loss / 10
+    if scores:
+        words, likeness = min(scores.get("wer", 0.0), 2), scores.get("likeness", 0.0)
+        score = 1000 * ended - 100 * words + 10 * likeness - distance - loss / 10
+    metrics = {"eval_ended": ended, "eval_pace": pace, "eval_score": score}
+    return metrics | {f"eval_{name}": value for name, value in scores.items()}
 
 
 def format_check(logs: dict, step: int, settings: Settings) -> str:
@@ -143,6 +180,7 @@ def format_check(logs: dict, step: int, settings: Settings) -> str:
     if "eval_ended" in logs:
         count = len(settings.sample_texts)
         parts.append(f"ended {round(logs['eval_ended'] * count)}/{count}")
+        parts += [f"{n} {logs[f'eval_{n}']:.2f}" for n in SCORES if f"eval_{n}" in logs]
         parts += [f"pace {logs['eval_pace']:.2f}", f"samples: {sample_folder(settings, step)}/"]
     return "   ".join(parts)
 
@@ -158,7 +196,7 @@ def save_checks(log_history: list[dict], out: Path) -> None:
     record_files(out, "checks.csv")
     write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
-    shown = ("eval_ended", "eval_pace", "eval_loss")
+    shown = (f"eval_{name}" for name in ("ended", *SCORES, "pace", "loss"))
     parts = [f"{name[5:]} {best[name]:.3g}" for name in shown if name in best]
     parts += ["kept"] if (out / f"checkpoint-{best['step']}").is_dir() else []
     print(f"best     step {best['step']} of {len(checks)} checks: {', '.join(parts)}")

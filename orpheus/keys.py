@@ -136,6 +136,10 @@ class Settings(BaseModel):
     sample_texts: list[str] = setting(
         "Texts that are spoken to output_dir/samples at every check and at the end"
     )
+    judge_samples: bool | str = setting(
+        "true: score the samples of each check by the judges that are installed, and choose the "
+        "best checkpoint by them; a size or folder: the same with this model of faster-whisper"
+    )
     logging_steps: Steps = trainer_setting("Steps between lines of the log")
     include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = trainer_setting(
         "Tokens counted for tokens/s and hours of audio: non_padding, all or no"

@@ -19,7 +19,15 @@ PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until th
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 # On resume only the run length, logging, saving and sampling keys may change.
 CHANGEABLE = {"max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to"}
-CHANGEABLE |= {"cache_dir", "sample_steps", "sample_texts", "plan", "fit", *SPEAKING}
+CHANGEABLE |= {
+    "cache_dir",
+    "sample_steps",
+    "sample_texts",
+    "judge_samples",
+    "plan",
+    "fit",
+    *SPEAKING,
+}
 CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_")
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
 

@@ -11,7 +11,7 @@ import soxr
 from transformers.models.whisper import english_normalizer
 
 from orpheus.audio import read_audio
-from orpheus.settings import UserError, first_reason
+from orpheus.settings import UserError, first_reason, quiet_libraries
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 BY_ITSELF = "ended by itself"
@@ -152,7 +152,8 @@ def judge_sound_again(whisper: str, recordings: list) -> Judge:
     import torch
     from distillmos import ConvTransformerSQAModel
 
-    model = ConvTransformerSQAModel().eval()
+    with quiet_libraries():
+        model = ConvTransformerSQAModel().eval()
 
     def judge(audio, text):
         with torch.no_grad():
