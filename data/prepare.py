@@ -55,7 +55,7 @@ def make_rows(
             report.measures.append(measures)
             rows.append(row)
     if rows:
-        kept = report.add_findings(settings.leave_out)
+        kept = report.add_findings(settings.leave_out, tokenizer)
         rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
     check_any_left(rows, report, settings)
     report.digest = digest_rows(rows)

@@ -15,7 +15,7 @@ from orpheus.clips import printable
 from orpheus.files import atomic_file, write_text
 from orpheus.runs import SAVED_REPORT
 from orpheus.settings import Settings, UserError
-from orpheus.tokens import SAMPLE_RATE
+from orpheus.tokens import SAMPLE_RATE, TAG, count_pieces
 
 # name: (what it means, what to do). Clips with a finding that `leave_out` names are not trained on.
 FINDINGS = {
@@ -34,10 +34,15 @@ FINDINGS = {
     "unspeakable": ("a link, a mail address or symbols in the text", "write what is spoken"),
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
     "loudness": ("over 10 dB from the voice's usual level", "normalise the clips"),
+    "rare_tag": ("an emotion tag that occurs under ten times", "record more of it, or remove it"),
+    "alphabet": (
+        "a character that the tokenizer splits into pieces",
+        "give much more data, or write the text in letters that the base knows",
+    ),
 }
-TAG = re.compile(r"<\w+>")  # an emotion tag, as <laugh>
 # Findings that a training run prints, too, unless their clips are left out: those with a remedy.
 IMPORTANT = {"long", "clipped", "quiet", "narrow", "digits", "unspeakable", "pace", "loudness"}
+IMPORTANT |= {"rare_tag", "alphabet"}
 
 
 class Measures(NamedTuple):
@@ -76,8 +81,20 @@ def find_repeats(keys: Iterable) -> list[bool]:
     return [key in seen or bool(seen.add(key)) for key in keys]
 
 
-def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
-    """How far each clip exceeds the limit of each finding, (clips,) by name; found if above 0."""
+RARE = 10  # an emotion tag that occurs less often is hardly learnt
+
+
+def count_tags(texts: Iterable[str]) -> Counter:
+    """How often each emotion tag occurs, the most frequent first."""
+    tags = Counter(tag for text in texts for tag in TAG.findall(text))
+    return Counter(dict(tags.most_common()))
+
+
+def examine(measures: list[Measures], pieces: dict[str, int]) -> dict[str, np.ndarray]:
+    """How far each clip exceeds the limit of each finding, (clips,) by name; found if above 0.
+
+    `pieces` are the characters that the tokenizer splits, as `count_pieces` returns them.
+    """
     sound = {
         name: np.array([getattr(clip.sound, name) for clip in measures]) for name in Sound._fields
     }
@@ -86,6 +103,7 @@ def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
     lengths = np.array([len(text) for text in texts])
     median_level = {v: np.median(sound["level"][voices == v]) for v in set(voices)}
     voice_level = np.array([median_level[voice] for voice in voices])
+    tags = count_tags(texts)
     unspeakable = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
     excess = {
         "short": 0.5 - sound["seconds"],
@@ -104,6 +122,8 @@ def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
         # 10 characters for the breath before a clip
         "pace": find_outliers(np.log(sound["seconds"] / (lengths + 10)), voices),
         "loudness": np.abs(sound["level"] - voice_level) - 10,
+        "rare_tag": [max((RARE - tags[t] for t in TAG.findall(text)), default=0) for text in texts],
+        "alphabet": [sum(character in pieces for character in text) for text in texts],
     }
     assert excess.keys() == FINDINGS.keys()
     return {name: np.asarray(values, dtype=float) for name, values in excess.items()}
@@ -125,6 +145,8 @@ class Report:
     lengths: list[int] = field(default_factory=list)  # tokens of every clip, dropped ones too
     reasons: Counter = field(default_factory=Counter)  # clips left out or dropped, in few words
     note: str | None = None  # how the table was read, where that was not obvious
+    tags: Counter = field(default_factory=Counter)  # emotion tags, of the measured clips
+    pieces: dict[str, int] = field(default_factory=dict)  # tokens of characters that are split
     held_out: int = 0  # rows kept from training
     held_out_texts: list[str] = field(default_factory=list)  # their texts
     slots_used: dict[str, float] = field(default_factory=dict)  # share, by batching
@@ -149,12 +171,14 @@ class Report:
         self.left_out.append(f"{source}: {printable(str(error))}")
         self.reasons[getattr(error, "reason", "broken row")] += 1
 
-    def add_findings(self, leave_out: list[str]) -> np.ndarray:
+    def add_findings(self, leave_out: list[str], tokenizer) -> np.ndarray:
         """Examines the measured clips, and records those with findings that `leave_out` names.
 
         Returns (clips,), True for the clips that are kept. `measures` then holds those alone.
         """
-        excess = examine(self.measures)
+        texts = [clip.text for clip in self.measures]
+        self.tags, self.pieces = count_tags(texts), count_pieces(texts, tokenizer)
+        excess = examine(self.measures, self.pieces)
         kept = np.ones(len(self.measures), dtype=bool)
         for name, values in excess.items():
             worst_first = np.argsort(-values, kind="stable")[: (values > 0).sum()]
@@ -218,6 +242,10 @@ class Report:
         used = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.slots_used.items())
         chosen = f"{settings.batching} is chosen; {self.held_out} rows held out"
         print(f"batches  {used} of their slots used; {chosen}")
+        for name, counts in (("tags", self.tags), ("pieces", self.pieces)):
+            if counts:  # pieces: the tokens of every character that is split
+                shown = ", ".join(f"{key} {count}" for key, count in list(counts.items())[:40])
+                print(f"{name:9}{shown}{', …' if len(counts) > 40 else ''}")
 
     def print_clips(self, title: str, clips: list[str], shown: int) -> None:
         """Prints how many clips there are under a title, and the first `shown` of them."""

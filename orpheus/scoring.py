@@ -12,7 +12,7 @@ from transformers.models.whisper import english_normalizer
 
 from orpheus.audio import read_audio
 from orpheus.settings import UserError, first_reason, quiet_libraries
-from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TAG
 
 BY_ITSELF = "ended by itself"
 CUT_OFF = "cut off at the limit without an end token (raise --max_seconds)"
@@ -110,7 +110,7 @@ def judge_words(whisper: str, recordings: list) -> Judge:
         # every digit a word, otherwise "5631" and "5, 6, 3, 1" have nothing in common
         reference, hypothesis = (
             re.sub(r"(?<=\d)(?=\d)", " ", normalize(words)).strip()
-            for words in (re.sub(r"<\w+>", " ", text), transcript)
+            for words in (TAG.sub(" ", text), transcript)
         )
         if not reference:
             return {}

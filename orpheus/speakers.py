@@ -12,11 +12,11 @@ import numpy as np
 
 from orpheus.audio import measure_clip, read_audio
 from orpheus.clips import read_clips
-from orpheus.doctor import TAG
 from orpheus.files import write_text
 from orpheus.hub import find_base, is_adapter
 from orpheus.runs import SAVED_REPORT
 from orpheus.settings import SPEAKING, read_json, read_text
+from orpheus.tokens import TAG
 
 TEXTS = Path(__file__).with_name("evaluation_texts.txt")
 REFERENCES = 20  # recordings from training, whose mean embedding is the voice that is compared with

@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections import namedtuple
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
     return SpeechIds(**ids, codebook_size=codebook_size)
 
 
+TAG = re.compile(r"<\w+>")  # an emotion tag, as <laugh>
 SLOWEST_PACE = 10  # characters a second that a slow voice speaks
 
 
@@ -84,6 +86,16 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     text_ids = tokenizer(text, **options)["input_ids"]
     return [ids.soh, ids.bos, *text_ids, ids.eot, ids.eoh, ids.soa, ids.sos]
+
+
+def count_pieces(texts: Iterable[str], tokenizer) -> dict[str, int]:
+    """The characters for which the tokenizer has no token of their own, and their tokens.
+
+    The bytes of a letter of another alphabet are then learnt from the clips alone.
+    """
+    characters = sorted({c for text in texts if not text.isascii() for c in text})
+    pieces = {c: len(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in characters}
+    return {character: count for character, count in pieces.items() if count > 1}
 
 
 def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:

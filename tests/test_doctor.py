@@ -47,8 +47,14 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     clip("same_text.wav", text=rows[0][1], seconds=len(rows[0][1]) / 15)
     (tmp_path / "same_sound.wav").write_bytes((tmp_path / "07.wav").read_bytes())
     rows.append(("same_sound.wav", rows[7][1] + "!", "me"))
+    clip("rare_tag.wav", text="this one ends with a laugh <laugh>")
+    clip("alphabet.wav", text="and this one is named საქართველო")
+    for n in range(10):
+        clip(f"{40 + n}.wav", text=f"this one <sigh> is the same as {'x' * n}")
     folder_of(tmp_path, rows)
     _, report = rows_of(tmp_path, tokenizer, max_length=4000)
+    assert report.tags == {"<sigh>": 10, "<laugh>": 1}
+    assert report.pieces == dict.fromkeys("აევთლორსქ", 3)
     named = {
         name: [rows[int(re.search(r"row (\d+):", clip)[1]) - 2][0][:-4] for clip in clips]
         for name, clips in report.findings.items()
@@ -72,7 +78,7 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
     soundfile.write(tmp_path / "4.wav", np.zeros(9999), 24_000)
     noise(tmp_path / "long.wav", 3.0)
     names = [f"{n}.wav" for n in range(6)] + ["long.wav"]
-    folder_of(tmp_path, [(name, f"text {name} 1", "anna") for name in names])
+    folder_of(tmp_path, [(name, f"text {name} 1 <sigh> —", "anna") for name in names])
     root = ROOT
     config = {"codec": root / "data/demo/codec", "max_length": 200, "output_dir": "out"}
     overrides = {"dataset": ".", "cache_dir": "null", **{k: str(v) for k, v in config.items()}}
@@ -82,10 +88,11 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     counts = "5 of 7 clips, 0.1 min, voice anna; 2 left out (1 silent, 1 too long)"
     assert lines[0] == f"data     .: {counts}: out/data_report.json"
-    assert len(lines) == 2 and "digits" in lines[1]
+    assert [line.split()[1] for line in lines[1:]] == ["digits,", "rare_tag,", "alphabet,"]
     report.print_summary(chosen, full=True)
     printed = capsys.readouterr().out
     assert "rows     " in printed and "batches  " in printed and "no_highs" in printed
+    assert "tags     <sigh> 5\n" in printed and "pieces   — 3\n" in printed
     assert "silent throughout" in printed and "find a better source" not in printed
     report.save(tmp_path / "out")
     saved = json.loads((tmp_path / "out/data_report.json").read_text())
