@@ -28,7 +28,10 @@ def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
     if settings.plan:
-        print_plan(settings)
+        from orpheus import compatibility, memory
+
+        settings = compatibility.resolve_settings(settings)
+        memory.print_plan(settings, memory.read_base(settings))
         return
     from orpheus.output import output_lock
     from orpheus.runs import RANK
@@ -37,13 +40,6 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
     with output_lock(settings):
         fine_tune(settings, started)
-
-
-def print_plan(settings: Settings) -> None:
-    from orpheus import compatibility, memory
-
-    settings = compatibility.resolve_settings(settings)
-    memory.print_plan(settings, memory.read_base(settings))
 
 
 def import_backend(settings: Settings) -> None:
@@ -118,7 +114,7 @@ def make_sft_config(settings: Settings):
             seed=settings.seed,
             max_length=settings.max_length,
             packing=settings.batching == "pack",
-            padding_free=settings.batching == "pack",  # else Unsloth flattens padded batches, too
+            padding_free=False,  # else Unsloth flattens padded batches; packing turns it on itself
             pad_to_multiple_of=settings.max_length if pad_to_max else None,
             gradient_checkpointing=bool(settings.gradient_checkpointing),
             use_cpu=not torch.cuda.is_available(),
@@ -146,8 +142,8 @@ def load_model(settings: Settings, arguments):
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
     if not settings.full_finetuning:
-        base = absolute_path_or_hub_id(settings.model)
-        model.peft_config["default"].base_model_name_or_path = base
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
     return model
 
 
