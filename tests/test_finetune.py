@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
         patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
         with pytest.raises(UserError) as caught:
             run_here(patch, tmp_path, **keys)
-    told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
+    told = f"{tmp_path} cannot be written, its disk is full: free some of it, then --resume; "
     assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"
     run_here(monkeypatch, tmp_path, **keys, resume="true")
     assert is_adapter(tmp_path)
@@ -485,7 +485,7 @@ def test_stop_and_resume(tmp_path):
     assert not (out / "adapter_config.json").exists()
 
     code, _, errors = script(*words, str(step + 2))
-    assert code == 2 and "--resume goes on" in errors
+    assert code == 2 and "--resume continues it" in errors
     torn = out / "checkpoint-9999"
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")
