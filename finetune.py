@@ -38,11 +38,11 @@ from orpheus.hub import (
 from orpheus.memory import GIB, check_memory, peak_memory, print_plan, read_base, step_down
 from orpheus.models import (
     LINEAR_LAYERS,
+    bitsandbytes_config,
     check_machine,
     device,
     load_base,
     load_tokenizer,
-    quantization_config,
 )
 from orpheus.runs import (
     RANK,
@@ -305,7 +305,7 @@ def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    config = quantization_config(settings.weights, dtype)
+    config = bitsandbytes_config(settings.weights, dtype)
     folder = fetch(settings.model, MODEL_FILES)
     model = load_base(
         folder, dtype=dtype, quantization_config=config, device_map=settings.device_map
