@@ -16,118 +16,133 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from orpheus.audio import make_folder
+from orpheus.audio import Sound
 from orpheus.batching import make_row, slots_used, split_rows
 from orpheus.clips import Clip, Clips, printable, read_clips
-from orpheus.codec import CODEC_FILES
-from orpheus.doctor import FINDINGS, Report, draw_report, examine
-from orpheus.encoding import SOUND_TYPES, Measures, encode_clips, frames_of
-from orpheus.hub import TOKENIZER_FILES, fetch
-from orpheus.models import load_tokenizer
+from orpheus.doctor import Measures, Report, check_leave_out, draw_report
+from orpheus.files import make_folder
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import Settings, UserError, check_names, read_command_line, read_json, run
-from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids
+from orpheus.settings import Settings, UserError, read_command_line, run
+from orpheus.tokens import SLOTS, SpeechIds, prompt_ids, read_speech_ids
 
-del SOUND_TYPES["tokens"]  # of the row, not of the sound
+# orpheus.encoding and orpheus.models import torch, which takes seconds: they are imported once the
+# settings are read and checked.
 
 
-def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[list, "Report"]:
-    """Rows (input_ids, labels, text) and the report. A faulty clip is left out and named.
+def make_rows(
+    clips: Clips, settings: Settings, tokenizer, codec=None
+) -> tuple[list[dict], list[dict], Report]:
+    """Makes the rows that a run trains on, those that it holds out, and the report on the data.
 
-    `codec` is settings.codec, where the caller has loaded it already.
+    A row has `input_ids` and `labels`, (tokens,) int64, and `text`. A clip that cannot be used is
+    left out, and the report names it. `codec` is settings.codec, if it is loaded already.
+    Raises `UserError` where no row is left, or for a broken dataset, codec or tokenizer.
     """
-    if unknown := set(settings.leave_out) - FINDINGS.keys():
-        told = f"no finding is named {min(unknown)[:80]!r}; there are {', '.join(FINDINGS)}"
-        raise UserError(f"leave_out: {told}")
-    config = fetch(settings.codec, CODEC_FILES) / "config.json"
-    size = read_json(config).get("codebook_size")
-    if not isinstance(size, int):
-        raise UserError(f"{config}: no codebook_size: not a SNAC codec")
-    ids = read_speech_ids(tokenizer, size)
-    report, rows = Report(printable(settings.dataset), note=clips.note), []
-    for clip, heard in encode_clips(clips, settings, ids, codec):
-        add_row(rows, report, clip, heard, tokenizer, ids, settings)
-    return finish_rows(rows, report, settings), report
+    from orpheus.encoding import encode_clips, read_codebook_size
+
+    check_leave_out(settings)
+    ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
+    rows, report = [], Report(printable(settings.dataset), note=clips.note)
+    for clip, encoded in encode_clips(clips, settings, ids, codec):
+        report.clips += 1
+        try:
+            row, measures = build_row(clip, encoded, tokenizer, ids, settings)
+        except UserError as error:
+            report.add_left_out(clip.source, error)
+            continue
+        report.cached += encoded.cached
+        if check_length(row, measures, report, ids, settings):
+            report.measures.append(measures)
+            rows.append(row)
+    if rows:
+        kept = report.add_findings(settings.leave_out)
+        rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    check_any_left(rows, report, settings)
+    report.digest = digest_rows(rows)
+    train, held_out = split_rows(rows, settings)
+    report.held_out = len(held_out)
+    report.slots_used = slots_used([len(row["input_ids"]) for row in train], settings)
+    return train, held_out, report
 
 
-def add_row(rows: list, report: "Report", clip: Clip, heard, tokenizer, ids, settings) -> None:
-    """One clip's row, or the reason why there is none, into rows and report."""
-    report.clips += 1
+def build_row(
+    clip: Clip, encoded, tokenizer, ids: SpeechIds, settings: Settings
+) -> tuple[dict, Measures]:
+    """The row of an `EncodedClip`, or the error that is in its place; and its measures."""
+    if isinstance(encoded, UserError):
+        raise encoded
     text = " ".join((clip.text or "").split())
     voice = " ".join((clip.voice or settings.voice or "").split())
-    try:
-        if isinstance(heard, UserError):
-            raise heard
-        row = heard.row
-        if row:
-            text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
-        else:
-            prompt = prompt_ids(tokenizer, ids, text, voice)
-            row = make_row(prompt, heard.codes, ids, settings)
-    except UserError as mistake:
-        report.add_left_out(clip.where, str(mistake))
-        return
-    report.cached += heard.cached
-    measures = Measures(clip.where, voice, text, **heard.sound, tokens=len(row["input_ids"]))
-    length, cut = measures.tokens, ids.eos not in row["input_ids"]
-    if cut or length > settings.max_length:  # what it would take: prompt, codes and two ends
-        prompt = int(np.argmax(row["input_ids"] == ids.sos)) + 1
-        length = max(length, prompt + SLOTS * frames_of(measures.seconds) + 2)
+    row = encoded.row
+    if row:
+        text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
+    else:
+        prompt = prompt_ids(tokenizer, ids, text, voice)
+        row = make_row(prompt, encoded.codes, ids, settings)
+    measures = Measures(clip.source, voice, text, encoded.sound, len(row["input_ids"]))
+    return row | {"text": text}, measures
+
+
+def check_length(
+    row: dict, measures: Measures, report: Report, ids: SpeechIds, settings: Settings
+) -> bool:
+    """Whether a row is trained on. One that is cut or dropped for its length is reported."""
+    input_ids, limit = row["input_ids"], settings.max_length
+    length = full_length(input_ids, measures.sound, ids, limit)
     report.lengths.append(length)
-    if length > settings.max_length:
-        kept = cut and prompt < len(row["input_ids"]) <= settings.max_length
-        fault = f"{clip.where}: {length:,} tokens, {measures.seconds:.1f} s"
-        (report.truncated if kept else report.dropped).append(fault)
-        report.reasons["too long"] += not kept
-        if not kept:
-            return
-    report.measures.append(measures)
-    rows.append(row | {"text": text})
+    if length <= limit:
+        return True
+    has_speech = input_ids[-1] != ids.sos  # a prompt may fill the row by itself
+    truncated = ids.eos not in input_ids and has_speech and len(input_ids) <= limit
+    clips = report.truncated if truncated else report.dropped
+    clips.append(f"{measures.source}: {length:,} tokens, {measures.sound.seconds:.1f} s")
+    if not truncated:
+        report.reasons["too long"] += 1
+    return truncated
 
 
-def finish_rows(rows: list[dict], report: "Report", settings: Settings) -> list[dict]:
-    """The rows without those that `leave_out` names; the doctor's findings into the report."""
+def full_length(input_ids: np.ndarray, sound: Sound, ids: SpeechIds, max_length: int) -> int:
+    """Tokens of a row if nothing were cut off: its prompt, the frames of its sound, two ends."""
+    if ids.eos in input_ids and len(input_ids) <= max_length:
+        return len(input_ids)
+    prompt = int(np.argmax(input_ids == ids.sos)) + 1
+    return max(len(input_ids), prompt + SLOTS * sound.frames + 2)
+
+
+def check_any_left(rows: list[dict], report: Report, settings: Settings) -> None:
+    """`UserError` where every clip was left out, with the reason of the first."""
     if rows:
-        found, out = examine(report.measures), np.zeros(len(rows), bool)
-        for name, over in found.items():
-            worst = np.argsort(-over, kind="stable")[: (over > 0).sum()]
-            if len(worst):
-                report.findings[name] = [report.measures[n].told() for n in worst]
-            out |= (over > 0) & (name in settings.leave_out)
-        for n in np.flatnonzero(out):
-            names = ", ".join(name for name in settings.leave_out if found[name][n] > 0)
-            report.add_left_out(report.measures[n].where, names)
-        rows = [row for row, gone in zip(rows, out, strict=True) if not gone]
-        report.measures = [m for m, gone in zip(report.measures, out, strict=True) if not gone]
-    if not rows:
-        first = (report.left_out + report.dropped + ["no clips"])[0]
-        none = f"{settings.dataset}: no rows left of {report.clips} clips"
-        remedy = "see data/README.md"
-        if report.dropped and not report.left_out:
-            remedy = f"raise max_length, which is {settings.max_length}"
-        raise UserError(f"{none}; the first: {first}; {remedy}")
-    whole = hashlib.sha256()
+        return
+    first = (report.left_out + report.dropped + ["no clips"])[0]
+    remedy = "see data/README.md"
+    if report.dropped and not report.left_out:
+        remedy = f"raise max_length, which is {settings.max_length}"
+    fault = f"no rows left of {report.clips} clips; the first: {first}"
+    raise UserError(f"{settings.dataset}: {fault}; {remedy}")
+
+
+def digest_rows(rows: list[dict]) -> str:
+    """SHA-256 over the rows' ids and labels: a resumed run has to have the same ones."""
+    digest = hashlib.sha256()
     for row in rows:
-        whole.update(row["input_ids"].tobytes() + row["labels"].tobytes())
-    report.digest = whole.hexdigest()
-    report.split = train, held = split_rows(rows, settings)
-    report.held_out = len(held)
-    report.slots_used = slots_used([len(row["input_ids"]) for row in train], settings)
-    return rows
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--dataset")
     settings = read_command_line(__doc__)
-    check_names(settings)
-    out = Path(settings.output_dir)
     clips = read_clips(settings)
     make_folder(settings.output_dir, "output_dir")
+    from orpheus.hub import TOKENIZER_FILES, fetch
+    from orpheus.models import load_tokenizer
+
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
-    _, report = make_rows(clips, settings, tokenizer)
-    report.tell(settings, full=True)
-    if (out / SAVED_CONFIG).is_file():  # a run is there, whose report names its voices
+    *_, report = make_rows(clips, settings, tokenizer)
+    report.print_summary(settings, full=True)
+    out = Path(settings.output_dir)
+    if (out / SAVED_CONFIG).is_file():  # the report of a run names its voices: keep it
         out /= "doctor"
     report.save(out)
     draw_report(report, out / "data_report.png")

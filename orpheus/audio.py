@@ -1,27 +1,41 @@
-"""Reading recordings and writing them, whole or while they grow."""
+"""Reading, trimming and measuring recordings, and writing them whole or while they grow."""
 
 import contextlib
-import fcntl
+import hashlib
 import io
 import os
 import struct
 import sys
-import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import soundfile
+import soxr
 
-from orpheus.settings import UserError
-from orpheus.tokens import SAMPLE_RATE
+from orpheus.files import atomic_file
+from orpheus.settings import Settings, UserError
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE
 
-MOST_SECONDS = 600  # of one recording
-LOUDEST = 10  # times full scale; a recording above that was saved with the wrong scale
+MAX_SECONDS = 600  # of one recording
+MAX_PEAK = 10  # times full scale; a recording above that was saved with the wrong scale
+NEED_FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".wma")  # libsndfile does not read them
 
 
-def wav_bytes(file) -> tuple[int, int] | None:
+class ClipError(UserError):
+    """Why a clip cannot be used; `reason` is the few words under which the report counts it."""
+
+    def __init__(self, message: str, reason: str = "broken row"):
+        super().__init__(message)
+        self.reason = reason
+
+
+def wav_data_bytes(file: BinaryIO) -> tuple[int, int] | None:
     """(bytes of samples that a RIFF header declares, bytes that the file holds after it).
 
-    None for other formats, and for the huge sizes that programs write into a pipe.
+    libsndfile reads a wav that is cut short without an error. None for other formats, and for the
+    sizes near 2 GiB and more that programs declare when they write into a pipe.
     """
     head = file.read(12)
     while head[:4] == b"RIFF" and head[8:] == b"WAVE" and len(chunk := file.read(8)) == 8:
@@ -33,135 +47,174 @@ def wav_bytes(file) -> tuple[int, int] | None:
     return None
 
 
-def read_samples(file, where) -> tuple[np.ndarray, int, int]:
-    """An open sound file → (samples,) mono at its own rate, the rate, the number of channels.
+def read_samples(file: BinaryIO, name: str | Path) -> tuple[np.ndarray, int, int]:
+    """Reads an open audio file: (samples,) mono at its own rate, the rate, the number of channels.
 
-    Raises `UserError` for a file that holds less sound than its header declares, as after a
+    Raises `ClipError` for a file that holds less audio than its header declares, as after a
     download that broke off.
     """
-    import soundfile
-
-    declared, held = wav_bytes(file) or (0, 0)
+    declared, held = wav_data_bytes(file) or (0, 0)
     file.seek(0)
     with soundfile.SoundFile(file) as sound:
         rate, channels, frames = sound.samplerate, sound.channels, sound.frames
         if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-            raise UserError(f"{where}: its header does not say how long it is; make it a wav")
-        if frames > MOST_SECONDS * rate:
-            raise UserError(f"{where}: {frames / rate:.0f} s long; cut it into sentences")
+            fault = "its header does not say how long it is; convert it to wav"
+            raise ClipError(f"{name}: {fault}", "unreadable")
+        if frames > MAX_SECONDS * rate:
+            fault = f"{frames / rate:.0f} s long; cut it into sentences"
+            raise ClipError(f"{name}: {fault}", "too long")
         try:
             audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
         except soundfile.LibsndfileError as error:
             fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
-            raise UserError(f"{where}: {fault}: {error.error_string}") from None
+            raise ClipError(f"{name}: {fault}: {error.error_string}", "cut short") from None
     frames = round(len(audio) * declared / held) if declared > held > 0 else frames
     if frames - len(audio) > rate / 10:
         sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"
-        raise UserError(f"{where}: cut short: {sizes}")
+        raise ClipError(f"{name}: cut short: {sizes}", "cut short")
     return audio, rate, channels
 
 
 def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
-    """A recording that libsndfile reads → (samples,) at 24 kHz, mono; its own rate and channels."""
-    import soundfile
-    import soxr
+    """Reads a recording in any format of libsndfile, from a file or its bytes.
 
-    where = "its audio" if isinstance(source, bytes) else source
-    if where is source and not os.path.isfile(source):
-        fault = "is a folder, not a sound" if os.path.isdir(source) else "does not exist"
-        raise UserError(f"{where} {fault}")
-    if where is source and source.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".wma"):
-        made = source.with_suffix(".wav").name
-        raise UserError(f"{where}: not read here; ffmpeg -i {source.name} {made} makes it a wav")
+    Returns (samples,) at 24 kHz, mono, float32; the recording's own rate and number of channels.
+    Raises `ClipError` for a recording that cannot be used, with what to do about it.
+    """
+    name = "its audio" if isinstance(source, bytes) else source
+    if isinstance(source, Path) and not os.path.isfile(source):
+        fault = "is a folder, not an audio file" if os.path.isdir(source) else "does not exist"
+        raise ClipError(f"{name} {fault}", "no such file")
+    if isinstance(source, Path) and source.suffix.lower() in NEED_FFMPEG:
+        wav = source.with_suffix(".wav").name
+        fault = f"cannot be read here; convert it: ffmpeg -i {source.name} {wav}"
+        raise ClipError(f"{name}: {fault}", "unreadable")
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            audio, rate, channels = read_samples(file, where)
+            audio, rate, channels = read_samples(file, name)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
-        raise UserError(f"{where}: not audio that libsndfile reads: {reason}") from None
+        fault = f"not audio that libsndfile reads: {reason}"
+        raise ClipError(f"{name}: {fault}", "unreadable") from None
     if not np.isfinite(audio).all():
-        raise UserError(f"{where}: samples that are not numbers (NaN or infinite)")
-    if (peak := np.abs(audio).max(initial=0)) > LOUDEST:
+        raise ClipError(f"{name}: samples that are not numbers (NaN or infinite)", "unreadable")
+    if (peak := np.abs(audio).max(initial=0)) > MAX_PEAK:
         fault = f"samples of up to {peak:.3g}, far over full scale (1.0)"
-        raise UserError(f"{where}: {fault}; scale it down")
+        raise ClipError(f"{name}: {fault}; scale it down", "far over full scale")
     audio = soxr.resample(audio, rate, SAMPLE_RATE)
     if not len(audio):
-        raise UserError(f"{where}: no samples in it")
+        raise ClipError(f"{name}: no samples in it", "unreadable")
     return audio, rate, channels
 
 
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """Yields a path to write to, renamed to `path` once that is done: it is whole or not there.
+class Sound(NamedTuple):
+    """What is measured of a clip's audio."""
 
-    What a killed process left is written over by the next one, since the name is always the same.
-    It is locked; while another process writes to it, a name of our own is used.
+    digest: str = ""  # SHA-256 of the samples that are encoded
+    rate: int = SAMPLE_RATE  # Hz, before resampling
+    channels: int = 1
+    seconds: float = 0.0  # after trimming
+    silence: float = 0.0  # seconds cut off at both ends
+    level: float = -20.0  # dB, RMS of full scale
+    clipped: float = 0.0  # share of samples at full scale
+    offset: float = 0.0  # mean of the samples
+
+    @property
+    def frames(self) -> int:
+        """The codec's frames of the whole clip."""
+        return -(-round(self.seconds * SAMPLE_RATE) // FRAME_SAMPLES)
+
+
+def find_speech(audio: np.ndarray, threshold: float) -> tuple[int, int]:
+    """(first, end) of the samples between silent ends.
+
+    Silent are steps of 10 ms that are more than `threshold` dB below the loudest step.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = os.path.samestat(os.fstat(lock.fileno()), part.stat())
-            except OSError:  # another process writes to it, or has just renamed it
-                free = False
-            if not free:
-                part = part.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-            try:
-                yield part
-                os.replace(part, path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    step = SAMPLE_RATE // 100
+    steps = np.pad(audio, (0, -len(audio) % step)).reshape(-1, step)
+    power = (steps.astype(np.float64) ** 2).mean(axis=1)
+    loud = np.flatnonzero(power > power.max() * 10 ** (-threshold / 10))
+    return (loud[0] * step, (loud[-1] + 1) * step) if len(loud) else (0, len(audio))
 
 
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+def trim(audio: np.ndarray, settings: Settings) -> np.ndarray:
+    """The audio with at most `keep_silence` seconds of silence at either end; null keeps all."""
+    if settings.keep_silence is None:
+        return audio
+    first, end = find_speech(audio, settings.silence_db)
+    keep = int(settings.keep_silence * SAMPLE_RATE)
+    return audio[max(first - keep, 0) : end + keep]
+
+
+def measure_clip(source: Path | bytes, settings: Settings) -> tuple[np.ndarray, Sound]:
+    """(samples,) of a recording, trimmed, at 24 kHz, and what is measured of them.
+
+    Raises `ClipError` for a recording that cannot be used or is silent.
+    """
+    whole, rate, channels = read_audio(source)
+    audio = trim(whole, settings)
+    rms = float(np.sqrt((audio.astype(np.float64) ** 2).mean()))
+    if rms < 1e-4:  # -80 dB
+        name = "its audio" if isinstance(source, bytes) else source
+        raise ClipError(f"{name}: silent throughout", "silent")
+    return audio, Sound(
+        digest=hashlib.sha256(audio.tobytes()).hexdigest(),
+        rate=rate,
+        channels=channels,
+        seconds=len(audio) / SAMPLE_RATE,
+        silence=(len(whole) - len(audio)) / SAMPLE_RATE,
+        level=20 * np.log10(rms),
+        clipped=float((np.abs(whole) >= 0.999).mean()),
+        offset=float(whole.mean()),
+    )
 
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Rounded here, since libsndfile cuts off: so a file and a stream hold the same samples."""
+    """Samples of ±1 as int16. libsndfile would round down; so files and streams are the same."""
     return np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
 
 
 @contextlib.contextmanager
-def audio_file(path: Path):
-    """write(samples) at 24 kHz to a file of the kind its name ends in, whole or not at all."""
-    import soundfile
-
+def audio_file(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields write(samples), for 24 kHz audio, to a .wav or .flac that is whole or not there."""
     kind = path.suffix[1:].upper()
     if kind not in soundfile.available_formats():
         raise UserError(f"{path}: end the name in .wav or .flac")
     try:
         with (
-            whole_file(path) as part,
+            atomic_file(path) as part,
             soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
         ):
             yield lambda audio: file.write(to_int16(audio))
-    except soundfile.LibsndfileError as error:  # 2: an error of the system, which it does not name
+    except soundfile.LibsndfileError as error:
+        # Code 2 is an error of the system, which libsndfile does not name.
         reason = "the disk may be full" if error.code == 2 else error.error_string
         raise UserError(f"{path}: cannot be written: {reason}") from None
 
 
 def wav_header(size: int) -> bytes:
-    """The 44 bytes before `size` bytes of 16-bit mono samples; 2³² − 1 where they are more."""
+    """The 44 bytes before `size` bytes of 16-bit mono samples at 24 kHz.
+
+    The size is capped at 2³² − 1, which players take for a stream of unknown length. (The standard
+    library's `wave` refuses such a size, and writes a header only when samples come.)
+    """
     sizes, rate = (min(36 + size, 2**32 - 1), min(size, 2**32 - 1)), SAMPLE_RATE
     fields = (b"RIFF", sizes[0], b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", sizes[1])
     return struct.pack("<4sI8sIHHIIHH4sI", *fields)
 
 
 @contextlib.contextmanager
-def streamed_audio(out: Path):
-    """write(samples) to be heard at once, from a growing wav or standard output."""
+def streamed_audio(out: Path) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields write(samples), for 24 kHz audio that can be heard while it grows.
+
+    `out` is a .wav, whose header is kept up to date; `-`, for a wav on standard output; or `pcm`,
+    for bare samples there.
+    """
     piped, size = str(out) in ("-", "pcm"), 0
     if not piped and out.suffix != ".wav":
         raise UserError(f"{out}: a stream goes to a .wav, - (standard output) or pcm (bare)")
 
-    def write(audio):
+    def write(audio: np.ndarray) -> None:
         nonlocal size
         samples = to_int16(audio).tobytes()
         file.write(samples)
@@ -184,11 +237,21 @@ def streamed_audio(out: Path):
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 
-def make_folder(path: str, name: str) -> None:
-    """Makes a folder and tries to write into it; `UserError` names the key that it comes from."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        remedy = f"set --{name} to a folder that can be written"
-        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+PAUSE = 0.25  # seconds between the parts of a long text, added to the silence at their ends
+FADE = 240  # samples, 10 ms: parts fade into the pause and out of it, which avoids clicks
+
+
+def concat_with_pauses(parts: list[Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Joins parts, each an iterable of pieces of (samples,), with pauses; yields pieces."""
+    ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+    pause = np.zeros(int(PAUSE * SAMPLE_RATE), dtype=np.float32)
+    for n, pieces in enumerate(parts):
+        tail = None  # the last 10 ms, held back until it is known whether a pause follows
+        for piece in pieces:
+            if n and tail is None:
+                piece = np.concatenate([piece[:FADE] * ramp, piece[FADE:]])
+            tail = piece if tail is None else np.concatenate([tail, piece])
+            yield tail[:-FADE]
+            tail = tail[-FADE:]
+        assert tail is not None, "a part without a frame"
+        yield tail if n == len(parts) - 1 else np.concatenate([tail * ramp[::-1], pause])

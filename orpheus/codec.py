@@ -1,9 +1,14 @@
 """SNAC: loading, encoding, decoding, and decoding in pieces."""
 
 import functools
+from collections.abc import Iterable, Iterator
 from pickle import UnpicklingError
 
 import numpy as np
+import torch
+from snac import SNAC
+from snac.layers import Snake1d
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from orpheus.hub import as_user_error, fetch
 from orpheus.settings import UserError
@@ -12,89 +17,101 @@ from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to
 CODEC_FILES = ["config.json", "pytorch_model.bin"]
 
 
-def load_codec(path: str, device: str = "cpu"):
-    """A `snac.SNAC` at 24 kHz with levels of 1, 2 and 4 codes a frame."""
+def load_codec(path: str, device: str = "cpu") -> SNAC:
+    """Loads SNAC from a folder or hub id, for inference on `device`.
+
+    Raises `UserError` for damaged or unsafe files, and for a codec that is not at 24 kHz with
+    levels of 1, 2 and 4 codes a frame.
+    """
     folder = fetch(path, CODEC_FILES)
     for name in CODEC_FILES:
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is"
             )
-    import torch
-    from snac import SNAC
-    from snac.layers import Snake1d
-    from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
-
     weights = folder / "pytorch_model.bin"
     with as_user_error(folder / "config.json"):
         codec = SNAC.from_config(folder / "config.json")
     with as_user_error(weights):
         try:
             codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
-        except (UnpicklingError, EOFError):  # torch advises to load it all the same
+        except (UnpicklingError, EOFError):  # torch's message advises to load the file all the same
             raise UserError(f"{weights}: not plain weights: damaged, or unsafe to load") from None
-    codec = codec.eval().to(device)
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise UserError(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
-    for module in codec.modules():  # fold the weight norm, else every call computes it anew
-        if is_parametrized(module):
+    codec = codec.eval().to(device)
+    for module in codec.modules():
+        if is_parametrized(module):  # fold the weight norm, which every call would compute anew
             remove_parametrizations(module, "weight")
         if isinstance(module, Snake1d) and device == "cpu":
             module.forward = functools.partial(snake, module.alpha)
     return codec
 
 
-def snake(alpha, x):
-    """SNAC's x + sin²(αx)/α, bit for bit, in place: on a CPU it saves a sixth of a codec's time."""
+def snake(alpha: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """SNAC's activation x + sin²(αx)/α, with the same bits, computed in place.
+
+    On a CPU it saves a sixth of the codec's time.
+    """
     wave = (alpha * x).sin_()
     return wave.mul_(wave).mul_((alpha + 1e-9).reciprocal()).add_(x)
 
 
-LOOKAHEAD = 4864  # samples that follow a frame: the full size sees 4,757, in 256s is quicker
+# Zero samples appended to a clip. The codes of a frame depend on the 4,757 samples after it in the
+# full-size codec; a multiple of 256 is faster.
+LOOKAHEAD = 4864
 
 
-def encode(codec, clips: list[np.ndarray]) -> list[np.ndarray]:
-    """Clips of (samples,) at 24 kHz → codes of (frames, 7) each, frames = ⌈samples / 2048⌉.
+def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:
+    """Encodes clips of (samples,) at 24 kHz to codes of (frames, 7), frames = ⌈samples / 2048⌉.
 
-    A clip gets the same codes alone and in any batch: zeros follow it as far as the encoder sees.
+    A clip gets the same codes alone and in any batch, since as many zeros follow it as the encoder
+    looks ahead.
     """
-    import torch
-
     frames = [-(-len(clip) // FRAME_SAMPLES) for clip in clips]
     batch = np.zeros((len(clips), 1, max(frames) * FRAME_SAMPLES + LOOKAHEAD), dtype=np.float32)
     for row, clip in zip(batch, clips, strict=True):
         row[0, : len(clip)] = clip
-    where = next(codec.parameters()).device
+    device = next(codec.parameters()).device
     with torch.inference_mode():
-        latents = codec.encoder(torch.from_numpy(batch).to(where))[..., : 4 * max(frames)]
+        latents = codec.encoder(torch.from_numpy(batch).to(device))[..., : 4 * max(frames)]
         _, levels = codec.quantizer(latents)
-    codes = levels_to_slots([level.cpu().numpy() for level in levels])  # (clips, T, 7)
+    codes = levels_to_slots([level.cpu().numpy() for level in levels])  # (clips, frames, 7)
     return [row[:n] for row, n in zip(codes, frames, strict=True)]
 
 
-def decode(codec, codes: np.ndarray) -> np.ndarray:
-    """(frames, 7) codes → (frames × 2048,) samples at 24 kHz, float32.
+def decode(codec: SNAC, codes: np.ndarray) -> np.ndarray:
+    """Decodes (frames, 7) codes to (frames × 2048,) float32 samples at 24 kHz.
 
-    The full-size decoder adds noise of its own: seed torch for equal samples.
+    The full-size decoder adds noise: seed torch to get the same samples again.
     """
-    import torch
-
-    where = next(codec.parameters()).device
-    levels = slots_to_levels(torch.as_tensor(np.asarray(codes), device=where)[None])
+    device = next(codec.parameters()).device
+    levels = slots_to_levels(torch.as_tensor(np.asarray(codes), device=device)[None])
     with torch.inference_mode():
         return codec.decode(levels)[0, 0].float().cpu().numpy()
 
 
-CONTEXT = 3  # frames on each side that a frame's samples depend on: the decoder sees 2.5
-STREAM_FRAMES = 4  # in one piece of a stream: the first comes after 7 frames, 0.6 s of speech
+CONTEXT = 3  # frames on each side that a frame's samples depend on: the decoder looks 2.5 ahead
+STREAM_FRAMES = 4  # frames in a piece: the first comes after 4 + CONTEXT frames, 0.6 s of speech
 
 
-def decode_stream(codec, frames, size: int = STREAM_FRAMES):
-    """(7,) codes as they come → pieces of samples that together are the whole decode's."""
+def decode_stream(
+    codec: SNAC,
+    frames: Iterable[np.ndarray],
+    size: int = STREAM_FRAMES,
+    seed: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Decodes frames of (7,) codes as they come, in pieces of `size` frames.
+
+    Each piece is decoded with its context, so that together they are the samples of the whole. A
+    `seed` for torch fixes the decoder's noise.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
     codes, done = [], 0
 
-    def piece(end):
+    def decode_until(end):
         first = max(done - CONTEXT, 0)
         audio = decode(codec, codes[first : end + CONTEXT])
         return audio[(done - first) * FRAME_SAMPLES : (end - first) * FRAME_SAMPLES]
@@ -102,7 +119,7 @@ def decode_stream(codec, frames, size: int = STREAM_FRAMES):
     for frame in frames:
         codes.append(frame)
         if len(codes) == done + size + CONTEXT:
-            yield piece(done + size)
+            yield decode_until(done + size)
             done += size
     if done < len(codes):
-        yield piece(len(codes))
+        yield decode_until(len(codes))

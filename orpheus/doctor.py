@@ -1,4 +1,4 @@
-"""Findings about a dataset, and the report on them."""
+"""What is found in a dataset, and the report on it."""
 
 import json
 import re
@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from orpheus.audio import whole_file, write_text
+from orpheus.audio import ClipError, Sound
 from orpheus.clips import printable
-from orpheus.encoding import Measures
+from orpheus.files import atomic_file, write_text
 from orpheus.runs import SAVED_REPORT
-from orpheus.settings import Settings
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import SAMPLE_RATE
 
-# name: (what it means, what to do). `leave_out` names those whose clips are not trained on.
+# name: (what it means, what to do). Clips with a finding that `leave_out` names are not trained on.
 FINDINGS = {
     "short": ("under 0.5 s", "join it with a neighbour"),
     "long": ("over 20 s: such clips teach a model not to stop", "cut it at a sentence"),
@@ -34,80 +35,77 @@ FINDINGS = {
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
     "loudness": ("over 10 dB from the voice's usual level", "normalise the clips"),
 }
-# Findings that a training run prints, too: they concern clips that it trains on, and have a remedy.
+# Findings that a training run prints, too, unless their clips are left out: those with a remedy.
 IMPORTANT = {"long", "clipped", "quiet", "narrow", "digits", "unspeakable", "pace", "loudness"}
-# What a fault's message says: its few words in a count of the clips that are left out.
-REASONS = {
-    "silent throughout": "silent",
-    "the text is empty": "no text",
-    "beside it": "no text",
-    "cannot be read as UTF-8": "text not UTF-8",
-    "not text": "no text",
-    " in the text": "nothing to speak",
-    "lone surrogate": "broken text",
-    "control character": "broken text",
-    "no sound is named": "no sound",
-    "does not exist": "no such file",
-    "is a folder": "no such file",
-    "outside the dataset": "outside the folder",
-    "cut short": "cut short",
-    "cut it into sentences": "too long",
-    "far over full scale": "far over full scale",
-    "not numbers": "unreadable",
-    "no samples": "unreadable",
-    "not audio": "unreadable",
-    "not read here": "unreadable",
-    "more columns": "broken row",
-    "same_sound": "same sound",
-}
 
 
-def outliers(values: np.ndarray, groups: np.ndarray, far: float = 5) -> np.ndarray:
-    """By how much each robust z-score within its group, |x − median| / (1.4826 × MAD), is over far.
+class Measures(NamedTuple):
+    """What the doctor examines of a clip."""
 
-    Iglewicz and Hoaglin (1993) take 3.5; 5 spares the merely slow.
+    source: str  # file and row, for messages
+    voice: str
+    text: str
+    sound: Sound = Sound()
+    tokens: int = 0  # in its row
+
+    def describe(self) -> str:
+        """The clip in a line of the report."""
+        sound = self.sound
+        return f"{self.source}: {sound.seconds:.1f} s, {sound.level:.0f} dB, {self.text[:50]!r}"
+
+
+def find_outliers(values: np.ndarray, groups: np.ndarray, limit: float = 5) -> np.ndarray:
+    """How far each robust z-score within its group, |x − median| / (1.4826 × MAD), is over `limit`.
+
+    Iglewicz and Hoaglin (1993) take 3.5; 5 spares clips that are merely slow. Groups of fewer than
+    eight have no outliers.
     """
-    over = np.zeros(len(values))
+    excess = np.zeros(len(values))
     for group in set(groups):
-        mine = groups == group
-        away = np.abs(values[mine] - np.median(values[mine]))
-        if mine.sum() >= 8:
-            over[mine] = away / max(1.4826 * np.median(away), 1e-3) - far
-    return over
+        members = groups == group
+        distance = np.abs(values[members] - np.median(values[members]))
+        if members.sum() >= 8:
+            excess[members] = distance / max(1.4826 * np.median(distance), 1e-3) - limit
+    return excess
 
 
-def repeats(keys: Iterable) -> list[bool]:
-    """Which keys were there before."""
+def find_repeats(keys: Iterable) -> list[bool]:
+    """Whether each key occurred earlier."""
     seen = set()
     return [key in seen or bool(seen.add(key)) for key in keys]
 
 
 def examine(measures: list[Measures]) -> dict[str, np.ndarray]:
-    """How far each clip is over a finding's limit, (clips,) by name; found where above 0."""
-    m = {name: np.array([getattr(one, name) for one in measures]) for name in Measures._fields}
-    voices, texts = m["voice"], m["text"]
-    usual = {v: np.median(m["level"][voices == v]) for v in set(voices)}
-    lengths = np.array([len(text) for text in texts])
-    strange = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
-    found = {
-        "short": 0.5 - m["seconds"],
-        "long": m["seconds"] - 20,
-        "silence": m["silence"] - 0.5,
-        "clipped": m["clipped"] - 0.001,
-        "quiet": -40 - m["level"],
-        "offset": np.abs(m["offset"]) - 0.01,
-        "narrow": 16_000 - m["rate"],
-        "no_highs": np.where(m["rate"] < 16_000, 0, SAMPLE_RATE - m["rate"]),
-        "stereo": m["channels"] - 1,
-        "same_sound": repeats(m["digest"]),
-        "same_text": repeats(zip(voices, texts, strict=True)),
-        "digits": [len(re.findall(r"\d", text)) for text in texts],
-        "unspeakable": [len(strange.findall(text)) for text in texts],
-        "pace": outliers(np.log(m["seconds"] / (lengths + 10)), voices),  # 10: a breath
-        "loudness": np.abs(m["level"] - np.array([usual[v] for v in voices])) - 10,
+    """How far each clip exceeds the limit of each finding, (clips,) by name; found if above 0."""
+    sound = {
+        name: np.array([getattr(clip.sound, name) for clip in measures]) for name in Sound._fields
     }
-    assert found.keys() == FINDINGS.keys()
-    return {name: np.asarray(over, dtype=float) for name, over in found.items()}
+    voices = np.array([clip.voice for clip in measures])
+    texts = [clip.text for clip in measures]
+    lengths = np.array([len(text) for text in texts])
+    median_level = {v: np.median(sound["level"][voices == v]) for v in set(voices)}
+    voice_level = np.array([median_level[voice] for voice in voices])
+    unspeakable = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
+    excess = {
+        "short": 0.5 - sound["seconds"],
+        "long": sound["seconds"] - 20,
+        "silence": sound["silence"] - 0.5,
+        "clipped": sound["clipped"] - 0.001,
+        "quiet": -40 - sound["level"],
+        "offset": np.abs(sound["offset"]) - 0.01,
+        "narrow": 16_000 - sound["rate"],
+        "no_highs": np.where(sound["rate"] < 16_000, 0, SAMPLE_RATE - sound["rate"]),
+        "stereo": sound["channels"] - 1,
+        "same_sound": find_repeats(sound["digest"]),
+        "same_text": find_repeats(zip(voices, texts, strict=True)),
+        "digits": [len(re.findall(r"\d", text)) for text in texts],
+        "unspeakable": [len(unspeakable.findall(text)) for text in texts],
+        # 10 characters for the breath before a clip
+        "pace": find_outliers(np.log(sound["seconds"] / (lengths + 10)), voices),
+        "loudness": np.abs(sound["level"] - voice_level) - 10,
+    }
+    assert excess.keys() == FINDINGS.keys()
+    return {name: np.asarray(values, dtype=float) for name, values in excess.items()}
 
 
 @dataclass
@@ -127,46 +125,68 @@ class Report:
     reasons: Counter = field(default_factory=Counter)  # clips left out or dropped, in few words
     note: str | None = None  # how the table was read, where that was not obvious
     held_out: int = 0  # rows kept from training
-    split: tuple[list, list] = ((), ())  # the rows to train on, and those held out
     slots_used: dict[str, float] = field(default_factory=dict)  # share, by batching
 
     @property
     def seconds(self) -> float:
-        return sum(m.seconds for m in self.measures)
+        """Seconds of the clips that are kept."""
+        return sum(clip.sound.seconds for clip in self.measures)
 
     @property
     def characters(self) -> int:
-        return sum(len(m.text) for m in self.measures)
+        """Characters of their texts."""
+        return sum(len(clip.text) for clip in self.measures)
 
     @property
     def voices(self) -> dict[str, int]:
-        return dict(Counter(m.voice for m in self.measures if m.voice).most_common())
+        """Clips by voice, the most frequent voice first."""
+        return dict(Counter(clip.voice for clip in self.measures if clip.voice).most_common())
 
-    def add_left_out(self, where: str, fault: str) -> None:
-        self.left_out.append(f"{where}: {printable(fault)}")
-        names = [words for part, words in REASONS.items() if part in fault]
-        self.reasons[names[0] if names else fault if fault in FINDINGS else "broken row"] += 1
+    def add_left_out(self, source: str, error: UserError) -> None:
+        """Records a clip that is left out, and why."""
+        self.left_out.append(f"{source}: {printable(str(error))}")
+        self.reasons[getattr(error, "reason", "broken row")] += 1
 
-    def tell(self, settings: Settings, full: bool = False) -> None:
+    def add_findings(self, leave_out: list[str]) -> np.ndarray:
+        """Examines the measured clips, and records those with findings that `leave_out` names.
+
+        Returns (clips,), True for the clips that are kept. `measures` then holds those alone.
+        """
+        excess = examine(self.measures)
+        kept = np.ones(len(self.measures), dtype=bool)
+        for name, values in excess.items():
+            worst_first = np.argsort(-values, kind="stable")[: (values > 0).sum()]
+            if len(worst_first):
+                self.findings[name] = [self.measures[n].describe() for n in worst_first]
+            if name in leave_out:
+                kept &= values <= 0
+        for n in np.flatnonzero(~kept):
+            names = [name for name in leave_out if excess[name][n] > 0]
+            error = ClipError(", ".join(names), names[0].replace("_", " "))
+            self.add_left_out(self.measures[n].source, error)
+        self.measures = [clip for clip, keep in zip(self.measures, kept, strict=True) if keep]
+        return kept
+
+    def print_summary(self, settings: Settings, full: bool = False) -> None:
         """What a training run prints; in full, every finding with its worst clips and remedy."""
         path = f": {Path(settings.output_dir) / SAVED_REPORT}"
         print(f"data     {self.summary()}{path if self.reasons and not full else ''}")
         if self.note:
             print(f"  note  {self.note}")
         if full:
-            self.tell_rows(settings)
+            self.print_rows(settings)
         for title in ("dropped", "truncated", "left_out") if full else ():
-            self.tell_some(title, getattr(self, title), 5)
+            self.print_clips(title, getattr(self, title), 5)
         if not full:
-            self.tell_some("cut to max_length", self.truncated, 0)
-        for name, (what, remedy) in FINDINGS.items():
+            self.print_clips("cut to max_length", self.truncated, 0)
+        for name, (meaning, remedy) in FINDINGS.items():
             left_out = name in settings.leave_out
             if not full and (left_out or name not in IMPORTANT):
                 continue
             clips = self.findings.get(name, [])
-            most = 3 if full and len(clips) < self.clips / 2 else 0  # it is all of them: no list
-            done = "left out" if left_out else "trained on"
-            self.tell_some(f"{name}, {what}; {done}; {remedy}", clips, most)
+            shown = 3 if full and len(clips) < self.clips / 2 else 0  # no list of nearly all clips
+            action = "left out" if left_out else "trained on"
+            self.print_clips(f"{name}, {meaning}; {action}; {remedy}", clips, shown)
 
     def summary(self) -> str:
         """One line: clips, length, voices, and how many clips are left out for which reasons."""
@@ -174,50 +194,58 @@ class Report:
         length = f"{self.seconds / 3600:.2f} h"
         if self.seconds < 360:
             length = f"{self.seconds / 60:.1f} min"
-        spoken = "voices " + ", ".join(f"{name} {count}" for name, count in voices.items())
+        names = "voices " + ", ".join(f"{name} {count}" for name, count in voices.items())
         if len(voices) < 2:
-            spoken = f"voice {next(iter(voices))}" if voices else "no voice named"
+            names = f"voice {next(iter(voices))}" if voices else "no voice named"
         elif len(voices) > 4:
-            spoken = f"{len(voices)} voices"
-        line = f"{self.dataset}: {rows} of {self.clips} clips, {length}, {spoken}"
+            names = f"{len(voices)} voices"
+        line = f"{self.dataset}: {rows} of {self.clips} clips, {length}, {names}"
         if not self.reasons:
             return line
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         return f"{line}; {self.reasons.total()} left out ({reasons})"
 
-    def tell_rows(self, settings: Settings) -> None:
-        """The lengths of the rows and what each way of batching makes of them."""
-        tokens, longest = sum(m.tokens for m in self.measures), max(self.lengths)
+    def print_rows(self, settings: Settings) -> None:
+        """Prints the lengths of the rows, and the share of slots that each way of batching uses."""
+        tokens, longest = sum(clip.tokens for clip in self.measures), max(self.lengths)
         enough = int(np.quantile(self.lengths, 0.99, method="higher"))
         line = f"{tokens:,} tokens, the longest {longest:,} of max_length {settings.max_length:,}"
         if enough < longest:
             line += f"; max_length {enough:,} would keep 99 %"
         print(f"rows     {line}; {self.cached} from the cache")
-        used = ", ".join(f"{name} {100 * part:.1f} %" for name, part in self.slots_used.items())
+        used = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.slots_used.items())
         chosen = f"{settings.batching} is chosen; {self.held_out} rows held out"
         print(f"batches  {used} of their slots used; {chosen}")
 
-    def tell_some(self, title: str, clips: list[str], most: int) -> None:
+    def print_clips(self, title: str, clips: list[str], shown: int) -> None:
+        """Prints how many clips there are under a title, and the first `shown` of them."""
         if not clips:
             return
         print(f"  {len(clips):4}  {title}")
-        for clip in clips[:most]:
+        for clip in clips[:shown]:
             print(f"          {clip}")
-        if most and len(clips) > most:
-            print(f"          … and {len(clips) - most} more, in {SAVED_REPORT}")
+        if 0 < shown < len(clips):
+            print(f"          … and {len(clips) - shown} more, in {SAVED_REPORT}")
 
     def save(self, folder: Path) -> None:
-        """data_report.json: everything but the clips' own measures."""
-        told = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths", "split")}
-        told |= {"rows": len(self.measures), "voices": self.voices}
-        told |= {"seconds": self.seconds, "characters": self.characters}  # the voice's pace
-        told |= {"hours": self.seconds / 3600, "tokens": sum(m.tokens for m in self.measures)}
-        text = json.dumps(told, indent=2, ensure_ascii=False)
-        write_text(folder / SAVED_REPORT, text + "\n")
+        """Writes data_report.json: everything but the measures and lengths of each clip."""
+        values = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths")}
+        values |= {"rows": len(self.measures), "voices": self.voices}
+        values |= {"seconds": self.seconds, "characters": self.characters}  # the voice's pace
+        tokens = sum(clip.tokens for clip in self.measures)
+        values |= {"hours": self.seconds / 3600, "tokens": tokens}
+        write_text(folder / SAVED_REPORT, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_leave_out(settings: Settings) -> None:
+    """`UserError` for a name in `leave_out` that is not a finding's."""
+    if unknown := set(settings.leave_out) - FINDINGS.keys():
+        name, names = min(unknown)[:80], ", ".join(FINDINGS)
+        raise UserError(f"leave_out: no finding is named {name!r}; there are {names}")
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """A picture: how long the clips are, and seconds against characters by voice."""
+    """Draws how long the clips are, and their seconds over their characters by voice."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,15 +253,15 @@ def draw_report(report: Report, path: Path) -> None:
 
     pyplot.rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.hist([m.seconds for m in report.measures], bins=40)
+    left.hist([clip.sound.seconds for clip in report.measures], bins=40)
     left.set(xlabel="seconds", ylabel="clips", title=f"{report.dataset}: length of clips")
     for voice in report.voices or [""]:
-        mine = [m for m in report.measures if m.voice == voice]
-        points = [len(m.text) for m in mine], [m.seconds for m in mine]
+        clips = [clip for clip in report.measures if clip.voice == voice]
+        points = [len(clip.text) for clip in clips], [clip.sound.seconds for clip in clips]
         right.scatter(*points, s=8, alpha=0.5, label=voice)
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if 0 < len(report.voices) <= 20:
         right.legend()
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, dpi=100, format="png")
     pyplot.close(figure)

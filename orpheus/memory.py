@@ -148,11 +148,8 @@ def fit_of(keys: dict) -> dict:
     return {name: keys[name] for name in FIT_KEYS}
 
 
-def plan_keys(settings: Settings, arguments) -> dict:
-    """The flat config with what the trainer made of its nulls."""
-    optimiser = getattr(arguments.optim, "value", arguments.optim)
-    resolved = {"bf16": arguments.bf16, "fp16": arguments.fp16, "optim": optimiser}
-    return settings.flat() | resolved
+def plan_keys(settings: Settings) -> dict:
+    return settings.flat()
 
 
 def format_settings(change: dict | None) -> str:
@@ -161,11 +158,11 @@ def format_settings(change: dict | None) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in change.items())
 
 
-def print_plan(settings: Settings, arguments, base) -> None:
+def print_plan(settings: Settings, base) -> None:
     """--plan: where the memory goes, and what this and other cards hold."""
     import torch
 
-    keys = plan_keys(settings, arguments)
+    keys = plan_keys(settings)
     print(f"{settings.model}: {settings.max_length} tokens a row, {format_settings(fit_of(keys))}")
     for name, size in memory_plan(keys, base).items():
         print(f"  {name:16}{size / GIB:8.2f} GiB")
@@ -178,7 +175,7 @@ def print_plan(settings: Settings, arguments, base) -> None:
         print(f"{card:4.4g} GiB: {told}" + (f"; --fit takes {format_settings(fit)}" if fit else ""))
 
 
-def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -> None:
+def choose_fit(settings: Settings, base, checkpoint: Path | None) -> Settings:
     """Tells what the run will need, and with `fit` sets rows at once and checkpointing to suit.
 
     `UserError` with the smallest change where even what no setting of those spares is too much. (Of
@@ -186,11 +183,11 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
     """
     import torch
 
-    keys, gpu = plan_keys(settings, arguments), torch.cuda.is_available()
+    keys, gpu = plan_keys(settings), torch.cuda.is_available()
     if not gpu and settings.fit is True:
         raise UserError("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
     if not gpu and settings.fit is False:
-        return
+        return settings
     free = torch.cuda.mem_get_info()[0] if isinstance(settings.fit, bool) else settings.fit * GIB
     change, plan = fit_of(keys), memory_plan(keys, base)
     if settings.fit is not False:
@@ -208,17 +205,15 @@ def check_memory(settings: Settings, arguments, base, checkpoint: Path | None) -
         print(
             f"         it may not fit; {format_settings(smallest_change(keys, base, free))} would"
         )
-    settings.gradient_checkpointing = change[FIT_KEYS[0]]
-    for name in FIT_KEYS[1:]:
-        settings.trainer[name] = change[name], "fit"
+    return settings.replace(**change)
 
 
-def step_down(settings: Settings, arguments) -> None:
+def step_down(settings: Settings) -> None:
     """After running out of memory in the first step: starts anew, planning for a tenth less.
 
     In a new process, which has all of the GPU's memory again. The clips are in the cache.
     """
-    less = 0.9 * total_bytes(plan_keys(settings, arguments), read_base(settings)) / GIB
+    less = 0.9 * total_bytes(plan_keys(settings), read_base(settings)) / GIB
     print(f"out of memory in the first step: starting anew with --fit {less:.2f}", flush=True)
     os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", f"{less:.2f}"])
 

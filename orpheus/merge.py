@@ -8,12 +8,11 @@ Exits with 1 if the merged model does not speak the adapter's greedy tokens.
 import argparse
 import csv
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
-from orpheus.audio import write_text
+from orpheus.files import atomic_folder, write_text
 from orpheus.hub import as_user_error, is_adapter
 from orpheus.options import add_run_options, overrides, parse_options
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, base_name, model_card
@@ -51,21 +50,16 @@ def save_merged(info, weights: str, out: Path) -> None:
 
     from orpheus.models import load_model
 
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        for saved in load_model(str(info.folder), weights, merged=True):
-            saved.save_pretrained(str(part))
-        if info.home:
-            settings = info.settings.flat() | {"weights": "16bit"}
-            write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
-            shutil.copy(info.home / SAVED_REPORT, part)
-        os.replace(part, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{out}: cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with atomic_folder(out) as part:
+            for saved in load_model(str(info.folder), weights, merged=True):
+                saved.save_pretrained(str(part))
+            if info.home:
+                settings = info.settings.flat() | {"weights": "16bit"}
+                write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
+                shutil.copy(info.home / SAVED_REPORT, part)
+    except SafetensorError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
 
 
 def merge(info, voice: str | None, out: Path) -> bool:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from orpheus.hub import absolute_path_or_hub_id
 from orpheus.settings import (
-    OWN_KEYS,
     RUN_KEYS,
     Parser,
+    Settings,
     UserError,
-    check_names,
     check_strings,
     read_settings,
     read_text,
@@ -23,9 +22,10 @@ def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
     parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     for name in keys:
-        switch = OWN_KEYS[name].type is bool
+        field = Settings.model_fields[name]
+        switch = field.annotation is bool
         kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
-        words = f"{OWN_KEYS[name].metadata['description']} (the run's)"
+        words = f"{field.description} (the run's)"
         parser.add_argument(f"--{name}", help=words, **kind)
 
 
@@ -47,7 +47,7 @@ def parse_options(parser: Parser) -> argparse.Namespace:
     if getattr(arguments, "whisper", None) and not arguments.score:
         raise UserError("command line: --whisper needs --score")
     if arguments.config:
-        check_names(read_settings(arguments.config))
+        read_settings(arguments.config)
     return arguments
 
 

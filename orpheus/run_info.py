@@ -1,9 +1,8 @@
 """What speaks: a model's folder, and the settings, voices and pace that finetune.py left there."""
 
-import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
@@ -18,7 +17,7 @@ class RunInfo:
 
     settings: Settings
     folder: Path | None = None  # None if only the codec is needed, and there is no run yet
-    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
+    voices: list[str] = field(default_factory=list)  # that it was trained on
     pace: float | None = None  # seconds per character of those voices
     home: Path | None = None  # the folder of the run's settings and report; None without a run
 
@@ -43,11 +42,11 @@ def load_run_info(
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)
-            settings = read_settings(home / SAVED_CONFIG, overrides)
+            settings = read_settings(home / SAVED_CONFIG, overrides, saved=True)
             if "codec" not in overrides and "codec" not in chosen:
                 check_codec(settings.codec, home / SAVED_CONFIG)
             changes = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
-            return RunInfo(dataclasses.replace(settings, **changes), folder, voices, pace, home)
+            return RunInfo(settings.replace(**changes), folder, voices, pace, home)
     if (folder / PREVIOUS).is_dir():
         message = "the run that was to replace the one in it was killed"
         raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
@@ -89,7 +88,7 @@ def held_weights(run: RunInfo) -> str:
 
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision of its training; prints which that is."""
-    fp32 = run.settings.trainer.get("bf16", (None,))[0] is False
+    fp32 = run.settings.bf16 is False
     weights = held_weights(run)
     model, tokenizer = load_model(str(run.folder), weights, fp32=fp32)
     notes = {

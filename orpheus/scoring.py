@@ -1,122 +1,150 @@
-"""What can be told of a sound: silence, pace, word errors, likeness, mean opinion score."""
+"""What can be measured of speech: silence, pace, word errors, likeness, mean opinion score."""
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import soxr
+from transformers.models.whisper import english_normalizer
 
 from orpheus.audio import read_audio
-from orpheus.models import device
 from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 BY_ITSELF = "ended by itself"
-CUT_OFF = "cut off at the limit: no end came (--max_seconds)"
+CUT_OFF = "cut off at the limit without an end token (raise --max_seconds)"
 
 
 @dataclass
 class Utterance:
-    """One text on its way through the model: what goes in, and what came of it."""
+    """A text that is to be spoken, and what has been generated for it."""
 
     text: str
     prompt: list[int]
-    max_frames: int  # frames: max_seconds, or what the model's context leaves
-    candidate: int = 0  # each has random numbers of its own
-    frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # (7,) codes each
-    end: str = ""  # how it ended, empty while it speaks; whoever looks on may end it, too
+    max_frames: int
+    candidate: int = 0  # its number among the candidates of a text; each has its own random numbers
+    frames: list[np.ndarray] = field(default_factory=list)  # (7,) codes each
+    end: str = ""  # how it ended; empty while it is generated, and set to end it early
     audio: np.ndarray | None = None  # (samples,) of its frames, once they are decoded
 
     @property
     def codes(self) -> np.ndarray:
-        return np.array(self.frames, dtype=np.int64).reshape(-1, SLOTS)  # (frames, 7)
+        """Its frames as (frames, 7) int64."""
+        return np.array(self.frames, dtype=np.int64).reshape(-1, SLOTS)
 
 
-SLOW, FAST, SILENCE = 2.5, 0.4, 1.5  # × the voice's own length, twice; seconds
+def format_end(rows: list[Utterance]) -> str:
+    """How many frames the parts of a text have, and how the first that was cut off ended."""
+    frames = sum(len(row.frames) for row in rows)
+    cut_off = [row for row in rows if row.end != BY_ITSELF]
+    share = f" in {len(cut_off)} of {len(rows)} parts" if cut_off and len(rows) > 1 else ""
+    return f"{frames} frames, {cut_off[0].end if cut_off else BY_ITSELF}{share}"
+
+
+MAX_LENGTH, MIN_LENGTH = 2.5, 0.4  # of speech, as multiples of what the voice would take
+MAX_SILENCE = 1.5  # seconds
+LOOP_FRAMES = 24  # two seconds: the longest period of a loop, and the shortest loop
 
 
 def detect_failure(row: Utterance, pace: float | None) -> str:
-    """What has gone wrong with it so far, by its frames alone; empty where nothing has.
+    """Describes what has gone wrong so far, judging by the frames alone; empty if nothing has.
 
-    `pace` is the voice's, in seconds a character. A loop: slot 0, the coarsest, has repeated
-    its last codes (up to two seconds of them) three times, or more until they are two seconds.
+    `pace` is the voice's, in seconds a character. It is a loop when the codes of slot 0, the
+    coarsest, have repeated with a period of up to two seconds, at least three times and for at
+    least two seconds.
     """
-    seconds, usual = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE, len(row.text) * (pace or 0)
-    if pace and seconds > SLOW * usual + 1:
-        return f"runaway: {seconds:.1f} s where the voice takes {usual:.1f}"
-    coarse = [int(frame[0]) for frame in row.frames[-72:]]
-    for period in range(1, 25):
-        span = period * max(3, -(-24 // period))
+    seconds = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE
+    expected = len(row.text) * (pace or 0)
+    if pace and seconds > MAX_LENGTH * expected + 1:
+        return f"runaway: {seconds:.1f} s, the voice would take {expected:.1f} s"
+    coarse = [int(frame[0]) for frame in row.frames[-3 * LOOP_FRAMES :]]
+    for period in range(1, LOOP_FRAMES + 1):
+        span = period * max(3, math.ceil(LOOP_FRAMES / period))
         last = coarse[-span:]
         if len(last) == span and last[period:] == last[:-period]:
-            return f"loop: {period} frames over and over for {span}"
+            return f"loop: {period} frames repeated over the last {span}"
     return ""
 
 
 def longest_silence(audio: np.ndarray) -> float:
-    """Seconds in one go at 40 dB or more under the loudest 20 ms, the sound's ends included."""
-    blocks = audio[: len(audio) // 480 * 480].reshape(-1, 480)
-    loud = np.sqrt((blocks**2).mean(axis=1))
-    edges = np.flatnonzero(np.concatenate([[True], loud > loud.max() / 100, [True]]))
-    return float((np.diff(edges) - 1).max()) * 480 / SAMPLE_RATE
+    """Seconds of the longest stretch that is 40 dB or more below the loudest 20 ms."""
+    blocks = audio[: len(audio) // 480 * 480].reshape(-1, 480)  # 20 ms each
+    levels = np.sqrt((blocks**2).mean(axis=1))
+    loud = np.flatnonzero(np.concatenate([[True], levels > levels.max() / 100, [True]]))
+    return float((np.diff(loud) - 1).max()) * 480 / SAMPLE_RATE
 
 
-def judge_words(whisper: str, _):
-    """Word and character error rates of what faster-whisper hears; tags as <laugh> are no words."""
+Judge = Callable[[np.ndarray, str], dict[str, float]]  # (samples at 24 kHz, text) → scores
+
+
+def resample_to_16_khz(audio: np.ndarray) -> np.ndarray:
+    return soxr.resample(audio, SAMPLE_RATE, 16_000)
+
+
+def judge_words(whisper: str, recordings: list[Path]) -> Judge:
+    """Word and character error rates of faster-whisper's transcript; `whisper` is a size or folder.
+
+    Tags such as <laugh> do not count as words.
+    """
     import jiwer
     from faster_whisper import WhisperModel
-    from transformers.models.whisper import english_normalizer
 
-    plain = english_normalizer.BasicTextNormalizer()
+    basic = english_normalizer.BasicTextNormalizer()
     english = english_normalizer.EnglishTextNormalizer({})
     try:
         model = WhisperModel(whisper, compute_type="int8")
     except (OSError, ValueError, RuntimeError) as error:
-        told = str(error).strip().splitlines()[0]
-        raise UserError(f"--whisper {whisper}: neither a folder nor to be had: {told}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--whisper {whisper}: neither a folder nor a size that can be downloaded: {reason}"
+        ) from None
 
     def judge(audio, text):
-        import soxr
-
-        sound = np.pad(soxr.resample(audio, SAMPLE_RATE, 16_000), 8_000)  # silence at the ends
-        told, info = model.transcribe(sound, temperature=0, condition_on_previous_text=False)
-        normal = english if info.language == "en" else plain
-        pair = (re.sub(r"<\w+>", " ", text), " ".join(part.text for part in told))
-        # every digit a word, else "5631" and "5, 6, 3, 1" have nothing in common
-        said, heard = (re.sub(r"(?<=\d)(?=\d)", " ", normal(t)).strip() for t in pair)
-        return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)} if said else {}
+        padded = np.pad(resample_to_16_khz(audio), 8_000)  # half a second of silence at each end
+        segments, info = model.transcribe(padded, temperature=0, condition_on_previous_text=False)
+        transcript = " ".join(segment.text for segment in segments)
+        normalize = english if info.language == "en" else basic
+        # every digit a word, otherwise "5631" and "5, 6, 3, 1" have nothing in common
+        reference, hypothesis = (
+            re.sub(r"(?<=\d)(?=\d)", " ", normalize(words)).strip()
+            for words in (re.sub(r"<\w+>", " ", text), transcript)
+        )
+        if not reference:
+            return {}
+        return {"wer": jiwer.wer(reference, hypothesis), "cer": jiwer.cer(reference, hypothesis)}
 
     return judge
 
 
-def judge_voice(_, clips: list[Path]):
-    """Resemblyzer's likeness to the mean of the recordings, −1 to 1."""
+def judge_voice(whisper: str, recordings: list[Path]) -> Judge:
+    """Cosine similarity of Resemblyzer's embedding to the mean of the recordings', −1 to 1."""
     from resemblyzer import VoiceEncoder, preprocess_wav
 
-    encoder = VoiceEncoder(device(), verbose=False)
+    encoder = VoiceEncoder(verbose=False)
 
     def embed(audio):
         return encoder.embed_utterance(preprocess_wav(audio, source_sr=SAMPLE_RATE))
 
-    voice = np.mean([embed(read_audio(clip)[0]) for clip in clips], axis=0)
+    voice = np.mean([embed(read_audio(recording)[0]) for recording in recordings], axis=0)
     return lambda audio, text: {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
 
 
-def judge_sound(*_):
-    """DNSMOS's overall mean opinion score, 1 to 5, of how clean it sounds."""
-    import soxr
+def judge_sound(whisper: str, recordings: list[Path]) -> Judge:
+    """DNSMOS's overall mean opinion score of how clean the speech sounds, 1 to 5."""
     from speechmos import dnsmos
 
     def judge(audio, text):
-        sound = np.clip(soxr.resample(audio, SAMPLE_RATE, 16_000), -1, 1)
-        return {"mos": float(dnsmos.run(sound, sr=16_000)["ovrl_mos"])}
+        clipped = np.clip(resample_to_16_khz(audio), -1, 1)
+        return {"mos": float(dnsmos.run(clipped, sr=16_000)["ovrl_mos"])}
 
     return judge
 
 
+# For each judge the scores it gives, and the modules it needs with their names on PyPI.
 JUDGES = {
     "wer, cer": (judge_words, {"faster_whisper": "faster-whisper", "jiwer": "jiwer"}),
     "likeness": (judge_voice, {"resemblyzer": "resemblyzer"}),
@@ -124,24 +152,34 @@ JUDGES = {
 }
 
 
-def load_judges(whisper: str, recordings: list[Path]) -> list:
-    """judge(audio, text) → scores, of each package that is there; tells which are and are not."""
-    judges, able, unable = [], ["silence, pace"], []
-    for name, (make, packages) in JUDGES.items():
-        missing = [pip for module, pip in packages.items() if not find_spec(module)]
-        if missing:
-            unable.append(f"{name} (pip install {' '.join(missing)})")
-        elif make is judge_voice and not recordings:
-            unable.append(f"{name} (give recordings: --file metadata.csv)")
+def load_judges(whisper: str, recordings: list[Path]) -> list[Judge]:
+    """Loads the judges whose packages are installed; prints which scores there will be.
+
+    The scores that cannot be computed are printed with what to install or to give for them.
+    """
+    judges, available, missing = [], ["silence, pace"], []
+    for name, (load_judge, packages) in JUDGES.items():
+        to_install = [pip_name for module, pip_name in packages.items() if not find_spec(module)]
+        if to_install:
+            missing.append(f"{name} (pip install {' '.join(to_install)})")
+        elif load_judge is judge_voice and not recordings:
+            missing.append(f"{name} (give recordings: --file metadata.csv)")
         else:
-            judges.append(make(whisper, recordings))
-            able.append(name)
-    print(f"scores   {', '.join(able)}" + (f"; not: {', '.join(unable)}" if unable else ""))
+            judges.append(load_judge(whisper, recordings))
+            available.append(name)
+    print(f"scores   {', '.join(available)}" + (f"; not: {', '.join(missing)}" if missing else ""))
     return judges
 
 
-def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[str, float]:
-    """Scores of one sound: its pace against the voice's, its silence, and what the judges say."""
+def measure(
+    audio: np.ndarray, text: str, pace: float | None, judges: list[Judge] | None
+) -> dict[str, float]:
+    """Scores of (samples,) that should say `text`.
+
+    Returns:
+        silence in seconds, the pace as a multiple of the voice's `pace` (seconds a character) if
+        that is known, and the scores of the judges.
+    """
     scores = {"silence": longest_silence(audio)}
     if pace:
         scores["pace"] = len(audio) / SAMPLE_RATE / len(text) / pace
@@ -150,21 +188,41 @@ def measure(audio: np.ndarray, text: str, pace: float | None, judges) -> dict[st
     return scores
 
 
-def format_scores(scores: dict) -> str:
+def format_scores(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
-def rejection_reason(row: Utterance, scores: dict) -> str:
-    """Why a spoken candidate should not be kept; empty where it may be."""
+def rejection_reason(row: Utterance, scores: dict[str, float]) -> str:
+    """Why a candidate should not be kept; empty if it may be."""
     if row.end != BY_ITSELF:
         return row.end
-    if scores["silence"] > SILENCE:
+    if scores["silence"] > MAX_SILENCE:
         return f"silence of {scores['silence']:.1f} s"
-    return f"too fast: {scores['pace']:.2f} × the voice" if scores.get("pace", 1) < FAST else ""
+    if scores.get("pace", 1) < MIN_LENGTH:
+        return f"too short: {scores['pace']:.2f} × the voice's length"
+    return ""
 
 
-def rank(row: Utterance, scores: dict) -> tuple:
-    """Least is best: no fault, few wrong words, a like voice, a clean sound, the voice's pace."""
+def rank(row: Utterance, scores: dict[str, float]) -> tuple:
+    """A sort key, lowest for the best candidate.
+
+    It compares, in this order: no reason to reject it, word errors, likeness, mean opinion score,
+    and how close the pace is to the voice's.
+    """
     pace = abs(math.log(scores.get("pace", 1)))
     likeness, mos = scores.get("likeness", 0), scores.get("mos", 0)
     return bool(rejection_reason(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
+
+
+def choose_best(candidates: list[Utterance], pace: float | None, judges) -> Utterance:
+    """Scores the decoded candidates of a text; prints why any failed, and returns the best."""
+    ranks, reasons = [], []
+    for row in candidates:
+        scores = measure(row.audio, row.text, pace, judges)
+        ranks.append(rank(row, scores))
+        if reason := rejection_reason(row, scores):
+            reasons.append(f"candidate {row.candidate + 1}, {reason}")
+    best = candidates[ranks.index(min(ranks))]
+    kept = f"kept candidate {best.candidate + 1} of {len(candidates)}, {len(reasons)} failed"
+    print(f"{best.text[:40]!r}: {kept}{': ' if reasons else ''}{'; '.join(reasons)}")
+    return best

@@ -1,24 +1,37 @@
-"""Settings, from config.json, --config and the command line, and the error of user mistakes."""
+"""Reading settings from config.json, --config and the command line; the error of user mistakes."""
 
 import argparse
-import dataclasses
+import ast
+import contextlib
 import difflib
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import textwrap
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from orpheus.keys import DERIVED, GROUPS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND_LINE = "command line"
+SPEAKING = ("temperature", "top_p", "repetition_penalty", "max_seconds", "speak_batch_size")
+SPEAKING += ("best_of", "cuda_graph", "language")
+RUN_KEYS = ("codec", "seed", *SPEAKING)  # that infer.py takes
+PATHS = ("model", "codec", "dataset")  # in a config they may be relative to its folder
+# Where the class and the bases of TRL's SFTConfig are defined.
+SFTCONFIG_SOURCES = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py")
+SFTCONFIG_SOURCES += ("transformers/training_args.py",)
+SFTCONFIG_CLASSES = ("SFTConfig", "_BaseConfig", "TrainingArguments")
 
 
 class UserError(ValueError):
@@ -42,8 +55,8 @@ def run(main):
     except BrokenPipeError:  # the reader is gone, as in `… | head -1`: end as other tools do
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         print(f"error: {error}; `make` installs what is needed", file=sys.stderr)
@@ -57,131 +70,20 @@ def run(main):
         sys.exit(130)
 
 
-def setting(description: str, **bounds):
-    """A settings field: its words for --help, and pydantic's bounds (gt, ge, le, …)."""
-    return dataclasses.field(metadata={"description": description, **bounds})
+@contextlib.contextmanager
+def quiet_libraries():
+    """Keeps what libraries print to standard output off the console, unless an error passes."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue())
+        raise
 
 
-@dataclass
-class Settings:
-    """Our own keys. They have no defaults here: config.json is the only home of defaults.
-
-    Every other key of a config goes to TRL's SFTConfig, by way of `trainer`.
-    """
-
-    model: str = setting("base model: hub id or folder")
-    codec: str = setting("SNAC 24 kHz codec: hub id or folder")
-    dataset: str = setting("folder of clips (data/README.md), or the hub id of a dataset")
-    dataset_config: str | None = setting("configuration of a hub dataset")
-    dataset_split: str = setting("split of a hub dataset")
-    dataset_revision: str | None = setting("branch, tag or commit of a hub dataset")
-    text_column: str | None = setting("column of the texts; null: by convention")
-    audio_column: str | None = setting("column of the sounds; null: by convention")
-    voice_column: str | None = setting("column of the voices; null: by convention")
-    absolute_paths: bool = setting("let rows name sounds outside the dataset's folder")
-    voice: str | None = setting("voice name for clips that name no speaker")
-    limit: int | None = setting("take the first N clips only", gt=0, le=10**9)
-    keep_silence: float | None = setting(
-        "seconds of silence kept at a clip's ends; null: all", ge=0, le=600
-    )
-    silence_db: float = setting(
-        "softer than the loudest moment by this much is silence", gt=0, le=200
-    )
-    leave_out: list[str] = setting("the doctor's findings whose clips are not trained on")
-    cache_dir: str | None = setting("where encoded clips are kept; null: nowhere")
-    train_on: Literal["audio", "all"] = setting("loss on the audio alone, or on the prompt too")
-    max_length: int = setting("longest row, and length of a packed row, in tokens", gt=0, le=10**6)
-    too_long: Literal["drop", "truncate"] = setting("what becomes of a row over max_length")
-    batching: Literal["pack", "pad", "pad_to_max"] = setting(
-        "how rows of unequal length share a batch"
-    )
-    backend: Literal["unsloth", "transformers"] = setting("Unsloth, or plain TRL and PEFT")
-    weights: Literal["4bit", "8bit", "fp8", "16bit"] = setting("how the base's weights are held")
-    full_finetuning: bool = setting("train every weight, instead of a LoRA")
-    lora_r: int = setting("LoRA rank", gt=0, le=4096)
-    lora_alpha: int = setting("LoRA scale is lora_alpha / lora_r", gt=0, le=10**5)
-    lora_dropout: float = setting("LoRA dropout", ge=0, lt=1)
-    gradient_checkpointing: bool | Literal["unsloth"] = setting(
-        "off, on, or Unsloth's, which offloads"
-    )
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = setting(
-        "auto: one model over several GPUs, a part on each"
-    )
-    plan: bool = setting("tell where the memory would go, and stop")
-    fit: bool | Annotated[float, Gt(0), Le(10_000)] = setting(
-        "let rows at once and checkpointing follow the free memory, or GiB"
-    )
-    output_dir: str = setting("folder for the adapter, checkpoints and samples")
-    overwrite: bool = setting("replace the run that output_dir holds")
-    resume: bool = setting("go on from the last checkpoint in output_dir")
-    seed: int = setting("seed of training and of speaking", ge=0, lt=2**32)
-    held_out: float = setting("share of the texts kept from training, to be judged on", ge=0, lt=1)
-    sample_steps: int = setting(
-        "steps between checks: held-out loss, sample_texts spoken", gt=0, le=10**9
-    )
-    sample_texts: list[str] = setting("texts spoken at every check, and when training is done")
-    temperature: Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(0.01), Le(100)] = setting(
-        "sampling temperature; 0 is greedy"
-    )
-    top_p: float = setting("nucleus sampling", ge=0.01, le=1)
-    repetition_penalty: float = setting("over prompt and audio alike; 1 is off", ge=0.1, le=10)
-    max_seconds: float = setting("speech longer than this is cut off", gt=0, le=3600)
-    speak_batch_size: int = setting("texts, or candidates of one, spoken at once", gt=0, le=1024)
-    best_of: int = setting(
-        "candidates spoken of every text, the best of which is kept", gt=0, le=256
-    )
-    # sentencex takes any code; without rules for a language it uses those that most share
-    language: str = setting("ISO code, by whose rules sentences are split", pattern="^[a-z]{2,3}$")
-    cuda_graph: bool = setting("speak by one CUDA graph a frame, where there is a GPU")
-    trainer: dict[str, tuple[Any, str]] = setting("every other key, with the file it came from")
-
-    def flat(self) -> dict[str, Any]:
-        """One flat dict, as config.json has it."""
-        own = dataclasses.asdict(self)
-        return own | {name: value for name, (value, _) in own.pop("trainer").items()}
-
-
-OWN_KEYS = {f.name: f for f in dataclasses.fields(Settings) if f.name != "trainer"}
-PATHS = ("model", "codec", "dataset")  # looked for beside the config file that names them, too
-# SFTConfig's own types have no bounds. These keys are checked before anything is imported.
-Count = Annotated[int, Ge(1), Le(10**6)]
-Steps = Annotated[float, Gt(0), Le(10**9)]  # under 1: a share of all steps
-Share = Annotated[float, Ge(0), Lt(1)]
-LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-TRAINER_TYPES = {
-    "adam_beta1": Share,
-    "adam_beta2": Share,
-    "adam_epsilon": Annotated[float, Gt(0), Le(1)],
-    "data_seed": Annotated[int, Ge(0), Lt(2**32)] | None,
-    "dataloader_num_workers": Annotated[int, Ge(0), Le(1024)],
-    "dataloader_prefetch_factor": Count | None,
-    "ddp_bucket_cap_mb": Count | None,
-    "ddp_timeout": Annotated[int, Ge(1), Le(10**9)],
-    "gradient_accumulation_steps": Count,
-    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
-    "label_smoothing_factor": Share,
-    "log_level": LogLevel,
-    "log_level_replica": LogLevel,
-    "learning_rate": Annotated[float, Gt(0), Le(10)],
-    "logging_steps": Steps,
-    "max_grad_norm": Annotated[float, Ge(0), Le(10**6)],
-    "max_steps": Literal[-1] | Annotated[int, Ge(1), Le(10**9)],
-    "neftune_noise_alpha": Annotated[float, Ge(0), Le(1000)] | None,
-    "num_train_epochs": Annotated[float, Gt(0), Le(10**6)],
-    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
-    "per_device_train_batch_size": Count,
-    "save_steps": Steps,
-    "save_total_limit": Count | None,
-    "torch_compile_mode": CompileMode | None,
-    "torch_empty_cache_steps": Count | None,
-    "warmup_steps": Annotated[float, Ge(0), Le(10**9)],
-    "weight_decay": Annotated[float, Ge(0), Le(100)],
-}
-
-
-def parse_word(word: str) -> Any:
-    """A word of the command line as JSON, or as it is where it is none."""
+def parse_json(word: str) -> Any:
+    """A word of the command line as JSON; a string, and what is not JSON, as the word itself."""
     try:
         value = json.loads(word)
     except (ValueError, RecursionError):
@@ -189,33 +91,36 @@ def parse_word(word: str) -> Any:
     return word if isinstance(value, str) else value
 
 
-def validate(name: str, value: Any, hint: Any, source: str, bounds: dict | None = None) -> Any:
-    """`value` as the type `hint` says; a str from the command line may be JSON or a bare word."""
-    from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+def validate(name: str, value: Any, hint: Any, source: str) -> Any:
+    """`value` as the type `hint` has it; `UserError` with the key's name and source.
 
-    finite = ConfigDict(allow_inf_nan=False)
-    adapter = TypeAdapter(Annotated[hint, Field(**(bounds or {}))], config=finite)
-    word = source == "command line" and isinstance(value, str)
-    given = parse_word(value) if word else value
-    strict = not (word and isinstance(given, str))  # a bare word such as True may mean true
-    readings = [(given, strict)]
-    if word and isinstance(given, int | float):
-        readings.append((value, True))  # a name may look like a number
+    A string from the command line may be JSON, a bare word such as True, or a name like 7. So may
+    one of "settings", whose type was not known when it was read.
+    """
+    readings = [(value, True)]  # and whether the type must match exactly
+    if source in (COMMAND_LINE, "settings") and isinstance(value, str):
+        parsed = parse_json(value)
+        readings = [(parsed, not isinstance(parsed, str))]
+        readings += [(value, True)] if parsed is not None else []
+    adapter = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
     errors = []
     for reading, strict in readings:
         try:
             result = adapter.validate_json(json.dumps(reading), strict=strict)
         except ValidationError as error:
-            errors = errors or error.errors()
-            continue
-        check_strings(name, result, source)
-        return result
-    message = " or ".join(dict.fromkeys(error["msg"] for error in errors))
+            errors += [error.errors()]
+        else:
+            check_strings(name, result, source)
+            return result
+    message = " or ".join(dict.fromkeys(error["msg"] for error in errors[0]))
     raise UserError(f"{source}: {name} is {json.dumps(value)[:80]}: {message}")
 
 
 def check_strings(name: str, value: Any, source: str) -> None:
-    """`UserError` for a string that no file or text can have, and for an empty one of our keys."""
+    """`UserError` for a NUL byte, for broken UTF-8, and for an empty string in config.json's keys.
+
+    `value` may be a string, a list of strings, or anything else, which passes.
+    """
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             continue
@@ -225,30 +130,39 @@ def check_strings(name: str, value: Any, source: str) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"{source}: {name} is {text[:80]!r}: not valid UTF-8") from None
-        if name in OWN_KEYS and not text.strip():
+        if name in Settings.model_fields and not text.strip():
             what = f"{name}: the text" if isinstance(value, list) else name
             raise UserError(f"{source}: {what} is empty; give one, or leave it out")
 
 
-def unknown_key(name: str, known, source: str) -> UserError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return UserError(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
+def trainer_keys() -> set[str]:
+    """The names of SFTConfig's keys, read from its source.
 
-
-def check_names(settings: Settings) -> None:
-    """`UserError` for a key that neither this project nor SFTConfig has.
-
-    SFTConfig takes seconds to import, so only a key that config.json lacks is looked up there.
+    Importing the class would take seconds, and unsloth has to be imported before it.
     """
-    shipped = read_json(ROOT / "config.json")
-    others = [name for name in settings.trainer if name not in shipped]
-    if others:
-        from trl import SFTConfig
+    names = set()
+    for source in SFTCONFIG_SOURCES:
+        package, _, path = source.partition("/")
+        folder = Path(find_spec(package).submodule_search_locations[0])
+        for node in ast.parse((folder / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in SFTCONFIG_CLASSES:
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                names |= {field.target.id for field in fields}
+    return {name for name in names if not name.startswith("_")}
 
-        known = [field.name for field in dataclasses.fields(SFTConfig)]
-        for name in others:
-            if name not in known:
-                raise unknown_key(name, [*OWN_KEYS, *known], settings.trainer[name][1])
+
+def check_name(name: str, source: str) -> None:
+    """`UserError` for a key that neither this project nor SFTConfig has, or that is not taken."""
+    if name in DERIVED:
+        reason = f"is set by finetune.py itself (it follows from {DERIVED[name]}); leave it out"
+        raise UserError(f"{source}: {name} {reason}")
+    if name in WITHOUT_EFFECT:
+        instead = WITHOUT_EFFECT[name]
+        raise UserError(f"{source}: {name} has no effect, leave it out: {instead}")
+    known = [*Settings.model_fields, *sorted(trainer_keys())]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise UserError(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
 
 
 def check_regular(path: str | Path) -> None:
@@ -258,7 +172,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A flat JSON object from a file; `UserError` with the place where it is not one."""
+    """A JSON object from a file; `UserError` if it cannot be read, is none, or repeats a key."""
 
     def unique(pairs):
         values = dict(pairs)
@@ -284,40 +198,64 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def beside(path: str, source: str) -> str:
+def find_path(path: str, config: str) -> str:
     """A path in a config: from the current folder, else from the config's, else from this one.
 
-    Only what is read is looked for. output_dir and cache_dir, which are written, always are
-    relative to the current folder.
+    Only for what is read. output_dir and cache_dir, which are written, are always relative to the
+    current folder.
     """
-    folders = ("", Path(source).parent, ROOT)
+    folders = ("", Path(config).parent, ROOT)
     return next((p for f in folders if os.path.exists(p := os.path.join(f, path))), path)
 
 
-def read_settings(config: str | Path | None = None, overrides: dict | None = None) -> Settings:
-    """config.json, then `config` over it, then the command line's `--key value` over both."""
+def read_settings(
+    config: str | Path | None = None, overrides: dict | None = None, saved: bool = False
+) -> Settings:
+    """config.json, then `config` over it, then the command line's `--key value` over both.
+
+    `saved`: `config` was saved by a run, which checked the names in it. Raises `UserError`.
+    """
     layers = [(str(ROOT / "config.json"), read_json(ROOT / "config.json"))]
-    if config is not None:
-        layers.append((str(config), read_json(Path(config))))
-    layers.append(("command line", overrides or {}))
-    own, trainer = {}, {}
-    for source, values in layers:
-        for name, value in values.items():
-            if name in OWN_KEYS:
-                field = OWN_KEYS[name]
-                value = validate(name, value, field.type, source, dict(field.metadata))
-                in_config = name in PATHS and source != "command line"
-                own[name] = beside(value, source) if in_config else value
+    layers += [(str(config), read_json(Path(config)))] if config is not None else []
+    layers += [(COMMAND_LINE, overrides or {})]
+    values = {}
+    for source, layer in layers:
+        for name, value in layer.items():
+            if name in Settings.model_fields:
+                hint = Settings.model_fields[name].rebuild_annotation()
+                value = validate(name, value, hint, source)
+                in_config = name in PATHS and source != COMMAND_LINE
+                value = find_path(value, source) if in_config else value
             elif name in TRAINER_TYPES:
-                trainer[name] = validate(name, value, TRAINER_TYPES[name], source), source
-            else:
-                trainer[name] = (value, source)
-    missing = [name for name in OWN_KEYS if name not in own]
-    if missing:
-        raise UserError(
-            f"{ROOT / 'config.json'}: lacks {', '.join(missing)}; every key stands there"
-        )
-    return Settings(**own, trainer=trainer)
+                value = validate(name, value, TRAINER_TYPES[name], source)
+            elif not saved:
+                check_name(name, source)
+            values[name] = value
+    if missing := [name for name in Settings.model_fields if name not in values]:
+        raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; every key stands there")
+    return Settings.model_construct(**values)
+
+
+def check_trainer_types(settings: Settings, hints: dict) -> Settings:
+    """The settings with values of the types that SFTConfig gives its keys.
+
+    `hints` are get_type_hints(SFTConfig): only they know the types of keys that are in neither
+    config.json nor TRAINER_TYPES. Raises `UserError`.
+    """
+    others = [name for name in settings.model_extra if name not in TRAINER_TYPES]
+    values = {n: validate(n, settings.model_extra[n], hints[n], "settings") for n in others}
+    return settings.replace(**values)
+
+
+def describe_keys() -> str:
+    """All keys of config.json by group, with meaning and default, for --help."""
+    defaults, lines = read_json(ROOT / "config.json"), []
+    for name, field in Settings.model_fields.items():
+        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
+        default = json.dumps(defaults.get(name), ensure_ascii=False)
+        words = f"  --{name:32}{field.description} (default: {default})"
+        lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -329,10 +267,9 @@ class Parser(argparse.ArgumentParser):
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    keys = [f"  --{name:24}{f.metadata['description']}" for name, f in OWN_KEYS.items()]
     parser = Parser(
         description=description,
-        epilog="\n".join(["keys, with their defaults in config.json:", *keys]),
+        epilog=describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -343,8 +280,8 @@ def read_command_line(description: str) -> Settings:
     while words:
         name = words.pop(0)
         bare = not words or words[0].startswith("--")  # a switch, as --overwrite
-        own = OWN_KEYS.get(name[2:])
-        switch = own is None or bool in (own.type, *get_args(own.type))
+        field = Settings.model_fields.get(name[2:])
+        switch = field is None or bool in (field.annotation, *get_args(field.annotation))
         if not name.startswith("--") or (bare and not switch):
             raise UserError(f"command line: {name}: write keys as --key value")
         overrides[name[2:]] = "true" if bare else words.pop(0)
@@ -352,6 +289,7 @@ def read_command_line(description: str) -> Settings:
 
 
 def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; `UserError` if it cannot be read, or has another encoding."""
     check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -373,8 +311,3 @@ def first_reason(error: Exception) -> str:
     if not lines or not isinstance(error, OSError | RuntimeError | ValueError):
         lines = [f"{type(error).__name__} {' '.join(lines)}".strip()]  # KeyError: 'weight_map'
     return textwrap.shorten(lines[0], 200, placeholder=" …")
-
-
-SPEAKING = ("temperature", "top_p", "repetition_penalty", "max_seconds", "speak_batch_size")
-SPEAKING += ("best_of", "cuda_graph", "language")
-RUN_KEYS = ("codec", "seed", *SPEAKING)

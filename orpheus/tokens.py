@@ -1,12 +1,14 @@
 """The speech language of Orpheus: special tokens, the prompt, slots ↔ codes ↔ ids."""
 
 import re
+import textwrap
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import sentencex
 
-from orpheus.settings import UserError, read_text
+from orpheus.settings import Settings, UserError, read_text
 
 SAMPLE_RATE = 24_000  # Hz
 FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
@@ -28,106 +30,153 @@ SpeechIds = namedtuple("SpeechIds", [*TOKEN_NAMES, "codebook_size"])
 
 
 def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
-    """The ids, by name; `UserError` for a tokenizer that lacks one of them."""
+    """Looks up the ids by their names; raises `UserError` if the tokenizer lacks one of them."""
     vocabulary = tokenizer.get_vocab()
+    source = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
     last = f"<custom_token_{9 + SLOTS * codebook_size}>"
     missing = [name for name in [*TOKEN_NAMES.values(), last] if name not in vocabulary]
     if missing:
-        where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
-        raise UserError(f"{where}: no token {missing[0]}: not an Orpheus model for this codec")
+        raise UserError(f"{source}: no token {missing[0]}: not an Orpheus model for this codec")
     ids = {field: vocabulary[name] for field, name in TOKEN_NAMES.items()}
     if vocabulary[last] != ids["audio"] + SLOTS * codebook_size - 1:
-        where = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
-        raise UserError(f"{where}: its audio tokens are not in order: not an Orpheus model")
+        raise UserError(f"{source}: its audio tokens are not in order: not an Orpheus model")
     return SpeechIds(**ids, codebook_size=codebook_size)
 
 
-def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -> list[int]:
-    """SOH BOS "voice: text" EOT EOH SOA SOS: the one prompt of training and of speaking.
+SLOWEST_PACE = 10  # characters a second that a slow voice speaks
 
-    White space is folded. What looks like a special token in `text` stays text.
+
+def parts_of(text: str, settings: Settings) -> list[str]:
+    """Splits `text` into parts that even a slow voice speaks within `max_seconds`."""
+    max_characters = max(20, int(settings.max_seconds * SLOWEST_PACE))
+    return split_text(text, max_characters, settings.language)
+
+
+def split_text(text: str, max_characters: int, language: str = "en") -> list[str]:
+    """Splits `text` into parts of at most `max_characters`, and folds its white space.
+
+    Parts are whole sentences, found by the rules of `language`. A sentence that is too long is
+    split between words; a word that is too long stays whole.
     """
-    line = " ".join(text.split())
-    if not line:
+    text, parts = " ".join(text.split()), [""]
+    if len(text) <= max_characters:
+        return [text]
+    wrapper = textwrap.TextWrapper(max_characters, break_long_words=False, break_on_hyphens=False)
+    for sentence in sentencex.segment(language, text):
+        for line in wrapper.wrap(sentence):
+            if parts[-1] and len(parts[-1]) + 1 + len(line) > max_characters:
+                parts.append("")
+            parts[-1] = f"{parts[-1]} {line}".strip()
+    return parts
+
+
+def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -> list[int]:
+    """Builds the prompt of training and of generation: SOH BOS "voice: text" EOT EOH SOA SOS.
+
+    White space is folded. Text that looks like a special token is tokenised as text. Raises
+    `UserError` if the text is empty.
+    """
+    text = " ".join(text.split())
+    if not text:
         raise UserError("the text is empty")
     if voice:
-        line = f"{voice}: {line}"
-    keys = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    words = tokenizer(line, **keys)["input_ids"]
-    return [ids.soh, ids.bos, *words, ids.eot, ids.eoh, ids.soa, ids.sos]
+        text = f"{voice}: {text}"
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    text_ids = tokenizer(text, **options)["input_ids"]
+    return [ids.soh, ids.bos, *text_ids, ids.eot, ids.eoh, ids.soa, ids.sos]
 
 
 def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """(frames, 7) codes in slot order → (frames × 7,) ids: audio + code + codebook_size × slot."""
+    """Converts (frames, 7) codes in slot order to (frames × 7,) ids.
+
+    An id is audio + code + codebook_size × slot.
+    """
     codes = np.asarray(codes, dtype=np.int64).reshape(-1, SLOTS)
     assert codes.size == 0 or 0 <= codes.min() <= codes.max() < ids.codebook_size, codes.max()
     return (codes + ids.audio + ids.codebook_size * np.arange(SLOTS)).reshape(-1)
 
 
 def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """(frames × 7,) ids → (frames, 7) codes; `UserError` names the first id in a wrong slot."""
+    """Converts (frames × 7,) ids to (frames, 7) codes.
+
+    Raises `UserError` that names the first id which is not of its slot.
+    """
     speech = np.asarray(speech, dtype=np.int64)
     if speech.size % SLOTS:
-        raise UserError(f"{speech.size} audio ids are no whole frames of {SLOTS}")
+        raise UserError(f"{speech.size} audio ids are not whole frames of {SLOTS}")
     codes = speech.reshape(-1, SLOTS) - ids.audio - ids.codebook_size * np.arange(SLOTS)
     wrong = np.flatnonzero((codes < 0) | (codes >= ids.codebook_size))
     if wrong.size:
-        at = int(wrong[0])
-        slot = (int(speech[at]) - ids.audio) // ids.codebook_size
-        fault = f"belongs in slot {slot}" if 0 <= slot < SLOTS else "is no audio id"
-        place = f"position {at} (frame {at // SLOTS}, slot {at % SLOTS})"
-        raise UserError(f"id {speech[at]} at {place} {fault}")
+        position = int(wrong[0])
+        frame, slot = divmod(position, SLOTS)
+        own_slot = (int(speech[position]) - ids.audio) // ids.codebook_size
+        fault = f"belongs in slot {own_slot}" if 0 <= own_slot < SLOTS else "is not an audio id"
+        place = f"position {position} (frame {frame}, slot {slot})"
+        raise UserError(f"id {speech[position]} at {place} {fault}")
     return codes
 
 
-# SNAC's three levels side by side, (frames, 1 + 2 + 4), are slots 0 to 6 in this order, and back.
+# The order in which SNAC's three levels, laid side by side as (frames, 1 + 2 + 4), become slots 0
+# to 6, and the inverse permutation.
 LEVELS_TO_SLOTS = [0, 1, 3, 4, 2, 5, 6]
 SLOTS_TO_LEVELS = [0, 1, 4, 2, 3, 5, 6]
 
 
 def levels_to_slots(levels: list[np.ndarray]) -> np.ndarray:
-    """SNAC's three levels, (…, T), (…, 2T) and (…, 4T) → (…, T, 7) codes in slot order."""
-    side = [level.reshape(*levels[0].shape, -1) for level in levels]
-    return np.concatenate(side, axis=-1)[..., LEVELS_TO_SLOTS]
+    """Converts SNAC's levels, (…, T), (…, 2T) and (…, 4T), to (…, T, 7) codes in slot order."""
+    side_by_side = [level.reshape(*levels[0].shape, -1) for level in levels]
+    return np.concatenate(side_by_side, axis=-1)[..., LEVELS_TO_SLOTS]
 
 
 def slots_to_levels(codes):
-    """A (batch, T, 7) tensor of codes in slot order → SNAC's levels, (batch, T), 2T and 4T."""
-    parts = codes[..., SLOTS_TO_LEVELS].split([1, 2, 4], dim=-1)
-    return [part.flatten(1) for part in parts]
+    """Converts a (batch, T, 7) tensor in slot order to SNAC's levels, (batch, T), 2T and 4T."""
+    levels = codes[..., SLOTS_TO_LEVELS].split([1, 2, 4], dim=-1)
+    return [level.flatten(1) for level in levels]
+
+
+FIRST_CUSTOM_TOKEN = 128_256  # the id of <custom_token_0> in Orpheus
+
+
+def orpheus_ids(codebook_size: int = 4096) -> SpeechIds:
+    """The ids of Orpheus's own tokenizer, for use without it."""
+    first = FIRST_CUSTOM_TOKEN
+    return SpeechIds(128_000, 128_009, *range(first + 1, first + 8), first + 10, codebook_size)
 
 
 def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.ndarray:
-    """(frames, 7) codes from a JSON list, ids between white space, or `<custom_token_N>` text.
+    """Reads (frames, 7) codes from a JSON list, ids between white space, or `<custom_token_N>`.
 
-    Plain ids need the tokenizer that made them; without one they are Orpheus's own. Every whole
-    frame counts, after an end token, too. Other ids are reported, but for prompt and control ids.
+    Plain ids are looked up in `tokenizer`; without it they are Orpheus's own. All whole frames are
+    read, also those after an end token. The positions of other ids are printed, except those of
+    the prompt and of control tokens. Raises `UserError` if the file holds anything else or no whole
+    frame.
     """
     text = read_text(path)
-    named = re.findall(r"<custom_token_(\d+)>", text)
-    first = 128_256  # <custom_token_0> of Orpheus
-    ids = SpeechIds(128_000, 128_009, *range(first + 1, first + 8), first + 10, codebook_size)
-    if tokenizer is not None and not named:
-        ids = read_speech_ids(tokenizer, codebook_size)
-    words = named or re.sub(r"[\[\],]", " ", text).split()
+    names = re.findall(r"<custom_token_(\d+)>", text)
+    words = names or re.sub(r"[\[\],]", " ", text).split()
     if not all(re.fullmatch(r"-?\d+", word) for word in words):
         raise UserError(f"{path}: neither a list of ids nor <custom_token_N> text")
-    numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is that large
-    numbers = np.array(numbers, dtype=np.int64) + (first if named else 0)
-    codes, left_out = whole_frames(numbers, ids)
+    numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is longer
+    speech = np.array(numbers, dtype=np.int64) + (FIRST_CUSTOM_TOKEN if names else 0)
+    if tokenizer is None or names:
+        ids = orpheus_ids(codebook_size)
+    else:
+        ids = read_speech_ids(tokenizer, codebook_size)
+    codes, left_out = whole_frames(speech, ids)
     if not len(codes):
         raise UserError(f"{path}: no whole frame of {SLOTS} audio ids in it")
-    prompt = np.argmax(numbers == ids.sos)  # the length of what stands before SOS; 0 without one
-    control = np.isin(numbers[left_out], ids[:-2])
-    left_out = left_out[(left_out >= prompt) & ~control]
+    prompt_length = np.argmax(speech == ids.sos)  # 0 if there is no SOS
+    control = np.isin(speech[left_out], ids[:-2])
+    left_out = left_out[(left_out >= prompt_length) & ~control]
     if left_out.size:
-        places = ", ".join(map(str, left_out[:10])) + (", …" if left_out.size > 10 else "")
-        print(f"{path}: left out {left_out.size} ids that belong to no whole frame, at {places}")
+        positions = ", ".join(map(str, left_out[:10])) + (", …" if left_out.size > 10 else "")
+        count = f"{left_out.size} ids that belong to no whole frame"
+        print(f"{path}: left out {count}, at positions {positions}")
     return codes
 
 
 def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.ndarray]:
-    """The whole frames among ids that a model wrote without constraint.
+    """Finds the whole frames in ids that a model generated without constraints.
 
     Args:
         speech: (n,) ids.
@@ -136,7 +185,7 @@ def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.nda
         (frames, 7) codes of every run of seven ids of slots 0 to 6, and the positions in `speech`
         of all other ids.
     """
-    slots = (speech - ids.audio) // ids.codebook_size  # no id but those of audio is in 0 to 6
+    slots = (speech - ids.audio) // ids.codebook_size  # only audio ids have a slot from 0 to 6
     if len(slots) < SLOTS:
         return np.empty((0, SLOTS), dtype=np.int64), np.arange(len(slots))
     windows = np.lib.stride_tricks.sliding_window_view(slots, SLOTS)
@@ -146,54 +195,64 @@ def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.nda
 
 
 def whole_numbers(values) -> np.ndarray:
-    """An int64 array; a ValueError for anything that is not a whole number, or a ragged list."""
+    """Converts to an int64 array; raises ValueError for a ragged list or other values."""
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(array.dtype)
     return array.astype(np.int64)
 
 
-def read_codes(codes, size: int) -> np.ndarray:
-    """(frames, 7) codes in slot order from three SNAC levels of 1:2:4, or from a list in order."""
+def read_codes(codes, codebook_size: int) -> np.ndarray:
+    """Converts codes from a dataset to (frames, 7) in slot order.
+
+    `codes` are SNAC's three levels of lengths 1:2:4, or a list that is in slot order already.
+    Raises `UserError` for other shapes, and for codes that are not from 0 to `codebook_size` - 1.
+    """
     try:
-        if len(codes) == 3 and [len(level) for level in codes] == [
-            len(codes[0]) * n for n in (1, 2, 4)
-        ]:
+        first = len(codes[0]) if len(codes) == 3 else 0
+        if first and [len(level) for level in codes] == [first, 2 * first, 4 * first]:
             codes = levels_to_slots([np.asarray(level) for level in codes])
         codes = whole_numbers(codes).reshape(-1, SLOTS)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
-    wrong = np.argwhere((codes < 0) | (codes >= size))
-    if len(wrong) or not len(codes):
-        told = f"code {codes[tuple(wrong[0])]} in frame {wrong[0][0]}" if len(wrong) else "no frame"
-        raise UserError(f"{told}: codes go from 0 to {size - 1}")
+    bounds = f"codes go from 0 to {codebook_size - 1}"
+    if not len(codes):
+        raise UserError(f"no frame: {bounds}")
+    wrong = np.argwhere((codes < 0) | (codes >= codebook_size))
+    if len(wrong):
+        raise UserError(f"code {codes[tuple(wrong[0])]} in frame {wrong[0][0]}: {bounds}")
     return codes
 
 
-def check_row(made: dict, ids) -> dict:
-    """input_ids and labels as arrays; without labels, the loss is on all that follows SOS."""
+def check_row(columns: dict, ids: SpeechIds) -> dict[str, np.ndarray]:
+    """Converts the columns `input_ids` and `labels` of a pre-tokenised row to arrays.
+
+    Without labels, the loss is computed on all ids after SOS. Raises `UserError` for columns that
+    are not lists of token ids of equal length, and for a row without SOS or EOS.
+    """
     try:
-        row = whole_numbers(made["input_ids"]).reshape(-1)
-        labels = made.get("labels")
+        input_ids = whole_numbers(columns["input_ids"]).reshape(-1)
+        labels = columns.get("labels")
         labels = None if labels is None else whole_numbers(labels).reshape(-1)
     except (TypeError, ValueError, OverflowError):
         raise UserError("input_ids or labels are not a list of whole numbers") from None
-    most = ids.audio + SLOTS * ids.codebook_size
-    if (wrong := np.flatnonzero((row < 0) | (row >= most))).size:
-        place = f"id {row[wrong[0]]} at position {wrong[0]} of its input_ids"
-        raise UserError(f"{place}: ids go from 0 to {most - 1}")
+    end = ids.audio + SLOTS * ids.codebook_size
+    if (wrong := np.flatnonzero((input_ids < 0) | (input_ids >= end))).size:
+        place = f"id {input_ids[wrong[0]]} at position {wrong[0]} of its input_ids"
+        raise UserError(f"{place}: ids go from 0 to {end - 1}")
     for name, wanted in (("SOS", ids.sos), ("EOS", ids.eos)):
-        if wanted not in row:
+        if wanted not in input_ids:
             raise UserError(f"no {name} (id {wanted}) among its input_ids")
     if labels is None:
-        labels = np.where(np.arange(len(row)) <= np.argmax(row == ids.sos), -100, row)
-    if len(labels) != len(row):
-        raise UserError(f"{len(labels)} labels for {len(row)} input_ids")
-    return {"input_ids": row, "labels": labels}
+        prompt = np.arange(len(input_ids)) <= np.argmax(input_ids == ids.sos)
+        labels = np.where(prompt, -100, input_ids)
+    if len(labels) != len(input_ids):
+        raise UserError(f"{len(labels)} labels for {len(input_ids)} input_ids")
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def check_labels(input_ids: np.ndarray, labels: np.ndarray) -> None:
-    """`UserError` for a label that is neither −100 nor the id at its place, or if all are −100."""
+    """Raises `UserError` for a label that is neither -100 nor the input id, or if all are -100."""
     if (wrong := np.flatnonzero((labels != -100) & (labels != input_ids))).size:
         place = f"label {labels[wrong[0]]} at position {wrong[0]}"
         raise UserError(f"{place} is neither -100 nor the input id there, {input_ids[wrong[0]]}")

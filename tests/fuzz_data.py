@@ -48,16 +48,16 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
     """One to six changes: bytes flipped, cut, doubled, or one of BITS put in."""
     data = bytearray(data)
     for _ in range(draw.randint(1, 6)):
-        at = draw.randrange(len(data) + 1)
+        place = draw.randrange(len(data) + 1)
         match draw.randrange(4):
             case 0 if data:
-                data[at % len(data)] ^= 1 << draw.randrange(8)
+                data[place % len(data)] ^= 1 << draw.randrange(8)
             case 1:
-                del data[at : at + draw.randint(1, 40)]
+                del data[place : place + draw.randint(1, 40)]
             case 2:
-                data[at:at] = data[at : at + draw.randint(1, 40)]
+                data[place:place] = data[place : place + draw.randint(1, 40)]
             case _:
-                data[at:at] = draw.choice(BITS).encode(errors="surrogatepass")
+                data[place:place] = draw.choice(BITS).encode(errors="surrogatepass")
     return bytes(data)
 
 
@@ -81,7 +81,7 @@ def make_seeds(home: Path) -> dict[str, bytes]:
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     tokenizer = load_tokenizer(ROOT / "data/demo/base")
-    home, told = Path(tempfile.mkdtemp()), {"rows": 0, "mistakes": 0}
+    home, counts = Path(tempfile.mkdtemp()), {"rows": 0, "mistakes": 0}
     seeds = make_seeds(home)
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("a hang: over 20 s"))
     for n in range(count):
@@ -94,20 +94,20 @@ def main() -> None:
             chosen = read_settings(config, {"cache_dir": str(home / "cache"), "train_on": "audio"})
             alone = name in ("list.jsonl", "bars.csv", "tabs.tsv")
             chosen.dataset = str(home / name if alone else home)
-            rows, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
-            assert all(len(row["input_ids"]) == len(row["labels"]) for row in rows)
-            told["rows"] += len(rows)
-        except UserError as mistake:
-            assert "\n" not in str(mistake), (n, name, str(mistake))
-            told["mistakes"] += 1
+            train, held_out, _ = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
+            assert all(len(row["input_ids"]) == len(row["labels"]) for row in train + held_out)
+            counts["rows"] += len(train + held_out)
+        except UserError as error:
+            assert "\n" not in str(error), (n, name, str(error))
+            counts["mistakes"] += 1
         except BaseException:
             print(f"mutation {n} of {name}, kept in {home}", file=sys.stderr)
             raise
         (home / name).write_bytes(seeds[name])
     signal.alarm(0)
     shutil.rmtree(home)
-    assert told["rows"] > count / 2, told  # else it is not the mutations that fail
-    print(f"{count} mutations: {told['rows']} rows made, {told['mistakes']} mistakes told")
+    assert counts["rows"] > count / 2, counts  # else it is not the mutations that fail
+    print(f"{count} mutations: {counts['rows']} rows, {counts['mistakes']} mistakes reported")
 
 
 if __name__ == "__main__":

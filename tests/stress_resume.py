@@ -18,48 +18,47 @@ RUN += " --batching pad --per_device_train_batch_size 4 --save_steps 1 --save_to
 RUN += " --sample_steps 6 --sample_texts [] --gradient_checkpointing false --report_to none"
 
 
-def start(out: Path, words: list[str]) -> subprocess.Popen:
-    command = [sys.executable, *RUN.split(), "--output_dir", str(out), *words]
+def start(out: Path, options: list[str]) -> subprocess.Popen:
+    command = [sys.executable, *RUN.split(), "--output_dir", str(out), *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen) -> None:
-    told = process.communicate()[0].decode()
+    """Waits for a run; where it fails, prints what it said and exits."""
+    output = process.communicate()[0].decode()
     if process.returncode:
-        sys.exit(told)
+        sys.exit(output)
+
+
+def hash_adapter(out: Path) -> str:
+    return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
-    words = sys.argv[3:] or ["--backend", "transformers"]
-    begun = time.time()
-    finish(start(folder / "whole", words))
-    length = time.time() - begun  # seconds
-    draw, done, whole = random.Random(0), 0, 0
-    while done < kills:
-        torn = folder / f"torn{whole}"
-        process = start(torn, [*words, "--resume"])
+    options = sys.argv[3:] or ["--backend", "transformers"]
+    started = time.monotonic()
+    finish(start(folder / "undisturbed", options))
+    seconds = time.monotonic() - started
+    expected = hash_adapter(folder / "undisturbed")
+    rng, killed, finished = random.Random(0), 0, 0
+    while killed < kills or not finished:
+        out = folder / f"killed{finished}"
+        process = start(out, [*options, "--resume"])
         try:
-            process.wait(draw.uniform(0.3, 0.9) * length)
+            process.wait(rng.uniform(0.3, 0.9) * seconds if killed < kills else None)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            done += 1
-            steps = sorted(int(p.name[11:]) for p in torn.glob("checkpoint-*"))
-            print(f"kill {done}: checkpoints {steps}", flush=True)
+            killed += 1
+            steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
+            print(f"kill {killed}: checkpoints {steps}", flush=True)
             continue
-        finish(process)  # it got to its end: begin again, kills still owed
-        assert digest(torn) == digest(folder / "whole"), "a resumed run made another adapter"
-        whole += 1
-    torn = folder / f"torn{whole}"
-    finish(start(torn, [*words, "--resume"]))
-    assert digest(torn) == digest(folder / "whole"), "a resumed run made another adapter"
-    print(f"{kills} kills, the same adapter: {digest(torn)[:16]}")
-
-
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
+        finish(process)  # it came to its end: the next kills are those of a new run
+        assert hash_adapter(out) == expected, "a resumed run made another adapter"
+        finished += 1
+    print(f"{killed} kills, {finished} runs, the same adapter: {expected[:16]}")
 
 
 if __name__ == "__main__":

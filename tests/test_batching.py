@@ -12,7 +12,8 @@ import torch
 from conftest import DEMO, script
 
 import finetune
-from orpheus.batching import length_batches, make_row, slots_used
+from orpheus.batching import count_packed, length_batches, make_row, slots_used
+from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.settings import read_settings
 from orpheus.tokens import ids_to_codes
 
@@ -35,15 +36,15 @@ def trainer_of(tmp_path, tokenizer, rows):
     def make(**overrides):
         assert "unsloth" not in sys.modules
         overrides = {"output_dir": str(tmp_path / "out"), **PLAIN, **overrides}
-        settings = read_settings("data/demo/config.json", overrides)
-        arguments, _ = finetune.trainer_arguments(settings)
-        finetune.check_compatibility(settings, arguments)
+        settings = resolve_settings(read_settings("data/demo/config.json", overrides))
+        arguments = finetune.make_sft_config(settings)
+        check_compatibility(settings, arguments)
         model = finetune.load_model(settings, arguments)
         torch.manual_seed(1)
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, None)
+        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
 
     return make
 
@@ -118,6 +119,16 @@ def test_the_doctor_tells_of_batches_what_the_trainer_does(trainer_of, rows, cap
     assert f"{100 * used[batching]:.1f} % used; 2 rows a step; " in capsys.readouterr().out
 
 
+def test_packed_rows_are_counted_as_trl_packs_them():
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(20, 1024, 300).tolist()
+        table = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+        assert count_packed(lengths, 1024) == len(pack_dataset(table, 1024, "bfd"))
+
+
 def test_length_batches_are_alike_whole_and_repeatable():
     lengths = np.random.default_rng(0).integers(50, 2000, 1003).tolist()
     order = length_batches(lengths, 8, seed=1)
@@ -160,25 +171,18 @@ def losses(out):
 def test_both_backends_give_the_same_losses(native, tmp_path, monkeypatch):
     """In fp32, as the demo's config says, whether or not Unsloth finds bfloat16 instructions."""
     monkeypatch.setenv("UNSLOTH_CPU_BF16", native)
-    words = [
-        *DEMO,
-        "--limit",
-        "16",
-        "--max_steps",
-        "4",
-        "--logging_steps",
-        "1",
-        "--lr_scheduler_type",
-    ]
-    words += ["constant", "--sample_texts", "[]", "--per_device_train_batch_size", "4"]
-    told = {}
+    words = [*DEMO, "--limit", "16", "--max_steps", "4", "--logging_steps", "1"]
+    words += ["--lr_scheduler_type", "constant", "--sample_texts", "[]"]
+    words += ["--per_device_train_batch_size", "4"]
+    printed = {}
     for backend in ("unsloth", "transformers"):
         out = tmp_path / backend
-        code, told[backend], errors = script(
+        code, printed[backend], errors = script(
             "finetune.py", *words, "--backend", backend, "--output_dir", out
         )
         assert code == 0, errors
     first, second = losses(tmp_path / "unsloth"), losses(tmp_path / "transformers")
     assert len(first) == 4 and first[-1] < first[0]
     assert np.allclose(first, second, rtol=1e-4), (first, second)
-    assert told["unsloth"].split("batches")[1][:80] == told["transformers"].split("batches")[1][:80]
+    batches = [text.split("batches")[1][:80] for text in printed.values()]
+    assert batches[0] == batches[1]

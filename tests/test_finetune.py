@@ -22,12 +22,14 @@ import finetune
 import infer
 from data import prepare
 from orpheus.batching import split_rows
+from orpheus.callbacks import loss_warnings
+from orpheus.checks import SampleEvaluator, held_out_metrics
 from orpheus.clips import read_clips
+from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.hub import is_adapter
 from orpheus.models import load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import OWN_KEYS, UserError, check_names, read_settings
-from orpheus.trainer import held_out_metrics, loss_warnings, make_sample_evaluator
+from orpheus.settings import Settings, UserError, read_settings
 
 # In this process without unsloth, which would patch TRL for all tests that follow.
 PLAIN = ["--backend", "transformers", "--gradient_checkpointing", "false"]
@@ -45,7 +47,7 @@ def test_every_key_is_read_and_stands_in_the_readme():
     hints = typing.get_type_hints(SFTConfig)
     for name in config:
         assert name in hints or re.search(rf"settings\.{name}\b", source), name
-    assert set(OWN_KEYS) <= set(config)
+    assert set(Settings.model_fields) == set(config)
     table = (ROOT / "README.md").read_text().split("| key |")[1].split("\n\n")[0]
     first = " ".join(line.split("|")[1] for line in table.splitlines()[2:])
     assert sorted(re.findall(r"`(\w+)`", first)) == sorted(config)
@@ -57,7 +59,7 @@ def settings_of(**overrides):
 
 def test_every_sftconfig_key_is_reachable(tmp_path):
     settings = settings_of(output_dir=str(tmp_path), adam_beta2="0.95", neftune_noise_alpha="5")
-    arguments, _ = finetune.trainer_arguments(settings)
+    arguments = finetune.make_sft_config(resolve_settings(settings))
     assert (arguments.adam_beta2, arguments.neftune_noise_alpha) == (0.95, 5.0)
     assert settings.flat()["adam_beta2"] == 0.95
 
@@ -70,16 +72,13 @@ def test_unknown_and_wrong_trainer_keys():
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
         with pytest.raises(UserError, match=line):
-            settings = settings_of(**overrides)
-            check_names(settings)
-            finetune.trainer_arguments(settings)
+            finetune.make_sft_config(resolve_settings(settings_of(**overrides)))
 
 
-def test_the_top_level_config_without_a_gpu(monkeypatch, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    line = one_line(finetune.main, monkeypatch, "--output_dir", tmp_path / "out")
-    assert "no GPU" in line and "days" in line and "make demo" in line
+def test_the_top_level_config_without_a_gpu(tmp_path):
+    code, _, errors = script("finetune.py", "--output_dir", tmp_path / "out")
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "no GPU" in line and "days" in line and "make demo" in line
 
 
 # ---------------------------------------------------------------- remedies
@@ -141,9 +140,9 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
     for words, line in cases:
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
         assert line in one_line(finetune.main, monkeypatch, *words)
-    settings = settings_of(weights="8bit")
+    settings = resolve_settings(settings_of(weights="8bit"))
     with pytest.raises(UserError, match='backend "transformers" has them'):
-        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
+        check_compatibility(settings, finetune.make_sft_config(settings))
 
 
 # ---------------------------------------------------------------- nothing lost
@@ -225,7 +224,7 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
 
 def test_held_out_metrics_equal_a_plain_account(tokenizer, ids):
     """Against one log-softmax over all positions and a loop in Python."""
-    rows, _ = prepare_rows(limit="3", train_on="all")
+    rows, *_ = prepare_rows(limit="3", train_on="all")
     model, _ = load_model("data/demo/base")
     metrics = held_out_metrics(model, rows, ids)
     seen = {}
@@ -338,13 +337,9 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
 
 def test_the_time_of_checks_is_told_apart(tmp_path, monkeypatch, capsys):
     """The speed is that of training alone, however long a check takes."""
-    make = make_sample_evaluator
-
-    def slow(*words):
-        listen = make(*words)
-        return lambda *more: time.sleep(3) or listen(*more)
-
-    monkeypatch.setattr(finetune, "make_sample_evaluator", slow)
+    evaluate = SampleEvaluator.__call__
+    slow = lambda *words: time.sleep(3) or evaluate(*words)  # noqa: E731
+    monkeypatch.setattr(SampleEvaluator, "__call__", slow)
     run_here(monkeypatch, tmp_path, sample_steps="1", save_steps="3", sample_texts='["two"]')
     printed = capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())
@@ -376,7 +371,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(largest, tmp_path, monkeypatch):
         patch.setattr(SFTTrainer, "_save_checkpoint", save_and_fill)
         with pytest.raises(UserError) as caught:
             run_here(patch, tmp_path, **keys)
-    told = f"{tmp_path} cannot be written, its disk is full: free some, then --resume; "
+    told = f"{tmp_path} cannot be written, its disk is full: free some of it, then --resume; "
     assert str(caught.value) == f"step 2: {told}last checkpoint: {tmp_path}/checkpoint-1"
     run_here(monkeypatch, tmp_path, **keys, resume="true")
     assert is_adapter(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from conftest import DEMO, ROOT, one_line, script
 
 import finetune
+from orpheus.compatibility import resolve_settings
 from orpheus.memory import (
     CARDS,
     GIB,
@@ -33,8 +34,7 @@ def orpheus(tmp_path):
 def keys_and_base(folder, **overrides):
     overrides = {"model": str(folder), **overrides}
     settings = read_settings(None, {k: str(v) for k, v in overrides.items()})
-    arguments, _ = finetune.trainer_arguments(settings)
-    return plan_keys(settings, arguments), read_base(settings)
+    return plan_keys(resolve_settings(settings)), read_base(settings)
 
 
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):

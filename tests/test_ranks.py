@@ -8,6 +8,7 @@ import pytest
 from conftest import DEMO, script
 
 import finetune
+from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.hub import is_adapter
 from orpheus.settings import UserError, read_settings
 
@@ -46,9 +47,9 @@ def test_two_ranks_learn_what_one_does(backend, tmp_path):
 def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it(monkeypatch):
     layers = '{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
     words = {"fsdp": "full_shard", "fsdp_config": layers}
-    settings = read_settings("data/demo/config.json", words)
-    arguments, _ = finetune.trainer_arguments(settings)
+    settings = resolve_settings(read_settings("data/demo/config.json", words))
+    arguments = finetune.make_sft_config(settings)
     assert arguments.fsdp and "LlamaDecoderLayer" in str(arguments.fsdp_config)
     with pytest.raises(UserError, match='fsdp needs backend "transformers"'):
-        finetune.check_compatibility(settings, arguments)
+        check_compatibility(settings, arguments)
     assert "unsloth" not in sys.modules

@@ -14,26 +14,31 @@ from test_finetune import run_here, settings_of
 
 import finetune
 import orpheus.audio
-import orpheus.runs
-from orpheus.audio import whole_file, write_text
+import orpheus.output
+from orpheus.callbacks import StopOnSignal, write_unbuffered
+from orpheus.files import atomic_file, write_text
 from orpheus.hub import is_adapter, is_model
-from orpheus.run_info import load_run_info
-from orpheus.runs import (
+from orpheus.output import (
     MANIFEST,
-    PREVIOUS,
-    SAVED_CONFIG,
+    MOVING,
+    check_location,
     check_output,
-    check_place,
-    disk_watched,
-    last_checkpoint,
+    finish_replacement,
     output_lock,
     owned_files,
     record_files,
     set_aside,
-    settle_previous,
+)
+from orpheus.run_info import load_run_info
+from orpheus.runs import (
+    PREVIOUS,
+    SAVED_CONFIG,
+    last_checkpoint,
+    python_command,
+    reporting_full_disk,
+    resume_command,
 )
 from orpheus.settings import UserError, read_settings
-from orpheus.trainer import stopping_on_signals, write_unbuffered
 
 KEYS = {"save_steps": "1", "report_to": "none", "sample_steps": "3"}
 
@@ -87,7 +92,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, content, run_copy, capsys):
 
 # ---------------------------------------------------------------- replacing a run
 
-MINE = ("samples/mine.wav", "runs/mine/x", "checkpoint-notes/a", "adapter_notes.txt", "model.txt")
+MINE = ("samples/mine.wav", "runs/mine/x", "notes/a", "adapter_notes.txt", "model.txt")
 
 
 def add_mine(out: Path) -> None:
@@ -145,7 +150,7 @@ def test_a_new_run_replaces_the_old_and_nothing_else(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", **keys)
     found = contents(run_copy)
     assert all(found[name] == b"mine" for name in (*MINE, "README.md"))
-    assert {p.name for p in run_copy.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-notes"}
+    assert {p.name for p in run_copy.glob("checkpoint-*")} == {"checkpoint-2"}
     assert {p.name for p in (run_copy / "samples").iterdir()} == {"mine.wav"}
     assert {p.name for p in (run_copy / "runs").iterdir()} == {"mine"}
     assert not list(run_copy.glob(".*"))
@@ -162,40 +167,70 @@ def test_the_old_run_goes_at_the_first_checkpoint(run_copy, monkeypatch):
     run_here(monkeypatch, run_copy, overwrite="true", max_steps="1", **KEYS)
 
 
-def test_a_run_from_before_the_manifest_goes_by_its_known_names(run_copy):
-    add_mine(run_copy)
-    (run_copy / MANIFEST).unlink()
-    owned = {str(path.relative_to(run_copy)) for path in owned_files(run_copy)}
-    assert {"checkpoint-3", "samples/step-000003", "adapter_model.safetensors"} <= owned
-    assert any(name.startswith("runs/") for name in owned)
-    set_aside(run_copy)
-    assert set(contents(run_copy)) >= set(MINE)
-    left = {name for name in contents(run_copy) if not name.startswith(".previous_run/")}
-    assert left == {*MINE, "README.md"}
+class Killed(BaseException):
+    pass
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
-def test_a_kill_at_any_moment_of_the_replacing_is_mended(moved, run_copy, monkeypatch):
-    """os.replace fails at the n-th call and nothing that would tidy up runs, as after SIGKILL."""
-    add_mine(run_copy)
-    before, replace, calls = contents(run_copy), os.replace, []
+@contextlib.contextmanager
+def killed_at(number: int):
+    """From the given call on, nothing changes in the file system any more, as after SIGKILL."""
+    calls = 0
 
-    def fail(*words):
-        calls.append(words)
-        if len(calls) > moved:
-            raise KeyboardInterrupt
-        replace(*words)
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > number:
+                raise Killed
+            return function(*arguments, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", fail)
-        set_aside(run_copy)
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        calls.clear()
-        moved //= 2
-        patch.setattr(os, "replace", fail)
-        settle_previous(run_copy)
-    settle_previous(run_copy)
-    assert contents(run_copy) == before
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield
+
+
+def write_run(out: Path, text: str, *names: str) -> None:
+    record_files(out, *(name if "/" not in name else name.rpartition("/")[0] for name in names))
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+NEW = ("checks.csv", SAVED_CONFIG, "samples/step-000001/01.wav", "runs/b/events")
+OLD = (*NEW, "runs/a/events", "samples/step-000009/01.wav", "checkpoint-9/a", "checkpoint-9/b")
+OLD += ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.mark.parametrize("saved", [(), ("adapter_config.json",)])
+def test_a_kill_at_any_moment_of_a_replacement_loses_nothing(saved, tmp_path):
+    """At each change of the file system; the next start finds the old run, or the new one whole."""
+    for number in range(200):
+        out, ended = tmp_path / str(number), False
+        out.mkdir()
+        add_mine(out)
+        new = {**contents(out), **dict.fromkeys((*NEW, *saved), b"new")}
+        write_run(out, "old", *OLD)
+        old = contents(out)
+        with contextlib.suppress(Killed), killed_at(number):
+            set_aside(out)
+            write_run(out, "new", *NEW)
+            write_run(out, "new", *saved)
+            finish_replacement(out)
+            ended = True
+        finish_replacement(out)
+        found = contents(out)
+        found.pop(f".{MANIFEST}.part", None)  # the next run overwrites it
+        if found["adapter_config.json"] == b"new":
+            del found[MANIFEST]
+        assert found == (new if len(found) == len(new) else old), number
+        assert not (out / PREVIOUS).exists() and not (out / MOVING).exists()
+        if ended:
+            assert (found == new) == bool(saved)
+            return
+    pytest.fail("it never came to its end")
 
 
 def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
@@ -247,7 +282,8 @@ def test_a_manifest_of_another_shape_is_refused(text, tmp_path):
 # ---------------------------------------------------------------- the user's files
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "checkpoint-7", "samples/step-000010",
+@pytest.mark.parametrize("name", ["tokenizer.json", "checkpoint-7", "checkpoint-3-good",
+                                  "checkpoint-notes", "samples/step-000010",
                                   "checks.csv", "adapter_config.json", "config.json"])  # fmt: skip
 @pytest.mark.parametrize("overwrite", ["true", "false"])
 def test_a_file_that_no_run_made_is_not_replaced(name, overwrite, tmp_path):
@@ -303,7 +339,7 @@ def test_the_folders_that_a_run_reads_are_not_its_output(tmp_path, monkeypatch):
             pytest.fail("a run began")
     inside = {"output_dir": "voices/anna/out", "dataset": "voices/anna"}
     settings = read_settings(None, inside)
-    check_place(settings)
+    check_location(settings)
     assert sorted(p.name for p in (tmp_path / "voices/anna").iterdir()) == ["metadata.csv"]
 
 
@@ -334,10 +370,24 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_on_a_file_that_was_just_removed_does_not_count(tmp_path, monkeypatch):
+    """Another run removes the file between our opening it and locking it, as it ends."""
+    flock = fcntl.flock
+
+    def remove_and_lock(file, flags):
+        os.unlink(file.name)
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    lock = output_lock(settings_of(output_dir=str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"another run .* is writing to"), lock:
+        pytest.fail("a run began")
+
+
 def test_only_the_first_rank_locks(tmp_path, monkeypatch):
     settings = settings_of(output_dir=str(tmp_path / "out"))
     with output_lock(settings):
-        monkeypatch.setattr(orpheus.runs, "RANK", 1)
+        monkeypatch.setattr(orpheus.output, "RANK", 1)
         with output_lock(settings):
             assert check_output(settings) is None
 
@@ -352,7 +402,7 @@ def test_a_part_that_a_kill_left_is_taken_up(tmp_path):
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"a.txt": b"old"}
@@ -411,8 +461,8 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
     assert done.value.code == 130
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     told = capsys.readouterr().out
-    command = next(line for line in told.splitlines() if line.startswith("go on with: "))
-    assert command.startswith(f"go on with: {finetune.python_command()} finetune.py --config")
+    command = next(line for line in told.splitlines() if line.startswith("continue with: "))
+    assert command.startswith(f"continue with: {python_command()} finetune.py --config")
     assert command.endswith(" --resume")
     run_here(monkeypatch, tmp_path, max_steps="3", report_to="none", resume="true")
     assert is_adapter(tmp_path)
@@ -421,11 +471,11 @@ def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
 def test_nohup_stays_in_force():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping_on_signals(stop := {}):
+        with StopOnSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert not stop
+    assert not stop.requested
 
 
 def test_a_closed_terminal_does_not_stop_the_saving():
@@ -444,10 +494,10 @@ def test_the_command_to_go_on_names_python_and_quotes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["../finetune.py", "--output_dir", "my voice"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    command = finetune.resume_command(first)
+    command = resume_command(first)
     assert command == ".venv/bin/python ../finetune.py --output_dir 'my voice' --resume"
     monkeypatch.setattr(sys, "executable", "/opt/py thon")
-    command = finetune.resume_command(again)
+    command = resume_command(again)
     assert command == "'/opt/py thon' ../finetune.py --output_dir 'my voice'"
 
 
@@ -488,7 +538,7 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
     Trainer.model = Saver()
     with (
         pytest.raises(UserError, match="disk is full"),
-        disk_watched(tmp_path, lambda: "the adapter"),
+        reporting_full_disk(tmp_path, lambda: "the adapter"),
     ):
         finetune.save_model(Trainer, Saver(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -14,11 +14,18 @@ import finetune
 import orpheus.page
 import orpheus.settings
 from data import prepare
-from orpheus.generation import parts_of, split_text
+from orpheus import compatibility
+from orpheus.compatibility import (
+    check_compatibility,
+    check_optimizer,
+    check_schedule,
+    check_trackers,
+    print_changes,
+    resolve_settings,
+)
 from orpheus.hub import fetch
-from orpheus.settings import TRAINER_TYPES, UserError, parse_word, read_settings
-from orpheus.tokens import TOKEN_NAMES, read_speech_ids
-from orpheus.trainer import check_schedule
+from orpheus.keys import DERIVED, GROUPS, OWN_KEYS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
+from orpheus.settings import UserError, parse_json, read_settings, trainer_keys
 
 BAD = {
     "temperature": ["-1", "inf", "nan", "1e-300", "1e300"],
@@ -72,7 +79,7 @@ def test_a_value_out_of_bounds_is_named(name, tmp_path):
         with pytest.raises(UserError, match=f"^command line: {name}") as caught:
             read_settings(None, {name: text})
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-        given = parse_word(text)
+        given = parse_json(text)
         if given is None or text.startswith("[[") or len(text) > 1000:
             continue
         config = tmp_path / "mine.json"
@@ -104,22 +111,25 @@ def test_a_value_within_bounds(name, text, value):
 def test_bounds_are_of_keys_that_exist():
     from trl import SFTConfig
 
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert set(TRAINER_TYPES) | set(finetune.WITHOUT_EFFECT) <= known
-    assert not set(finetune.WITHOUT_EFFECT) & set(json.loads((ROOT / "config.json").read_text()))
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    assert trainer_keys() == known
+    config = json.loads((ROOT / "config.json").read_text())
+    refused = {*DERIVED, *WITHOUT_EFFECT}
+    assert set(TRAINER_TYPES) | refused | (set(config) - set(OWN_KEYS)) <= known
+    assert not refused & set(config)
 
 
 def test_every_other_number_of_the_trainer_is_finite():
     settings = read_settings(None, {"router_aux_loss_coef": "nan"})
     with pytest.raises(UserError, match=r"router_aux_loss_coef is .* finite"):
-        finetune.trainer_arguments(settings)
+        resolve_settings(settings)
 
 
-@pytest.mark.parametrize("name", finetune.WITHOUT_EFFECT)
-def test_trainer_keys_without_effect_are_refused(name):
-    settings = read_settings("data/demo/config.json", {name: "1"})
-    with pytest.raises(UserError, match=f"^command line: {name} has no effect, leave it out: "):
-        finetune.trainer_arguments(settings)
+@pytest.mark.parametrize("name", [*DERIVED, *WITHOUT_EFFECT])
+def test_trainer_keys_that_would_not_be_used_are_refused(name):
+    reason = "is set by finetune.py itself" if name in DERIVED else "has no effect, leave it out: "
+    with pytest.raises(UserError, match=f"^command line: {name} {reason}"):
+        read_settings("data/demo/config.json", {name: "1"})
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "comet_ml"])
@@ -127,9 +137,8 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
     from transformers import integrations
 
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: [])
-    settings = read_settings("data/demo/config.json", {"report_to": name})
     with pytest.raises(UserError, match=f"report_to {name} needs its package: pip install"):
-        finetune.trainer_arguments(settings)
+        check_trackers([name])
 
 
 @pytest.mark.parametrize(
@@ -153,35 +162,35 @@ def test_a_missing_tracker_is_told_with_its_pip_line(name, monkeypatch):
     ],
 )
 def test_what_the_trainer_would_find_out_late(name, text, line, monkeypatch):
-    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
     keys = {"backend": "transformers", "gradient_checkpointing": "false", name: text}
     with pytest.raises(UserError, match=line):
-        settings = read_settings("data/demo/config.json", keys)
-        finetune.check_compatibility(settings, finetune.trainer_arguments(settings)[0])
+        settings = resolve_settings(read_settings("data/demo/config.json", keys))
+        check_compatibility(settings, finetune.make_sft_config(settings))
 
 
 def test_a_schedule_without_a_step_to_decay_over():
     keys = {"lr_scheduler_type": "polynomial", "max_steps": "1", "backend": "transformers"}
-    settings = read_settings("data/demo/config.json", keys)
-    arguments = finetune.trainer_arguments(settings)[0]
+    settings = resolve_settings(read_settings("data/demo/config.json", keys))
+    arguments = finetune.make_sft_config(settings)
     with pytest.raises(UserError, match="polynomial, over 1 steps of which 1 warm up"):
-        finetune.check_optimizer(arguments)
+        check_optimizer(arguments)
     check_schedule(arguments, 2)
 
 
 def test_an_unknown_tracker():
     with pytest.raises(UserError, match="report_to papertape: give one of none, "):
-        finetune.check_reports(["papertape"])
+        check_trackers(["papertape"])
 
 
 def test_packing_is_not_told_as_a_change(capsys):
     keys = {"batching": "pack", "backend": "transformers"}
-    arguments, asked = finetune.trainer_arguments(read_settings("data/demo/config.json", keys))
-    arguments.padding_free = True
-    finetune.print_changes(asked, arguments)
+    settings = resolve_settings(read_settings("data/demo/config.json", keys))
+    arguments = finetune.make_sft_config(settings)
+    print_changes(settings, arguments)
     assert capsys.readouterr().out == ""
     arguments.packing = False
-    finetune.print_changes(asked, arguments)
+    print_changes(settings, arguments)
     assert "changed packing: True" in capsys.readouterr().out
 
 
@@ -280,25 +289,6 @@ def test_an_unreachable_hub_names_a_way_out(monkeypatch):
         fetch("some/model", ["*"])
 
 
-def test_audio_tokens_out_of_order_are_refused():
-    class Tokenizer:
-        name_or_path = "mine"
-
-        def get_vocab(self):
-            names = [*TOKEN_NAMES.values(), f"<custom_token_{9 + 7 * 4096}>"]
-            return {name: n for n, name in enumerate(names)}
-
-    with pytest.raises(UserError, match="mine: its audio tokens are not in order"):
-        read_speech_ids(Tokenizer())
-
-
-def test_sentences_are_split_by_their_language():
-    text = "Τι κάνεις; Είμαι καλά."
-    assert len(split_text(text, 12, "el")) == 2
-    settings = read_settings(None, {"language": "el", "max_seconds": "1"})
-    assert parts_of(text, settings)[0] == "Τι κάνεις;"
-
-
 def test_a_closed_pipe_ends_quietly():
     program = "from orpheus.settings import run; run(lambda: [print('x' * 999) for _ in range(99)])"
     command = f"{sys.executable} -c {json.dumps(program)} | head -1; echo ${{PIPESTATUS[0]}}"
@@ -306,9 +296,46 @@ def test_a_closed_pipe_ends_quietly():
     assert done.stderr == "" and done.stdout.endswith("\n141\n")
 
 
-def test_mistakes_in_our_keys_are_told_without_heavy_imports():
-    for program in ("finetune.py", "data/prepare.py"):
-        words = ["-X", "importtime", program, "--learning_rate", "nan"]
-        code, _, errors = script(*words)
-        assert code == 2 and "error: command line: learning_rate" in errors
-        assert not re.search(r"\| +(torch|trl|transformers|datasets)$", errors, re.M)
+@pytest.mark.parametrize("name", ["finetune.py", "data/prepare.py"])
+def test_help_and_mistakes_in_keys_need_no_heavy_imports(name):
+    mistakes = {
+        ("--learning_rate", "nan"): "error: command line: learning_rate is",
+        ("--adam_beta_2", "0.9"): "no key is named 'adam_beta_2'; the nearest is 'adam_beta2'",
+        ("--eval_steps", "5"): "error: command line: eval_steps has no effect, leave it out:",
+        ("--help",): "",
+    }
+    for words, line in mistakes.items():
+        code, _, errors = script("-X", "importtime", name, *words)
+        assert code == (2 if line else 0) and line in errors
+        assert not re.search(r"\| +(torch|trl|transformers|datasets|snac|peft)$", errors, re.M)
+
+
+def test_help_shows_each_key_with_its_meaning_and_default():
+    code, printed, _ = script("finetune.py", "--help")
+    entries = dict(re.findall(r"^  --(\w+) +(\S.*(?:\n {20}.*)*)$", printed, re.M))
+    config = json.loads((ROOT / "config.json").read_text())
+    assert code == 0 and set(config) == set(Settings.model_fields) == set(entries) - {"config"}
+    for name, value in config.items():
+        words = " ".join(entries[name].split())
+        assert words.endswith(f"(default: {json.dumps(value)})") and words[0].isalpha(), name
+    assert re.findall(r"^(\w+):$", printed, re.M)[1:] == list(GROUPS.values())
+    assert set(GROUPS) <= set(config)
+
+
+def test_a_changed_copy_leaves_the_settings_alone():
+    settings = read_settings(None, {"adam_beta2": "0.9"})
+    changed = settings.replace(limit=5, adam_beta2=0.8, adam_beta1=0.7, learning_rate=1.0)
+    assert (settings.limit, settings.trainer["adam_beta2"]) == (None, 0.9)
+    assert "adam_beta1" not in settings.flat() and settings.learning_rate == 2e-4
+    given = {"adam_beta2": 0.8, "adam_beta1": 0.7, "learning_rate": 1.0}
+    assert changed.limit == 5 and given.items() <= changed.trainer.items()
+    assert changed.flat().keys() == settings.flat().keys() | {"adam_beta1"}
+    assert not set(OWN_KEYS) & set(changed.trainer)
+
+
+def test_keys_of_a_saved_config_are_not_looked_up(tmp_path):
+    (tmp_path / "saved.json").write_text('{"a_key_of_an_earlier_trl": 1}')
+    settings = read_settings(tmp_path / "saved.json", saved=True)
+    assert settings.trainer["a_key_of_an_earlier_trl"] == 1
+    with pytest.raises(UserError, match=r"saved\.json: no key is named 'a_key_of_an_earlier_trl'"):
+        read_settings(tmp_path / "saved.json")

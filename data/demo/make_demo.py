@@ -27,8 +27,8 @@ import numpy as np
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parents[1]))
-from orpheus.audio import whole_file  # noqa: E402
 from orpheus.codec import encode, load_codec  # noqa: E402
+from orpheus.files import atomic_file  # noqa: E402
 from orpheus.tokens import (  # noqa: E402
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -192,7 +192,7 @@ def train(name: str, model, learned: list, loss_of, steps: int, rate: float, kee
         bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.3f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": model.state_dict()}
-            with whole_file(checkpoint) as part:
+            with atomic_file(checkpoint) as part:
                 torch.save(state | {"optimizer": optimizer.state_dict()}, part)
             keep()
 
@@ -378,7 +378,7 @@ def save_codec(codec) -> None:
 
     folder = DEMO / "codec"
     weights = {name: weight.half() for name, weight in codec.state_dict().items()}
-    with whole_file(folder / "pytorch_model.bin") as part:
+    with atomic_file(folder / "pytorch_model.bin") as part:
         torch.save(weights, part)
     (folder / "config.json").write_text(json.dumps(CODEC, indent=2) + "\n")
 
@@ -396,7 +396,7 @@ def encode_voice(voice: str) -> None:
     texts = training_texts(list(VOICES).index(voice), CLIPS)
     codes = [encode(codec, [speak(voice, text)])[0] for text in tqdm(texts, voice)]
     frames = [len(code) for code in codes]
-    with whole_file(WORK / f"{voice}.npz") as part, part.open("wb") as file:
+    with atomic_file(WORK / f"{voice}.npz") as part, part.open("wb") as file:
         np.savez(file, texts=texts, codes=np.concatenate(codes), frames=frames)
 
 

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
+from orpheus.audio import Sound  # noqa: E402
 from orpheus.batching import make_row  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
-from orpheus.encoding import frames_of  # noqa: E402
+from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids  # noqa: E402
@@ -43,7 +44,7 @@ def clip_seconds(draw, count: int) -> np.ndarray:
 def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
     draw, rows = np.random.default_rng(0), []
     for n, length in enumerate(clip_seconds(draw, count)):
-        codes = draw.integers(0, ids.codebook_size, (frames_of(length), SLOTS))
+        codes = draw.integers(0, ids.codebook_size, (Sound(seconds=length).frames, SLOTS))
         prompt = prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
         rows.append(make_row(prompt, codes, ids, settings))
     return rows
@@ -55,11 +56,11 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         keys = {"output_dir": out, "backend": "transformers", "max_steps": str(steps)}
         keys |= {"per_device_train_batch_size": "1", **mode}
         keys |= {"report_to": "none", "save_steps": "9999", "sample_steps": "9999"}
-        settings = read_settings(ROOT / "data/demo/config.json", keys)
-        arguments, _ = finetune.trainer_arguments(settings)
+        settings = resolve_settings(read_settings(ROOT / "data/demo/config.json", keys))
+        arguments = finetune.make_sft_config(settings)
         rows = make_rows(settings, tokenizer, ids, 8 * steps)
         model = finetune.load_model(settings, arguments)
-        trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
+        trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
         used = slots = 0
         batches = steps * arguments.gradient_accumulation_steps
         for batch in list(trainer.get_train_dataloader())[:batches]:
@@ -68,10 +69,6 @@ def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:
         begun = time.perf_counter()
         trainer.train()
         return used / (time.perf_counter() - begun), used / slots
-
-
-def listen(*_):
-    return {"eval_score": 0.0}, []
 
 
 def main() -> None:

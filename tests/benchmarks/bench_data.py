@@ -3,11 +3,11 @@
     python tests/benchmarks/bench_data.py  # 100, 1,000 and 10,000 clips: half an hour
     python tests/benchmarks/bench_data.py 100 1000
 
-Needs flite. Some hundred clips of five seconds are spoken; further ones are those at other levels,
-so that every file is another one. The plain loop reads, resamples and encodes one clip at a time,
-as notebooks do: once with as many threads as torch takes by itself, once with one; after a minute
-it stops. Every line is a process of its own; start-up (Python, imports, tokenizer, codec) is told
-apart; CPU is the processor's own time; memory is the most that was held.
+Needs flite. 300 clips of five seconds are spoken; further ones repeat these at other levels, so
+that every file is different. The plain loop reads, resamples and encodes one clip at a time, as
+notebooks do, once with torch's default number of threads and once with one thread. It stops after
+a minute. Every line is a process of its own. Start-up (Python, imports, tokenizer, codec) is
+counted separately, CPU is processor time, and memory is the peak.
 """
 
 import csv
@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-SPOKEN = 300  # clips
-MOST_PLAIN = 60  # seconds
+MAX_SPOKEN = 300  # clips; the others repeat them
+MAX_PLAIN = 60  # seconds of the plain loop
 
 
 def speak_clips(folder: Path, count: int) -> None:
@@ -32,7 +32,7 @@ def speak_clips(folder: Path, count: int) -> None:
 
     folder.mkdir(parents=True)
     spoken, rows = [], [("file_name", "text", "speaker")]
-    for words in itertools.islice(itertools.product(DIGITS, repeat=4), 7, 9999, 9999 // SPOKEN):
+    for words in itertools.islice(itertools.product(DIGITS, repeat=4), 7, 9999, 9999 // MAX_SPOKEN):
         text = " ".join(4 * words)
         command = ["flite", "-voice", "kal16", "-t", text, "-o", str(folder / "part")]
         subprocess.run(command, check=True)
@@ -57,7 +57,7 @@ def plain_loop(folder: str, threads: str) -> tuple[int, float, float, float]:
     if threads != "own":
         torch.set_num_threads(int(threads))
     codec, codes, length = SNAC.from_pretrained("data/demo/codec"), [], 0.0
-    begun, cpu = time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), time.process_time()
     with open(Path(folder, "metadata.csv")) as file:
         for row in csv.DictReader(file):
             audio, rate = soundfile.read(Path(folder, row["file_name"]), dtype="float32")
@@ -65,9 +65,9 @@ def plain_loop(folder: str, threads: str) -> tuple[int, float, float, float]:
             with torch.inference_mode():
                 codes.append(codec.encode(torch.from_numpy(audio)[None, None]))
             length += len(audio) / 24_000
-            if time.perf_counter() - begun > MOST_PLAIN:
+            if time.perf_counter() - started > MAX_PLAIN:
                 break
-    return len(codes), length, time.perf_counter() - begun, time.process_time() - cpu
+    return len(codes), length, time.perf_counter() - started, time.process_time() - cpu
 
 
 def prepare_all(folder: str, cache: str) -> tuple[int, float, float, float]:
@@ -82,23 +82,23 @@ def prepare_all(folder: str, cache: str) -> tuple[int, float, float, float]:
     settings = read_settings("data/demo/config.json", keys)
     tokenizer = load_tokenizer(Path(settings.model))
     load_codec(settings.codec)  # torch and snac are start-up, as they are in the loop
-    begun, cpu = time.perf_counter(), time.process_time()
-    _, report = prepare.make_rows(read_clips(settings), settings, tokenizer)
-    spent = time.perf_counter() - begun, time.process_time() - cpu
+    started, cpu = time.perf_counter(), time.process_time()
+    *_, report = prepare.make_rows(read_clips(settings), settings, tokenizer)
+    spent = time.perf_counter() - started, time.process_time() - cpu
     return report.clips, report.seconds, *spent
 
 
 def measure(*words: str) -> list[str]:
     """A line of the table."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, __file__, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    told = process.stdout.read()
+    line = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, words
-    whole = time.perf_counter() - begun
-    clips, length, spent, cpu = map(float, told.split())
+    whole = time.perf_counter() - started
+    clips, length, spent, cpu = map(float, line.split())
     memory = usage.ru_maxrss / 1024  # MiB
     cells = (clips, whole - spent, spent, clips / spent, length / spent, 1000 * cpu / clips, memory)
     return [f"{cell:.{digits}f}" for cell, digits in zip(cells, (0, 1, 1, 1, 0, 1, 0), strict=True)]

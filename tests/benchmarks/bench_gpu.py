@@ -26,15 +26,30 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench_batching import clip_seconds, listen, make_rows  # noqa: E402
-
 import finetune  # noqa: E402
 import orpheus.settings  # noqa: E402
-from orpheus.codec import encode, load_codec  # noqa: E402
-from orpheus.encoding import encode_sounds  # noqa: E402
-from orpheus.memory import FIT_KEYS, GIB, memory_plan, peak_memory, plan_keys, read_base  # noqa: E402
-from orpheus.models import device, load_tokenizer  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
+
+if sys.argv[1:2] == ["one"]:  # unsloth comes before transformers, which the rest imports
+    finetune.import_backend(read_settings(None, json.loads(sys.argv[2])))
+
+import torch  # noqa: E402
+from bench_batching import clip_seconds, make_rows  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from orpheus.codec import encode, load_codec  # noqa: E402
+from orpheus.compatibility import check_compatibility, resolve_settings  # noqa: E402
+from orpheus.encoding import encode_sounds  # noqa: E402
+from orpheus.memory import (  # noqa: E402
+    FIT_KEYS,
+    GIB,
+    choose_fit,
+    memory_plan,
+    peak_memory,
+    plan_keys,
+    read_base,
+)
+from orpheus.models import device, load_tokenizer  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
 WORK = ROOT / "outputs" / "bench_gpu"
@@ -99,21 +114,16 @@ def one_run(keys: dict) -> dict:
     steps, cap = int(keys.pop("bench_steps")), float(keys.pop("bench_cap", 0))  # GiB
     keys |= {"output_dir": str(WORK / "run"), "overwrite": "true", "max_steps": str(steps + 2)}
     keys |= {"report_to": "none", "save_strategy": "no", "sample_steps": "9999", "held_out": "0"}
-    settings = read_settings(None, keys)
-    if settings.backend == "unsloth":
-        import unsloth  # noqa: F401
-    import torch
-    from transformers import TrainerCallback
-
-    gpu = torch.cuda.is_available()
-    if cap:
-        settings.fit = cap
+    keys |= {"fit": str(cap)} if cap else {}
+    settings, gpu = resolve_settings(read_settings(None, keys)), torch.cuda.is_available()
     if cap and gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
         free = lambda *_: (cap * GIB - torch.cuda.memory_reserved(), total)  # noqa: E731
         torch.cuda.mem_get_info = free  # Unsloth sizes its loss by it
-    arguments, _ = finetune.resolve_training_args(settings, None)
+    settings = choose_fit(settings, read_base(settings), None)
+    arguments = finetune.make_sft_config(settings)
+    check_compatibility(settings, arguments)
     tokenizer = load_tokenizer(Path(settings.model))
     size = json.loads(Path(settings.codec, "config.json").read_text())["codebook_size"]
     ids = read_speech_ids(tokenizer, size)
@@ -123,7 +133,7 @@ def one_run(keys: dict) -> dict:
     model, moments = finetune.load_model(settings, arguments), []
     if gpu:
         torch.cuda.reset_peak_memory_stats()  # a 16-bit base is read before it is quantised
-    trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
+    trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
     each = arguments.gradient_accumulation_steps  # batches a step
     batches = itertools.islice(trainer.get_train_dataloader(), 2 * each, (2 + steps) * each)
     used, slots, pairs = map(sum, zip(*map(tell, batches), strict=True))
@@ -136,7 +146,7 @@ def one_run(keys: dict) -> dict:
 
     trainer.add_callback(Clock())
     trainer.train()
-    base, plan = read_base(settings), plan_keys(settings, arguments)
+    base, plan = read_base(settings), plan_keys(settings)
     by_slot, by_pair = operations(settings, base)
     parts = memory_plan(plan, base)
     parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory

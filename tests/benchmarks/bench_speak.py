@@ -1,45 +1,49 @@
-"""Speaking by our own loop against model.generate: tokens/s, real-time factor, first audio.
+"""Our loop against model.generate: tokens/s, real-time factor, time to the first audio.
 
 python tests/benchmarks/bench_speak.py  # the demo's base, on any machine
 python tests/benchmarks/bench_speak.py --shape orpheus-3b  # random bf16 weights, on a GPU
 python tests/benchmarks/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
 
-The end is a token that a model hardly ever writes, so that all speak about equally long; every way
-takes its turn in every round.
+A token that models hardly ever generate stands in for the end token, so that all rows are about
+equally long. The ways take turns in every round.
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from snac import SNAC
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from orpheus.codec import decode, decode_stream, load_codec  # noqa: E402
-from orpheus.generation import generate_with_transformers, speak_frames  # noqa: E402
+from orpheus.generation import generate_with_transformers  # noqa: E402
 from orpheus.models import device, load_model  # noqa: E402
+from orpheus.sampling import speak_frames  # noqa: E402
 from orpheus.scoring import Utterance  # noqa: E402
 from orpheus.settings import read_settings, run  # noqa: E402
-from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, SpeechIds, read_speech_ids  # noqa: E402
+from orpheus.tokens import (  # noqa: E402
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    SLOTS,
+    orpheus_ids,
+    read_speech_ids,
+)
 
 
 def load(shape: str):
-    """(model, codec, ids whose end is a token that no model writes)."""
-    import torch
-
+    """(model, codec, ids whose end is a token that no model generates)."""
     if shape == "demo":
         model, tokenizer = load_model(str(ROOT / "data/demo/base"))
         codec = load_codec(str(ROOT / "data/demo/codec"), device())
         ids = read_speech_ids(tokenizer, codec.codebook_size)
         return model, codec, ids._replace(eos=ids.pad)
-    from snac import SNAC
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig.from_pretrained(str(ROOT / "tests" / shape))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -47,21 +51,20 @@ def load(shape: str):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     codec = SNAC.from_config(str(ROOT / "tests/snac_24khz/config.json")).eval().to(device())
-    first = 128_257
-    ids = SpeechIds(128_000, 128_009, *range(first, first + 7), first + 9, 4096)
+    ids = orpheus_ids()
     return model, codec, ids._replace(eos=ids.pad)
 
 
 def utterances(ids, count: int, frames: int) -> list:
-    """Rows with prompts of 20 to 40 tokens, each as long as the others."""
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(20, 41, count)
-    prompts = [[*draw.integers(0, 250, n).tolist(), ids.sos] for n in lengths]
+    """Utterances of equal length with prompts of 20 to 40 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 41, count)
+    prompts = [[*rng.integers(0, 250, n).tolist(), ids.sos] for n in lengths]
     return [Utterance("", prompt, frames) for prompt in prompts]
 
 
 def generate(model, codec, ids, rows, settings, static) -> float:
-    """model.generate, then the codec over each whole row; seconds to the first sound."""
+    """model.generate, then the codec over each whole row; seconds to the first audio."""
     started = time.perf_counter()
     generate_with_transformers(model, rows, ids, settings)
     decode(codec, rows[0].codes)
@@ -72,7 +75,7 @@ def generate(model, codec, ids, rows, settings, static) -> float:
 
 
 def ours(model, codec, ids, rows, settings, static) -> float:
-    """Our loop, the first row streamed; seconds to the first sound."""
+    """Our loop, with the first row streamed; seconds to the first audio."""
     started, first = time.perf_counter(), None
     frames = speak_frames(model, rows, ids, settings, static)
     for _ in decode_stream(codec, (rows[0].frames[-1] for _ in frames if not rows[0].end)):
@@ -83,8 +86,8 @@ def ours(model, codec, ids, rows, settings, static) -> float:
 
 
 def graphed(model, codec, ids, rows, settings, static) -> float:
-    """The same with `cuda_graph` on; its capture counts."""
-    return ours(model, codec, ids, rows, dataclasses.replace(settings, cuda_graph=True), static)
+    """Our loop with `cuda_graph` on; the capture is included."""
+    return ours(model, codec, ids, rows, settings.replace(cuda_graph=True), static)
 
 
 def main() -> None:
@@ -96,8 +99,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of speech in every row")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    import torch
-
     model, codec, ids = load(arguments.shape)
     settings = read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
     frames = int(arguments.seconds * SAMPLE_RATE / FRAME_SAMPLES)
@@ -106,7 +107,7 @@ def main() -> None:
         ways["ours, graph"] = graphed, True
     for speak, static in ways.values():  # warm
         speak(model, codec, ids, utterances(ids, 1, 3), settings, static)
-    print(f"{arguments.shape} on {device()}, {frames} frames a row; median (least to most)")
+    print(f"{arguments.shape} on {device()}, {frames} frames a row; median (lowest to highest)")
     print(f"{'batch':>5} {'way':14} {'tokens/s':>24} {'real-time factor':>18} {'first audio':>12}")
     for count in arguments.batch:
         runs = {name: [] for name in ways}  # (tokens/s, real-time factor, first audio)
@@ -117,11 +118,11 @@ def main() -> None:
                 first = speak(model, codec, ids, rows, settings, static)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                spent, made = time.perf_counter() - started, sum(len(row.frames) for row in rows)
-                sound = made * FRAME_SAMPLES / SAMPLE_RATE
-                runs[name].append((made * SLOTS / spent, spent / sound, first))
-        for name, told in runs.items():
-            rates, factors, firsts = map(sorted, zip(*told, strict=True))
+                spent, frame_count = time.perf_counter() - started, sum(len(r.frames) for r in rows)
+                seconds = frame_count * FRAME_SAMPLES / SAMPLE_RATE
+                runs[name].append((frame_count * SLOTS / spent, spent / seconds, first))
+        for name, figures in runs.items():
+            rates, factors, firsts = map(sorted, zip(*figures, strict=True))
             rate = f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
             factor, first = statistics.median(factors), statistics.median(firsts)
             print(f"{count:5} {name:14} {rate:>24} {factor:18.3f} {first:10.2f} s", flush=True)

@@ -1,9 +1,9 @@
-"""Whether the judges of --score tell speech from noise: a clip of data/numbers, and noise.
+"""Whether the judges of --score rate a clip of data/numbers above noise.
 
 python tests/benchmarks/check_judges.py
 python tests/benchmarks/check_judges.py --clips 5 --whisper base  # a size of faster-whisper
 
-Prints every judge's scores and exits with 1 unless the clips are understood better than noise.
+Prints every judge's scores, and exits with 1 unless each rates the clips above the noise.
 Not part of `make test`. Needs, in addition to the project's own packages (best in a separate
 environment):
 pip install faster-whisper jiwer resemblyzer 'setuptools<81' speechmos onnxruntime
@@ -56,7 +56,7 @@ def main() -> None:
     with open(CLIPS / "metadata.csv") as file:
         rows = list(csv.DictReader(file))
     judged, others = rows[: arguments.clips], rows[arguments.clips : arguments.clips + 5]
-    recordings = [CLIPS / row["file_name"] for row in others]  # the voice that clips should match
+    recordings = [CLIPS / row["file_name"] for row in others]  # for likeness
     judges = load_judges(arguments.whisper or tiny_whisper(), recordings)
     if len(judges) < len(JUDGES):
         raise UserError("a judge is missing: see the line above for what to install")
@@ -66,8 +66,8 @@ def main() -> None:
         for name, audio in (("speech", speech), ("noise", noise_like(speech))):
             scores[name].append(measure(audio, row["text"], None, judges))
     means = {
-        kind: {name: np.mean([each[name] for each in told]) for name in told[0]}
-        for kind, told in scores.items()
+        kind: {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+        for kind, rows in scores.items()
     }
     print(f"{'':8}", *(f"{name:>9}" for name in means["speech"]))
     for kind, values in means.items():

@@ -7,12 +7,14 @@ import csv
 import sys
 from pathlib import Path
 
+from matplotlib import pyplot
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from orpheus.audio import read_audio  # noqa: E402
 from orpheus.codec import decode, encode, load_codec  # noqa: E402
-from orpheus.generation import generate  # noqa: E402
+from orpheus.generation import generate_batch, make_utterance  # noqa: E402
 from orpheus.models import load_model  # noqa: E402
 from orpheus.runs import SAVED_CONFIG  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
@@ -22,11 +24,6 @@ MODEL, CLIP = ROOT / "outputs/demo", 0
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with open(ROOT / "data/numbers/metadata.csv") as file:
         row = list(csv.DictReader(file))[CLIP]
     settings = read_settings(MODEL / SAVED_CONFIG)
@@ -34,16 +31,17 @@ def main() -> None:
     recording = read_audio(ROOT / "data/numbers" / row["file_name"])[0]
     model, tokenizer = load_model(str(MODEL))
     ids = read_speech_ids(tokenizer, codec.codebook_size)
-    codes, _ = generate(model, tokenizer, ids, row["text"], settings, row["speaker"])
+    utterance = make_utterance(model, tokenizer, ids, row["text"], settings, row["speaker"])
+    generate_batch(model, [utterance], ids, settings)
     sounds = {
         "recording": recording,
         "through the codec": decode(codec, encode(codec, [recording])[0]),
-        "spoken by the fine-tuned model": decode(codec, codes),
+        "spoken by the fine-tuned model": decode(codec, utterance.codes),
     }
     figure, plots = pyplot.subplots(1, 3, figsize=(12, 2.6), sharey=True, layout="constrained")
     for plot, (name, audio) in zip(plots, sounds.items(), strict=True):
         plot.specgram(audio + 1e-7, NFFT=512, noverlap=384, Fs=24_000, vmin=-120, vmax=-30)
-        plot.set(title=f"{name}", xlabel="seconds", ylim=(0, 8000), xlim=(0, len(audio) / 24_000))
+        plot.set(title=name, xlabel="seconds", ylim=(0, 8000), xlim=(0, len(audio) / 24_000))
     plots[0].set_ylabel("Hz")
     figure.savefig(ROOT / "data/demo/voice.png", dpi=70)
     print(f"data/demo/voice.png: {row['text']!r}")

@@ -4,29 +4,30 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import finetune
-from orpheus.batching import make_row
-from orpheus.codec import load_codec
-from orpheus.models import load_tokenizer
 from orpheus.settings import read_settings
-from orpheus.tokens import read_speech_ids
 
-overrides = json.loads(sys.argv[1])
-if overrides["backend"] == "unsloth":
-    import unsloth  # noqa: F401 (before transformers, which it patches)
+settings = read_settings("data/demo/config.json", json.loads(sys.argv[1]))
+finetune.import_backend(settings)  # unsloth comes before transformers, which the rest imports
 
-settings = read_settings("data/demo/config.json", overrides)
-arguments, _ = finetune.trainer_arguments(settings)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from orpheus.batching import make_row  # noqa: E402
+from orpheus.codec import load_codec  # noqa: E402
+from orpheus.compatibility import resolve_settings  # noqa: E402
+from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.tokens import read_speech_ids  # noqa: E402
+
+settings = resolve_settings(settings)
+arguments = finetune.make_sft_config(settings)
 tokenizer = load_tokenizer(Path(settings.model))
 ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(5)
 codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 24)]
 rows = [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
 model = finetune.load_model(settings, arguments)
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, None)
+trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
 assert trainer.args.packing
 
 

@@ -9,12 +9,13 @@ import unsloth  # noqa: F401 (before transformers, which it patches)
 
 import finetune
 from orpheus.codec import load_codec
+from orpheus.compatibility import resolve_settings
 from orpheus.models import load_tokenizer
 from orpheus.settings import read_settings
 from orpheus.tokens import read_speech_ids
 
-settings = read_settings("data/demo/config.json", json.loads(sys.argv[1]))
-arguments, _ = finetune.trainer_arguments(settings)
+settings = resolve_settings(read_settings("data/demo/config.json", json.loads(sys.argv[1])))
+arguments = finetune.make_sft_config(settings)
 tokenizer = load_tokenizer(Path(settings.model))
 ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(0)
@@ -23,11 +24,7 @@ rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
 model = finetune.load_model(settings, arguments)
 
 
-def listen(*_):
-    return {"eval_score": 0.0}, []
-
-
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, {}, listen)
+trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
 batch = next(iter(trainer.get_train_dataloader()))
 assert set(batch) == {"input_ids", "attention_mask", "labels"}, set(batch)
 assert all(tensor.shape == (2, 1054) for tensor in batch.values())

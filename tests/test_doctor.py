@@ -1,0 +1,109 @@
+"""orpheus/doctor.py: findings, what is printed, the picture."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+from clip_folders import folder_of, noise, rows_of, settings
+from conftest import ROOT
+
+from data import prepare
+from orpheus.audio import Sound
+from orpheus.clips import read_clips
+from orpheus.doctor import FINDINGS, Measures, Report, draw_report
+from orpheus.settings import UserError, read_settings
+
+
+def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
+    """One clip of every finding among forty sound ones; nothing is found in those."""
+    draw = np.random.default_rng(0)
+
+    def clip(name, seconds=1.5, level=0.1, text="one two three four five", **how):
+        rate, channels = how.pop("rate", 24_000), how.pop("channels", 1)
+        audio = draw.normal(0, level, (int(seconds * rate), channels)) + how.pop("offset", 0)
+        audio = np.pad(audio, ((0, int(how.pop("tail", 0) * rate)), (0, 0)))
+        soundfile.write(tmp_path / name, np.clip(audio, -1, 1), rate)
+        rows.append((name, text, "me"))
+
+    rows = []
+    for n in range(40):
+        text = " ".join(draw.permutation(["one", "two", "three", "four", "five"])) + " a" * n
+        clip(f"{n:02}.wav", seconds=len(text) / 15 * draw.uniform(0.9, 1.1), text=text)
+    clip("short.wav", 0.3, text="hi there")
+    clip("long.wav", 21, text="a long one " * 28)
+    clip("silence.wav", tail=2, text="now wait for it to end")
+    clip("clipped.wav", level=0.9, text="this one is too loud by far")
+    clip("quiet.wav", level=0.005, text="this one can hardly be heard")
+    clip("offset.wav", offset=0.1, text="this one is not in the middle")
+    clip("no_highs.wav", rate=22_050, text="this one lacks its highest tones")
+    clip("narrow.wav", rate=11_025, text="this one is a telephone line")
+    clip("narrower.wav", rate=8_000, text="this one is an older telephone")
+    clip("stereo.wav", channels=2, text="this one has two channels")
+    clip("digits.wav", text="this one costs 99 cents at most")
+    clip("link.wav", text="see https://example.org for more")
+    clip("pace.wav", 0.6, text="a text that is much longer than what is spoken " * 3)
+    clip("same_text.wav", text=rows[0][1], seconds=len(rows[0][1]) / 15)
+    (tmp_path / "same_sound.wav").write_bytes((tmp_path / "07.wav").read_bytes())
+    rows.append(("same_sound.wav", rows[7][1] + "!", "me"))
+    folder_of(tmp_path, rows)
+    _, report = rows_of(tmp_path, tokenizer, max_length=4000)
+    named = {
+        name: [rows[int(re.search(r"row (\d+):", clip)[1]) - 2][0][:-4] for clip in clips]
+        for name, clips in report.findings.items()
+    }
+    assert set(named) == set(FINDINGS)
+    assert named["narrow"] == ["narrower", "narrow"]  # the worst comes first
+    for name, clips in named.items():
+        assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
+        sound = [clip for clip in clips if clip.isdigit()]
+        assert not sound, (name, sound)
+    _, report = rows_of(tmp_path, tokenizer, max_length=4000, leave_out='["pace", "long"]')
+    assert len(report.measures) == len(rows) - len(set(named["pace"]) | set(named["long"]))
+    with pytest.raises(UserError, match=r"no finding is named 'pase'; there are .*, pace,"):
+        rows_of(tmp_path, tokenizer, leave_out='["pase"]')
+
+
+def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in range(6):
+        noise(tmp_path / f"{n}.wav", 1.0, rate=22_050, seed=n)
+    soundfile.write(tmp_path / "4.wav", np.zeros(9999), 24_000)
+    noise(tmp_path / "long.wav", 3.0)
+    names = [f"{n}.wav" for n in range(6)] + ["long.wav"]
+    folder_of(tmp_path, [(name, f"text {name} 1", "anna") for name in names])
+    root = ROOT
+    config = {"codec": root / "data/demo/codec", "max_length": 200, "output_dir": "out"}
+    overrides = {"dataset": ".", "cache_dir": "null", **{k: str(v) for k, v in config.items()}}
+    chosen = read_settings(root / "data/demo/config.json", overrides)
+    *_, report = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
+    report.print_summary(chosen)
+    lines = capsys.readouterr().out.splitlines()
+    counts = "5 of 7 clips, 0.1 min, voice anna; 2 left out (1 silent, 1 too long)"
+    assert lines[0] == f"data     .: {counts}: out/data_report.json"
+    assert len(lines) == 2 and "digits" in lines[1]
+    report.print_summary(chosen, full=True)
+    printed = capsys.readouterr().out
+    assert "rows     " in printed and "batches  " in printed and "no_highs" in printed
+    assert "silent throughout" in printed and "find a better source" not in printed
+    report.save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out/data_report.json").read_text())
+    assert saved["reasons"] == {"silent": 1, "too long": 1} and "split" not in saved
+
+
+def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
+    report = Report("x", measures=[Measures("a", "", "t")])
+    report.lengths = [100] * 50
+    report.print_rows(settings("x"))
+    assert "99 %" not in capsys.readouterr().out
+    report.lengths = [100] * 199 + [500]
+    report.print_rows(settings("x"))
+    assert "max_length 100 would keep 99 %" in capsys.readouterr().out
+
+
+def test_a_picture_of_a_voice_that_looks_like_a_formula(tmp_path):
+    measures = [Measures("a", "$\\frac$", "text", Sound(seconds=1.0))]
+    report = Report("a$b$_^", measures=measures)
+    draw_report(report, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size
