@@ -184,9 +184,9 @@ def load_with_transformers(settings: Settings, dtype):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from orpheus.hub import MODEL_FILES, fetch
-    from orpheus.models import LINEAR_LAYERS, load_base, quantization_config
+    from orpheus.models import LINEAR_LAYERS, bitsandbytes_config, load_base
 
-    quantization = quantization_config(settings.weights, dtype)
+    quantization = bitsandbytes_config(settings.weights, dtype)
     model = load_base(
         fetch(settings.model, MODEL_FILES),
         dtype=dtype,

@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 
 from orpheus.hub import absolute_path_or_hub_id
-from orpheus.keys import OWN_KEYS
 from orpheus.settings import (
     RUN_KEYS,
     Parser,
+    Settings,
     UserError,
     check_strings,
     read_settings,
@@ -22,9 +22,10 @@ def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
     parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     for name in keys:
-        switch = OWN_KEYS[name].annotation is bool
+        field = Settings.model_fields[name]
+        switch = field.annotation is bool
         kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
-        words = f"{OWN_KEYS[name].description} (the run's)"
+        words = f"{field.description} (the run's)"
         parser.add_argument(f"--{name}", help=words, **kind)
 
 
