@@ -46,7 +46,6 @@ from orpheus.memory import (  # noqa: E402
     choose_fit,
     memory_plan,
     peak_memory,
-    plan_keys,
     read_base,
 )
 from orpheus.models import device, load_tokenizer  # noqa: E402
@@ -146,7 +145,7 @@ def one_run(keys: dict) -> dict:
 
     trainer.add_callback(Clock())
     trainer.train()
-    base, plan = read_base(settings), plan_keys(settings)
+    base, plan = read_base(settings), settings.flat()
     by_slot, by_pair = operations(settings, base)
     parts = memory_plan(plan, base)
     parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory
