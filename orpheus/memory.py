@@ -60,12 +60,12 @@ def read_base(settings: Settings) -> Base:
         return count_weights(config)
 
 
-def state_bytes(optimiser: str) -> float:
-    """Bytes of optimiser state on the GPU for each trained weight."""
+def state_bytes(optimiser: str, weight_value: int) -> float:
+    """Bytes of optimiser state on the GPU for each trained weight of `weight_value` bytes."""
     if any(word in optimiser for word in ("paged", "adafactor", "sgd")):
         return 0  # in RAM when the GPU is full; a row and a column; none
     moments = 1 if any(word in optimiser for word in ("lion", "rmsprop", "adagrad")) else 2
-    return moments * (1 if "8bit" in optimiser else 4)
+    return moments * (1 if "8bit" in optimiser else 4 if "32bit" in optimiser else weight_value)
 
 
 def bytes_per_value(config: dict) -> tuple[int, int]:
@@ -111,24 +111,28 @@ def training_moments(config: dict, base: Base, gradients: float) -> list[dict[st
     kept = mask + shape.num_hidden_layers * (states if checkpointing else layer)
     if checkpointing == "unsloth":  # to CPU by way of two buffers; embeddings and one input stay
         last, kept = 3 * states, 4 * states
-    # Autocast keeps 16-bit copies of the LoRA through the forward pass, and without checkpoints
-    # beyond; in the loss's backward pass it keeps a copy of a head that is held in fp32.
+    # Autocast keeps 16-bit copies of the LoRA through the forward pass, and beyond it without
+    # checkpoints; in the loss's backward pass it keeps a copy of a head that is held in fp32
     copies = 2 * base.lora * config["lora_r"] if lora and product == 2 and not unsloth else 0
-    head = product * shape.vocab_size * shape.hidden_size if product < state else 0
-    # TRL's loss and our checks take 256 positions at a time, Unsloth's up to half of what is free.
+    embeddings = product * shape.vocab_size * shape.hidden_size
+    head = embeddings if product < state else 0
+    # TRL's loss and our checks take 256 positions at a time, Unsloth's up to half of what is free
     loss = 256 * 16 * shape.vocab_size + 4 * states
     loss += max(head, copies) if checkpointing else head + copies
-    # The MLP's gradients are three and a cast, or one, since Unsloth reuses what it kept.
+    tied = 0 if lora else 2 * embeddings  # gradients as a head and as embeddings, before their sum
+    # The MLP's gradients are three and a cast, or one, since Unsloth reuses what it kept
     work = 10 * shape.intermediate_size * tokens
     if unsloth and lora:
         work = product * (shape.intermediate_size + shape.hidden_size) * tokens
-    # Without earlier batches in the step, gradients grow as activations are freed.
+    # Without earlier batches in the step, gradients grow as activations are freed
     before = gradients if config["gradient_accumulation_steps"] > 1 else 0
     again = layer if checkpointing else copies
+    roots = gradients if config["optim"] == "adamw_torch" else 0  # of all moments at once
     return [
-        {"gradients": before, "activations": kept, "loss: logits": loss},
+        {"gradients": before, "activations": kept, "loss: logits": loss + tied},
         {"gradients": before, "activations": kept + again, "a layer's gradients": work},
         {"gradients": gradients, "activations": last + layer, "a layer's gradients": work},
+        {"gradients": gradients, "the step's end": max(roots, tied)},
     ]
 
 
@@ -159,7 +163,7 @@ def memory_plan(config: dict, base: Base) -> dict[str, float]:
     return {
         "weights": base.linear * linear + base.others * state,
         "LoRA": 0 if full else lora * 4,
-        "optimiser": trained * state_bytes(config["optim"]),
+        "optimiser": trained * state_bytes(config["optim"], each),
         "Unsloth's buffers": 2 * product * buffers if config["backend"] == "unsloth" else 0,
         **max(moments, key=lambda moment: sum(moment.values())),
         "codec, CUDA": 0.7 * GIB,  # a guess: the context, cuBLAS's workspace, fragments
@@ -191,7 +195,7 @@ def smallest_change(config: dict, base: Base, free: float) -> dict | None:
     remedies = [remedy for remedy in remedies if remedy]
     counts = range(len(remedies) + 1)
     chosen = itertools.chain(*(itertools.combinations(remedies, n) for n in counts))
-    changes = ({k: v for remedy in some for k, v in remedy.items()} for some in chosen)
+    changes = ({k: v for remedy in group for k, v in remedy.items()} for group in chosen)
     return first_fit(config, base, free, changes)
 
 
