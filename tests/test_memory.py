@@ -131,6 +131,8 @@ def test_the_plan_is_of_the_worst_moment(orpheus):
     speaking = memory_plan(config | texts, base)
     assert speaking["samples: keys and values"] == pytest.approx(8 * cache * 800, rel=0.01)
     assert "gradients" not in speaking and "gradients" in training
+    total = sum(speaking.values())
+    assert smallest_change(config | texts, base, total - 1) == {"speak_batch_size": 1}
     single = memory_plan(config | texts | {"speak_batch_size": 1, "best_of": 2}, base)
     assert single["samples: keys and values"] == pytest.approx(2 * cache * 800, rel=0.01)
 
