@@ -55,7 +55,7 @@ def import_backend(settings: Settings) -> None:
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
     from data import prepare
-    from orpheus import checks, clips, codec, compatibility, memory, models, output, runs
+    from orpheus import checks, clips, codec, compatibility, hub, memory, models, output, runs
     from orpheus.trainer import print_summary
 
     # 1. The run's folder, and what the machine allows
@@ -67,7 +67,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     compatibility.check_compatibility(settings, arguments)
 
     # 2. Clips → rows of tokens, before the base is loaded
-    tokenizer = models.load_tokenizer(models.fetch(settings.model, models.TOKENIZER_FILES))
+    tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with runs.first_rank_first():
         rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
