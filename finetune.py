@@ -14,14 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from orpheus.settings import (
-    Settings,
-    UserError,
-    quiet_libraries,
-    read_command_line,
-    read_json,
-    run,
-)
+from orpheus.options import read_command_line
+from orpheus.settings import Settings, UserError, quiet_libraries, read_json, run
 
 
 def main() -> None:

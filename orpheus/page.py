@@ -17,13 +17,14 @@ import numpy as np
 from orpheus.audio import read_audio, to_int16, wav_header
 from orpheus.files import atomic_file
 from orpheus.options import (
+    Parser,
     add_run_options,
     add_scoring_options,
     overrides,
     parse_options,
     read_texts,
 )
-from orpheus.settings import Parser, read_text, run
+from orpheus.settings import read_text, run
 from orpheus.tokens import SAMPLE_RATE
 
 
