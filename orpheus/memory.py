@@ -109,7 +109,8 @@ def training_moments(config: dict, base: Base, gradients: float) -> list[dict[st
     layer = tokens * layer_bytes(config, shape) + product * mask
     states, last = tokens * state * shape.hidden_size, mask  # a layer's input; kept to the last
     kept = mask + shape.num_hidden_layers * (states if checkpointing else layer)
-    if checkpointing == "unsloth":  # to CPU by way of two buffers; embeddings and one input stay
+    if unsloth and checkpointing == "unsloth":
+        # Offloaded to CPU by way of two buffers; the embeddings and the last layer's input stay
         last, kept = 3 * states, 4 * states
     # Autocast keeps 16-bit copies of the LoRA through the forward pass, and beyond it without
     # checkpoints; in the loss's backward pass it keeps a copy of a head that is held in fp32
