@@ -31,7 +31,8 @@ import orpheus.settings  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 
 if sys.argv[1:2] == ["one"]:  # unsloth comes before transformers, which the rest imports
-    finetune.import_backend(read_settings(None, json.loads(sys.argv[2])))
+    keys = json.loads(sys.argv[2]).items()
+    finetune.import_backend(read_settings(None, {k: v for k, v in keys if k[:6] != "bench_"}))
 
 import torch  # noqa: E402
 from bench_batching import clip_seconds, make_rows  # noqa: E402
