@@ -14,21 +14,18 @@ import sys
 import time
 from pathlib import Path
 
-from orpheus.settings import (
-    Settings,
-    UserError,
-    quiet_libraries,
-    read_command_line,
-    read_json,
-    run,
-)
+from orpheus.options import read_command_line
+from orpheus.settings import Settings, UserError, quiet_libraries, read_json, run
 
 
 def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
     if settings.plan:
-        print_plan(settings)
+        from orpheus import compatibility, memory
+
+        settings = compatibility.resolve_settings(settings)
+        memory.print_plan(settings, memory.read_base(settings))
         return
     from orpheus.output import output_lock
     from orpheus.runs import RANK
@@ -37,13 +34,6 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
     with output_lock(settings):
         fine_tune(settings, started)
-
-
-def print_plan(settings: Settings) -> None:
-    from orpheus import compatibility, memory
-
-    settings = compatibility.resolve_settings(settings)
-    memory.print_plan(settings, memory.read_base(settings))
 
 
 def import_backend(settings: Settings) -> None:
@@ -118,7 +108,7 @@ def make_sft_config(settings: Settings):
             seed=settings.seed,
             max_length=settings.max_length,
             packing=settings.batching == "pack",
-            padding_free=settings.batching == "pack",  # else Unsloth flattens padded batches, too
+            padding_free=False,  # else Unsloth flattens padded batches; packing turns it on itself
             pad_to_multiple_of=settings.max_length if pad_to_max else None,
             gradient_checkpointing=bool(settings.gradient_checkpointing),
             use_cpu=not torch.cuda.is_available(),
@@ -146,8 +136,8 @@ def load_model(settings: Settings, arguments):
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
     if not settings.full_finetuning:
-        base = absolute_path_or_hub_id(settings.model)
-        model.peft_config["default"].base_model_name_or_path = base
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
     return model
 
 
@@ -188,9 +178,9 @@ def load_with_transformers(settings: Settings, dtype):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from orpheus.hub import MODEL_FILES, fetch
-    from orpheus.models import LINEAR_LAYERS, load_base, quantization_config
+    from orpheus.models import LINEAR_LAYERS, bitsandbytes_config, load_base
 
-    quantization = quantization_config(settings.weights, dtype)
+    quantization = bitsandbytes_config(settings.weights, dtype)
     model = load_base(
         fetch(settings.model, MODEL_FILES),
         dtype=dtype,

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 from orpheus.options import (
+    Parser,
     add_run_options,
     add_scoring_options,
     overrides,
     parse_options,
     read_texts,
 )
-from orpheus.settings import Parser, UserError, run
+from orpheus.settings import UserError, run
 
 INPUTS = ("texts", "file", "wav", "tokens")
 DECODING = {"model", "config", "out", "codec", "seed"}  # the options of --wav and --tokens

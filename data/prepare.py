@@ -21,8 +21,9 @@ from orpheus.batching import make_row, slots_used, split_rows
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.doctor import Measures, Report, check_leave_out, draw_report
 from orpheus.files import make_folder
+from orpheus.options import read_command_line
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import Settings, UserError, read_command_line, run
+from orpheus.settings import Settings, UserError, run
 from orpheus.tokens import SLOTS, SpeechIds, prompt_ids, read_speech_ids
 
 # orpheus.encoding and orpheus.models import torch, which takes seconds: they are imported once the

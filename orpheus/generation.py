@@ -178,9 +178,6 @@ def synthesize(
         yield rows, concat_with_pauses([decode_part(row) for row in rows])
 
 
-STREAM_TARGETS = ("-", "pcm")  # names of --out that write to standard output
-
-
 def save_speech(
     lines: Iterator[tuple[list[Utterance], Iterable[np.ndarray]]],
     path: Path,

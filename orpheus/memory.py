@@ -1,42 +1,47 @@
-"""The memory plan of a run, and what fits."""
+"""The GPU memory that a run needs, from the base's config alone, and the settings that fit a GPU.
+
+tests/benchmarks/account_memory.py counts the same tensor by tensor; the two agree within 5 %.
+"""
 
 import itertools
 import json
+import math
 import os
 import resource
 import sys
 from collections import namedtuple
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from orpheus.hub import as_user_error, fetch, is_adapter
 from orpheus.models import LINEAR_LAYERS, read_model_config
 from orpheus.runs import SAVED_CONFIG
 from orpheus.settings import Settings, UserError, read_json
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
-# bytes a weight; NF4 with its scales, one per 64 weights and themselves quantised
+# Bytes per weight; NF4 with its scales: one per 64 weights, which are quantised themselves
 BYTES_PER_WEIGHT = {"4bit": 0.516, "8bit": 1, "fp8": 1}
 FIT_KEYS = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
-# A model's config; weights of its linear layers, of all else, of a LoRA of rank 1
+# A model's config; the weights of its linear layers, of all else, and of a LoRA of rank 1
 Base = namedtuple("Base", "config linear others lora")
 
 
 def count_weights(config) -> Base:
-    """Counted on the meta device: nothing is loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """The Base of a model's config, counted on the meta device: nothing is loaded."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR_LAYERS]
-    held = sum(layer.weight.numel() for layer in linear)
-    lora = sum(sum(layer.weight.shape) for layer in linear)
-    return Base(config, held, sum(w.numel() for w in model.parameters()) - held, lora)
+    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR_LAYERS]
+    linear = sum(layer.weight.numel() for layer in layers)
+    lora = sum(sum(layer.weight.shape) for layer in layers)
+    return Base(config, linear, sum(w.numel() for w in model.parameters()) - linear, lora)
 
 
 def read_config(settings: Settings):
-    """The base's config.json; `UserError` where max_length is more than it sees."""
+    """The base's config.json; `UserError` for an adapter, or a max_length beyond its context."""
     folder = fetch(settings.model, ["*config.json"])
     if is_adapter(folder):
         raise UserError(f"model {folder} is an adapter; give the base that it was trained on")
@@ -49,107 +54,168 @@ def read_config(settings: Settings):
 
 
 def read_base(settings: Settings) -> Base:
-    """The base's shape."""
+    """The shape of the base that `settings.model` names."""
     config = read_config(settings)
     with as_user_error(Path(settings.model, "config.json")):
         return count_weights(config)
 
 
-def state_bytes(optimiser: str) -> float:
-    """Bytes of optimiser state on the GPU for each weight that is trained."""
+def state_bytes(optimiser: str, weight_value: int) -> float:
+    """Bytes of optimiser state on the GPU for each trained weight of `weight_value` bytes."""
     if any(word in optimiser for word in ("paged", "adafactor", "sgd")):
         return 0  # in RAM when the GPU is full; a row and a column; none
     moments = 1 if any(word in optimiser for word in ("lion", "rmsprop", "adagrad")) else 2
-    return moments * (1 if "8bit" in optimiser else 4)
+    return moments * (1 if "8bit" in optimiser else 4 if "32bit" in optimiser else weight_value)
 
 
-def layer_bytes(keys: dict, config, wide: int) -> int:
-    """What one layer keeps of a token for its backward pass.
+def bytes_per_value(config: dict) -> tuple[int, int]:
+    """Bytes per value of a matrix product; and of hidden states, embeddings and norms."""
+    product = 2 if config["bf16"] or config["fp16"] else 4
+    # PEFT casts to fp32 what is not quantised; full fine-tuning in fp16 keeps fp32 weights
+    peft = config["weights"] in BYTES_PER_WEIGHT and config["backend"] == "transformers"
+    return product, 4 if peft or (config["fp16"] and config["full_finetuning"]) else product
 
-    Counted with autograd's saved-tensor hooks on PEFT's LoRA in transformers' Llama (a test counts
-    again); Unsloth's own kernels keep less.
+
+def layer_bytes(config: dict, base_config) -> int:
+    """What a layer keeps of each token for its backward pass, its copy of the mask aside.
+
+    From autograd's saved-tensor hooks on PEFT's LoRA in transformers' Llama (a test counts again);
+    Unsloth's from the forward functions of its kernels/fast_lora.py.
     """
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    queries, cached = heads * head, 2 * config.num_key_value_heads * head  # elements
-    inner, rank = 4 * config.intermediate_size, 0 if keys["full_finetuning"] else 7 * keys["lora_r"]
-    casts = 2 * (config.hidden_size + queries) if wide == 2 else 0  # to 16 bit, by autocast
-    return wide * (inner + 2 * queries + cached + rank) + 16 * config.hidden_size + casts
+    product, state = bytes_per_value(config)
+    hidden, inner = base_config.hidden_size, base_config.intermediate_size
+    heads, full = base_config.num_attention_heads, config["full_finetuning"]
+    queries = heads * base_config.head_dim
+    # Queries; keys and values, a copy for each query head; the output; the sums' logarithms
+    attention = 4 * product * queries + 4 * heads
+    if config["backend"] == "unsloth" and not full:
+        return attention + product * (4 * hidden + 2 * inner)  # norms' inputs, outputs; gate, up
+    norms, mlp = 2 * 4 * hidden, inner * (3 * state + product)  # norms keep fp32
+    if full:  # what the norms multiply, and the inputs of the linear layers
+        return attention + norms + mlp + 4 * product * hidden
+    # Autocast makes a 16-bit copy of each LoRA's input, even where three or two have the same
+    inputs = (5 if product == 2 else 2) * hidden + (queries if state == 2 else 0)
+    return attention + norms + mlp + product * (inputs + 7 * config["lora_r"])
 
 
-def memory_plan(keys: dict, base) -> dict[str, float]:
-    """Bytes on the GPU at the worst moment of a step, by what they hold. `keys`: a flat config."""
-    config, linear, others, lora = *base[:3], base.lora * keys["lora_r"]
-    full, quantised = keys["full_finetuning"], keys["weights"] in BYTES_PER_WEIGHT
-    wide = 2 if keys["bf16"] or keys["fp16"] else 4
-    plain = 4 if quantised and keys["backend"] == "transformers" else wide  # PEFT casts to fp32
-    trained, each = (linear + others, wide) if full else (lora, 4)
-    tokens = keys["per_device_train_batch_size"] * keys["max_length"]
-    layer, layers = layer_bytes(keys, config, wide), config.num_hidden_layers
-    checkpointing, inputs = keys["gradient_checkpointing"], wide * config.hidden_size
-    kept = layers * layer if not checkpointing else layer + inputs * layers
-    if checkpointing == "unsloth":  # the layers' inputs are offloaded to CPU; two stay
-        kept = layer + 2 * inputs
-    largest = config.hidden_size * config.intermediate_size
+def training_moments(config: dict, base: Base, gradients: float) -> list[dict[str, float]]:
+    """Bytes at the moments of a step that can be its peak; `gradients` are those of all weights."""
+    shape, (product, state) = base.config, bytes_per_value(config)
+    lora, unsloth = not config["full_finetuning"], config["backend"] == "unsloth"
+    checkpointing, length = config["gradient_checkpointing"], config["max_length"]
+    tokens = config["per_device_train_batch_size"] * length
+    # Packed rows are one long row; SDPA copies its mask in each layer, Unsloth's kernels need none
+    mask = 0 if unsloth else tokens * (tokens if config["batching"] == "pack" else length)
+    layer = tokens * layer_bytes(config, shape) + product * mask
+    states, last = tokens * state * shape.hidden_size, mask  # a layer's input; kept to the last
+    kept = mask + shape.num_hidden_layers * (states if checkpointing else layer)
+    if unsloth and checkpointing == "unsloth":
+        # Offloaded to CPU by way of two buffers; the embeddings and the last layer's input stay
+        last, kept = 3 * states, 4 * states
+    # Autocast keeps 16-bit copies of the LoRA through the forward pass, and beyond it without
+    # checkpoints; in the loss's backward pass it keeps a copy of a head that is held in fp32
+    copies = 2 * base.lora * config["lora_r"] if lora and product == 2 and not unsloth else 0
+    embeddings = product * shape.vocab_size * shape.hidden_size
+    head = embeddings if product < state else 0
+    # TRL's loss and our checks take 256 positions at a time, Unsloth's up to half of what is free
+    loss = 256 * 16 * shape.vocab_size + 4 * states
+    loss += max(head, copies) if checkpointing else head + copies
+    tied = 0 if lora else 2 * embeddings  # gradients as a head and as embeddings, before their sum
+    # The MLP's gradients are three and a cast, or one, since Unsloth reuses what it kept
+    work = 10 * shape.intermediate_size * tokens
+    if unsloth and lora:
+        work = product * (shape.intermediate_size + shape.hidden_size) * tokens
+    # Without earlier batches in the step, gradients grow as activations are freed
+    before = gradients if config["gradient_accumulation_steps"] > 1 else 0
+    again = layer if checkpointing else copies
+    roots = gradients if config["optim"] == "adamw_torch" else 0  # of all moments at once
+    return [
+        {"gradients": before, "activations": kept, "loss: logits": loss + tied},
+        {"gradients": before, "activations": kept + again, "a layer's gradients": work},
+        {"gradients": gradients, "activations": last + layer, "a layer's gradients": work},
+        {"gradients": gradients, "the step's end": max(roots, tied)},
+    ]
+
+
+def speaking_bytes(config: dict, base_config) -> float:
+    """The static cache of a batch of sample_texts, and one layer's copy of it per query head."""
+    tokens = SLOTS * (config["max_seconds"] * SAMPLE_RATE / FRAME_SAMPLES + 1)
+    # About 15 characters are spoken in a second; longer texts are spoken in parts
+    parts = sum(math.ceil(len(t) / 15 / config["max_seconds"]) for t in config["sample_texts"])
+    parts = min(parts, max(1, config["speak_batch_size"] // config["best_of"]))
+    heads = base_config.num_hidden_layers * base_config.num_key_value_heads
+    values = 2 * base_config.head_dim * (heads + base_config.num_attention_heads)
+    return parts * config["best_of"] * tokens * values * bytes_per_value(config)[1]
+
+
+def memory_plan(config: dict, base: Base) -> dict[str, float]:
+    """Bytes on the GPU at the worst moment of a run, by what they hold.
+
+    `config` is Settings.flat(), with bf16 and fp16 resolved.
+    """
+    shape, (product, state), full = base.config, bytes_per_value(config), config["full_finetuning"]
+    lora, linear = base.lora * config["lora_r"], BYTES_PER_WEIGHT.get(config["weights"], state)
+    trained, each = (base.linear + base.others, state) if full else (lora, 4)
+    # Unsloth's sines and cosines of every position, and two quantised matrices in full
+    buffers = shape.max_position_embeddings * shape.head_dim
+    buffers += shape.hidden_size * shape.intermediate_size if linear < state else 0
+    moments = training_moments(config, base, trained * each)
+    moments.append({"samples: keys and values": speaking_bytes(config, shape)})
     return {
-        "weights": linear * BYTES_PER_WEIGHT.get(keys["weights"], wide) + others * plain,
+        "weights": base.linear * linear + base.others * state,
         "LoRA": 0 if full else lora * 4,
-        "gradients": trained * each,
-        "optimiser": trained * state_bytes(keys["optim"]),
-        "activations": tokens * (kept + 3 * wide * config.intermediate_size)  # and their gradients
-        + (wide * largest if quantised else 0),  # one matrix at a time in full
-        # TRL's loss and our checks take 256 positions at a time, Unsloth's what memory is left
-        "logits and loss": 256 * config.vocab_size * 16,
+        "optimiser": trained * state_bytes(config["optim"], each),
+        "Unsloth's buffers": 2 * product * buffers if config["backend"] == "unsloth" else 0,
+        **max(moments, key=lambda moment: sum(moment.values())),
         "codec, CUDA": 0.7 * GIB,  # a guess: the context, cuBLAS's workspace, fragments
     }
 
 
-def total_bytes(keys: dict, base) -> float:
-    return sum(memory_plan(keys, base).values())
+def total_bytes(config: dict, base: Base) -> float:
+    return sum(memory_plan(config, base).values())
 
 
-def smallest_change(keys: dict, base, free: float) -> dict | None:
-    """The fewest keys to change for a run within `free` bytes, those that cost least first."""
-    rows, steps = keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"]
-    offload = "unsloth" if keys["backend"] == "unsloth" else True
-    changes = [
+def first_fit(config: dict, base: Base, free: float, changes) -> dict | None:
+    """The first of the changes with which a run needs no more than `free` bytes."""
+    return next((new for new in changes if total_bytes(config | new, base) <= free), None)
+
+
+def smallest_change(config: dict, base: Base, free: float) -> dict | None:
+    """The fewest settings to change for a run within `free` bytes, those that cost least first."""
+    rows, steps = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    remedies = [
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * steps},
-        {"gradient_checkpointing": offload},
+        {"speak_batch_size": 1},
+        {"gradient_checkpointing": "unsloth" if config["backend"] == "unsloth" else True},
         {"optim": "paged_adamw_8bit"},
         {"full_finetuning": False, "weights": "4bit"},
-        {"max_length": min(1024, keys["max_length"])},
-        {"lora_r": min(16, keys["lora_r"])},
+        {"max_length": min(1024, config["max_length"])},
+        {"lora_r": min(16, config["lora_r"])},
     ]
-    changes = [change for change in changes if not change.items() <= keys.items()]
-    for count in range(len(changes) + 1):
-        for chosen in itertools.combinations(changes, count):
-            change = {name: value for part in chosen for name, value in part.items()}
-            if total_bytes(keys | change, base) <= free:
-                return {name: value for name, value in change.items() if keys[name] != value}
-    return None
+    remedies = [{k: v for k, v in remedy.items() if config[k] != v} for remedy in remedies]
+    remedies = [remedy for remedy in remedies if remedy]
+    counts = range(len(remedies) + 1)
+    chosen = itertools.chain(*(itertools.combinations(remedies, n) for n in counts))
+    changes = ({k: v for remedy in group for k, v in remedy.items()} for group in chosen)
+    return first_fit(config, base, free, changes)
 
 
-def best_fit(keys: dict, base, free: float) -> dict | None:
-    """The quickest of the ways that `free` bytes allow, at the same rows for an optimiser step.
+def best_fit(config: dict, base: Base, free: float) -> dict | None:
+    """The fastest values of FIT_KEYS that `free` bytes allow, at the same rows per optimiser step.
 
-    No checkpointing before any, since that does a third of the work twice; then as many rows at
-    once as will go.
+    No checkpointing before any, since that does a third of the work twice; then as many rows per
+    batch as possible.
     """
-    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
-    for checkpointing in (False, True, "unsloth")[: 3 if keys["backend"] == "unsloth" else 2]:
-        for once in (n for n in range(rows, 0, -1) if rows % n == 0):
-            change = dict(zip(FIT_KEYS, (checkpointing, once, rows // once), strict=True))
-            if total_bytes(keys | change, base) <= free:
-                return change
-    return None
+    rows = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    ways = (False, True, "unsloth")[: 3 if config["backend"] == "unsloth" else 2]
+    batches = [(n, rows // n) for n in range(rows, 0, -1) if rows % n == 0]
+    values = ((way, *batch) for way, batch in itertools.product(ways, batches))
+    changes = (dict(zip(FIT_KEYS, value, strict=True)) for value in values)
+    return first_fit(config, base, free, changes)
 
 
-def fit_of(keys: dict) -> dict:
-    return {name: keys[name] for name in FIT_KEYS}
-
-
-def plan_keys(settings: Settings) -> dict:
-    return settings.flat()
+def fit_of(config: dict) -> dict:
+    return {name: config[name] for name in FIT_KEYS}
 
 
 def format_settings(change: dict | None) -> str:
@@ -158,54 +224,50 @@ def format_settings(change: dict | None) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in change.items())
 
 
-def print_plan(settings: Settings, base) -> None:
+def print_plan(settings: Settings, base: Base) -> None:
     """--plan: where the memory goes, and what this and other cards hold."""
-    import torch
-
-    keys = plan_keys(settings)
-    print(f"{settings.model}: {settings.max_length} tokens a row, {format_settings(fit_of(keys))}")
-    for name, size in memory_plan(keys, base).items():
-        print(f"  {name:16}{size / GIB:8.2f} GiB")
-    print(f"  {'in all':16}{total_bytes(keys, base) / GIB:8.2f} GiB, an estimate")
+    config = settings.flat()
+    fit = format_settings(fit_of(config))
+    print(f"{settings.model}: {settings.max_length} tokens a row, {fit}")
+    for name, size in memory_plan(config, base).items():
+        if size:
+            print(f"  {name:26}{size / GIB:8.2f} GiB")
+    print(f"  {'in all':26}{total_bytes(config, base) / GIB:8.2f} GiB, an estimate")
     here = torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
     for card in [here] if here else CARDS if isinstance(settings.fit, bool) else [settings.fit]:
-        change = smallest_change(keys, base, card * GIB)
-        told = "fits" if change == {} else f"too small: {format_settings(change)}"
-        fit = best_fit(keys, base, card * GIB)
-        print(f"{card:4.4g} GiB: {told}" + (f"; --fit takes {format_settings(fit)}" if fit else ""))
+        change = smallest_change(config, base, card * GIB)
+        verdict = "fits" if change == {} else f"too small: {format_settings(change)}"
+        fit = best_fit(config, base, card * GIB)
+        takes = f"; --fit takes {format_settings(fit)}" if fit else ""
+        print(f"{card:4.4g} GiB: {verdict}{takes}")
 
 
-def choose_fit(settings: Settings, base, checkpoint: Path | None) -> Settings:
-    """Tells what the run will need, and with `fit` sets rows at once and checkpointing to suit.
+def choose_fit(settings: Settings, base: Base, checkpoint: Path | None) -> Settings:
+    """The settings with FIT_KEYS chosen for `fit`; prints what the run will need.
 
-    `UserError` with the smallest change where even what no setting of those spares is too much. (Of
-    activations the plan is the least sure: where they alone are too much, it only says so.)
+    `UserError` with the smallest change where even what these settings do not touch is too much.
+    (The plan is least sure of activations: where they alone are too much, it only says so.)
     """
-    import torch
-
-    keys, gpu = plan_keys(settings), torch.cuda.is_available()
+    config, gpu = settings.flat(), torch.cuda.is_available()
     if not gpu and settings.fit is True:
         raise UserError("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
     if not gpu and settings.fit is False:
         return settings
     free = torch.cuda.mem_get_info()[0] if isinstance(settings.fit, bool) else settings.fit * GIB
-    change, plan = fit_of(keys), memory_plan(keys, base)
+    fit, plan = fit_of(config), memory_plan(config, base)
     if settings.fit is not False:
-        change = best_fit(keys, base, free)
+        fit = best_fit(config, base, free)
         if checkpoint:  # a resumed run goes on with what it had
-            change = fit_of(read_json(Path(settings.output_dir) / SAVED_CONFIG))
-    if change is None or sum(plan.values()) - plan["activations"] > free:
-        told = f"{total_bytes(keys, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
-        raise UserError(
-            f"out of memory: {told}; {format_settings(smallest_change(keys, base, free))}"
-        )
-    total = total_bytes(keys | change, base)
-    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {format_settings(change)}")
+            fit = fit_of(read_json(Path(settings.output_dir) / SAVED_CONFIG))
+    remedy = smallest_change(config, base, free)
+    if fit is None or sum(plan.values()) - plan.get("activations", 0) > free:
+        needs = f"{total_bytes(config, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
+        raise UserError(f"out of memory: {needs}; {format_settings(remedy)}")
+    total = total_bytes(config | fit, base)
+    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {format_settings(fit)}")
     if total > free:
-        print(
-            f"         it may not fit; {format_settings(smallest_change(keys, base, free))} would"
-        )
-    return settings.replace(**change)
+        print(f"         it may not fit; {format_settings(remedy)} would")
+    return settings.replace(**fit)
 
 
 def step_down(settings: Settings) -> None:
@@ -213,15 +275,13 @@ def step_down(settings: Settings) -> None:
 
     In a new process, which has all of the GPU's memory again. The clips are in the cache.
     """
-    less = 0.9 * total_bytes(plan_keys(settings), read_base(settings)) / GIB
-    print(f"out of memory in the first step: starting anew with --fit {less:.2f}", flush=True)
-    os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", f"{less:.2f}"])
+    less = f"{0.9 * total_bytes(settings.flat(), read_base(settings)) / GIB:.2f}"
+    print(f"out of memory in the first step: starting anew with --fit {less}", flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", less])
 
 
 def peak_memory() -> int:
     """Bytes held at most so far: of the GPU where there is one, else of RAM."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

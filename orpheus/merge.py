@@ -14,9 +14,9 @@ from pathlib import Path
 
 from orpheus.files import atomic_folder, write_text
 from orpheus.hub import as_user_error, is_adapter
-from orpheus.options import add_run_options, overrides, parse_options
+from orpheus.options import Parser, add_run_options, overrides, parse_options
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, base_name, model_card
-from orpheus.settings import Parser, UserError, read_json, read_text, run
+from orpheus.settings import UserError, read_json, read_text, run
 
 
 def merged_card(info, parity: str) -> str:

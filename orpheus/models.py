@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def quantization_config(weights: str, dtype):
+def bitsandbytes_config(weights: str, dtype):
     """bitsandbytes' config for `weights` of "4bit" (NF4 with double quantisation, as in QLoRA,
     arXiv 2305.14314) or "8bit" (arXiv 2208.07339), computing in `dtype`; None for others.
     """
@@ -101,7 +101,7 @@ def choose_dtype(folder: Path, fp32: bool):
     return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
 
 
-def load_base(folder: Path, dequantize_to=None, **keys):
+def load_base(folder: Path, dequantize_to=None, quantization_config=None, **keys):
     """transformers' model of a folder; `UserError` if it is damaged or lacks weights.
 
     Args:
@@ -110,6 +110,8 @@ def load_base(folder: Path, dequantize_to=None, **keys):
     """
     transformers_logging.disable_progress_bar()
     keys["output_loading_info"] = True
+    if quantization_config:  # given as None, it would hide that of a base that is quantised already
+        keys["quantization_config"] = quantization_config
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # check_fit says what its table of weights would
     try:
@@ -143,7 +145,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, fp32: bo
         check_weights(part)
     tokenizer = load_tokenizer(folder)
     dtype = choose_dtype(whole, fp32)
-    config = quantization_config(weights, dtype)
+    config = bitsandbytes_config(weights, dtype)
     target = torch.float16 if merged else dtype
     keys = {"dtype": dtype if config else target, "quantization_config": config}
     if torch.cuda.is_available() or merged:

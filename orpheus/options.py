@@ -1,20 +1,65 @@
-"""Command-line options and texts that infer.py, orpheus.page and orpheus.merge have in common."""
+"""Command lines: settings as options; what infer.py, orpheus.page and orpheus.merge share."""
 
 import argparse
 import csv
 import io
+import json
+import textwrap
 from pathlib import Path
+from typing import get_args
 
 from orpheus.hub import absolute_path_or_hub_id
-from orpheus.keys import OWN_KEYS
+from orpheus.keys import GROUPS, Settings
 from orpheus.settings import (
+    ROOT,
     RUN_KEYS,
-    Parser,
     UserError,
     check_strings,
+    read_json,
     read_settings,
     read_text,
 )
+
+
+def describe_keys() -> str:
+    """All keys of config.json by group, with meaning and default, for --help."""
+    defaults, lines = read_json(ROOT / "config.json"), []
+    for name, field in Settings.model_fields.items():
+        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
+        default = json.dumps(defaults.get(name), ensure_ascii=False)
+        words = f"  --{name:32}{field.description} (default: {default})"
+        lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, without the usage."""
+
+    def error(self, message: str):
+        raise UserError(f"command line: {message}")
+
+
+def read_command_line(description: str) -> Settings:
+    """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
+    parser = Parser(
+        description=description,
+        epilog=describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+    known, rest = parser.parse_known_args()
+    words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    overrides = {}
+    while words:
+        name = words.pop(0)
+        bare = not words or words[0].startswith("--")  # a switch, as --overwrite
+        field = Settings.model_fields.get(name[2:])
+        switch = field is None or bool in (field.annotation, *get_args(field.annotation))
+        if not name.startswith("--") or (bare and not switch):
+            raise UserError(f"command line: {name}: write keys as --key value")
+        overrides[name[2:]] = "true" if bare else words.pop(0)
+    return read_settings(known.config, overrides)
 
 
 def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
@@ -22,9 +67,10 @@ def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
     parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     for name in keys:
-        switch = OWN_KEYS[name].annotation is bool
+        field = Settings.model_fields[name]
+        switch = field.annotation is bool
         kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
-        words = f"{OWN_KEYS[name].description} (the run's)"
+        words = f"{field.description} (the run's)"
         parser.add_argument(f"--{name}", help=words, **kind)
 
 

@@ -26,6 +26,8 @@ RUN_FILES = re.compile(
     r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja"
 )
+# Of these, what --resume may find without a manifest, as in a copy of parts of a run.
+RESUMABLE = re.compile(r"checkpoint-[0-9]+|finetune_config\.json")
 
 
 @contextlib.contextmanager
@@ -187,7 +189,9 @@ def check_output(settings: Settings) -> Path | None:
         finish_replacement(out)
     owned = owned_files(out)
     for path in sorted([*out.glob("*"), *out.glob("samples/*")]):
-        if RUN_FILES.fullmatch(str(path.relative_to(out))) and path not in owned:
+        name = str(path.relative_to(out))
+        resumed = settings.resume and RESUMABLE.fullmatch(name)
+        if RUN_FILES.fullmatch(name) and path not in owned and not resumed:
             message = f"{path}: finetune.py did not make it, and a run would replace or remove it"
             raise UserError(f"{message}: move it, or choose another --output_dir")
     for path in (out / "samples", out / "runs"):

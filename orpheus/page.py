@@ -14,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from orpheus.audio import read_audio, to_int16, wav_header, whole_file
+from orpheus.audio import read_audio, to_int16, wav_header
+from orpheus.files import atomic_file
 from orpheus.options import (
+    Parser,
     add_run_options,
     add_scoring_options,
     overrides,
     parse_options,
     read_texts,
 )
-from orpheus.settings import Parser, read_text, run
+from orpheus.settings import read_text, run
 from orpheus.tokens import SAMPLE_RATE
 
 
@@ -115,7 +117,7 @@ def main() -> None:
     arguments = read_arguments()
     texts, recordings = read_texts([], arguments.file)
     path = Path(arguments.out) / "index.html"
-    with whole_file(path) as part:  # opened first: it may not be writable
+    with atomic_file(path) as part:  # opened first: it may not be writable
         from orpheus.scoring import load_judges
 
         judges = load_judges(arguments.whisper or "base", recordings) if arguments.score else None

@@ -1,6 +1,5 @@
 """Whether two models speak the same: their greedy tokens, and their logits over the same speech."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +21,7 @@ class GreedySpeech:
 
 def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
     """The sample texts, at most five seconds of each, spoken without sampling."""
-    greedy = dataclasses.replace(
-        settings, temperature=0.0, max_seconds=min(5.0, settings.max_seconds)
-    )
+    greedy = settings.replace(temperature=0.0, max_seconds=min(5.0, settings.max_seconds))
     texts = settings.sample_texts or read_settings().sample_texts
     utterances = [make_utterance(model, tokenizer, ids, text, greedy, voice) for text in texts]
     generate_batch(model, utterances, ids, greedy)

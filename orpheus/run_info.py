@@ -1,9 +1,8 @@
 """What speaks: a model's folder, and the settings, voices and pace that finetune.py left there."""
 
-import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
@@ -18,7 +17,7 @@ class RunInfo:
 
     settings: Settings
     folder: Path | None = None  # None if only the codec is needed, and there is no run yet
-    voices: list[str] = dataclasses.field(default_factory=list)  # that it was trained on
+    voices: list[str] = field(default_factory=list)  # that it was trained on
     pace: float | None = None  # seconds per character of those voices
     home: Path | None = None  # the folder of the run's settings and report; None without a run
 

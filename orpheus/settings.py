@@ -1,6 +1,5 @@
 """Reading settings from config.json, --config and the command line; the error of user mistakes."""
 
-import argparse
 import ast
 import contextlib
 import difflib
@@ -13,11 +12,11 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from orpheus.keys import DERIVED, GROUPS, TRAINER_TYPES, WITHOUT_EFFECT, Settings
+from orpheus.keys import DERIVED, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -245,47 +244,6 @@ def check_trainer_types(settings: Settings, hints: dict) -> Settings:
     others = [name for name in settings.model_extra if name not in TRAINER_TYPES]
     values = {n: validate(n, settings.model_extra[n], hints[n], "settings") for n in others}
     return settings.replace(**values)
-
-
-def describe_keys() -> str:
-    """All keys of config.json by group, with meaning and default, for --help."""
-    defaults, lines = read_json(ROOT / "config.json"), []
-    for name, field in Settings.model_fields.items():
-        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
-        default = json.dumps(defaults.get(name), ensure_ascii=False)
-        words = f"  --{name:32}{field.description} (default: {default})"
-        lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage."""
-
-    def error(self, message: str):
-        raise UserError(f"command line: {message}")
-
-
-def read_command_line(description: str) -> Settings:
-    """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    parser = Parser(
-        description=description,
-        epilog=describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
-    known, rest = parser.parse_known_args()
-    words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    overrides = {}
-    while words:
-        name = words.pop(0)
-        bare = not words or words[0].startswith("--")  # a switch, as --overwrite
-        field = Settings.model_fields.get(name[2:])
-        switch = field is None or bool in (field.annotation, *get_args(field.annotation))
-        if not name.startswith("--") or (bare and not switch):
-            raise UserError(f"command line: {name}: write keys as --key value")
-        overrides[name[2:]] = "true" if bare else words.pop(0)
-    return read_settings(known.config, overrides)
 
 
 def read_text(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""infer.py: settings, ids and recordings in place of texts, and a person's mistakes."""
+"""infer.py: settings, ids and recordings in place of texts, options, and a person's mistakes."""
 
 import itertools
 import json

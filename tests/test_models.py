@@ -13,7 +13,7 @@ import finetune
 import infer
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
-from orpheus.models import load_model
+from orpheus.models import bitsandbytes_config, load_base, load_model
 from orpheus.run_info import load_run, load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
@@ -296,3 +296,15 @@ def test_a_base_that_no_run_trained_speaks_in_16_bits_on_a_cpu(capsys):
     model, _ = load_run(run)
     assert "data/demo/base: bfloat16\n" in capsys.readouterr().out
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weights", ["16bit", "4bit"])
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_base_that_is_quantised_already_keeps_its_weights(weights, base):
+    config = bitsandbytes_config("4bit", torch.float32)
+    load_base(base, dtype=torch.float32, quantization_config=config).save_pretrained(base)
+    tokens = torch.arange(300)[None]
+    models = load_model(str(base), weights)[0], load_model("data/demo/base", "4bit")[0]
+    with torch.no_grad():
+        found, wanted = (model(input_ids=tokens).logits for model in models)
+    assert found.equal(wanted)

@@ -1,5 +1,6 @@
 """README.md: its commands run as typed, and what it names is there."""
 
+import json
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ def made_by(target):
 @pytest.mark.xdist_group("demo")  # one run of it for both
 def test_the_quick_start_runs(tmp_path, demo_run):
     """make demo's commands, then infer.py's, in another folder."""
-    quick = commands("Quick start")
+    quick = commands("Without a GPU")
     assert [words for words in quick if words[0] == "make"] == [["make", "demo"], ["make", "test"]]
     train, speak = made_by("demo")
     assert train in quick, "the README's way without make is not what make does"
@@ -51,7 +52,7 @@ def test_the_quick_start_runs(tmp_path, demo_run):
 def test_make_train_and_make_test_are_what_the_readme_says():
     assert made_by("train") == [[".venv/bin/python", "finetune.py"]]
     assert [".venv/bin/python", "-m", "pytest"] in made_by("test")
-    assert [".venv/bin/python", "-m", "pytest"] in commands("Quick start")
+    assert [".venv/bin/python", "-m", "pytest"] in commands("Without a GPU")
 
 
 def test_pins_are_named_once():
@@ -61,6 +62,7 @@ def test_pins_are_named_once():
 
 
 def test_links_and_files_of_the_readme_exist():
+    """And a module imports only from those that stand above it in the list."""
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     lines = README.split("## Files")[1].split("```")[1].strip().splitlines()
     files = [("orpheus/" if line[0] == " " else "") + line.split()[0].strip(",") for line in lines]
@@ -68,7 +70,23 @@ def test_links_and_files_of_the_readme_exist():
     for path in links + files:
         assert (ROOT / path).exists(), path
     modules = {path.name for path in ROOT.glob("orpheus/[a-z]*.py")}
-    assert modules == {path[8:] for path in files if path[:8] == "orpheus/"} - {""}
+    listed = [path[8:] for path in files if path[:8] == "orpheus/" and path[8:]]
+    assert modules == set(listed)
+    for n, name in enumerate(listed):
+        imported = re.findall(r"from orpheus\.(\w+) import", (ROOT / "orpheus" / name).read_text())
+        assert {f"{module}.py" for module in imported} <= set(listed[:n]), name
+
+
+def test_the_readme_s_table_has_the_keys_and_defaults_of_config_json():
+    config = json.loads((ROOT / "config.json").read_text())
+    rows = README.split("| key |")[1].split("\n\n")[0].splitlines()[2:]
+    for row in rows:
+        keys, values = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[1:3])
+        for key, value in zip(keys, values, strict=True) if values else []:
+            assert value in (str(config[key]), json.dumps(config[key])) or (
+                float(value) == config[key]
+            ), row
+        assert keys and set(keys) <= config.keys(), row
 
 
 def test_prepare_as_the_readme_has_it(tmp_path):

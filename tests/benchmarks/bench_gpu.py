@@ -31,7 +31,8 @@ import orpheus.settings  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 
 if sys.argv[1:2] == ["one"]:  # unsloth comes before transformers, which the rest imports
-    finetune.import_backend(read_settings(None, json.loads(sys.argv[2])))
+    keys = json.loads(sys.argv[2]).items()
+    finetune.import_backend(read_settings(None, {k: v for k, v in keys if k[:6] != "bench_"}))
 
 import torch  # noqa: E402
 from bench_batching import clip_seconds, make_rows  # noqa: E402
@@ -46,7 +47,6 @@ from orpheus.memory import (  # noqa: E402
     choose_fit,
     memory_plan,
     peak_memory,
-    plan_keys,
     read_base,
 )
 from orpheus.models import device, load_tokenizer  # noqa: E402
@@ -146,7 +146,7 @@ def one_run(keys: dict) -> dict:
 
     trainer.add_callback(Clock())
     trainer.train()
-    base, plan = read_base(settings), plan_keys(settings)
+    base, plan = read_base(settings), settings.flat()
     by_slot, by_pair = operations(settings, base)
     parts = memory_plan(plan, base)
     parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory

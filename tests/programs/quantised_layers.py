@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import finetune
-from orpheus.models import load_base, quantization_config
+from orpheus.models import bitsandbytes_config, load_base
 from orpheus.settings import read_settings
 
 settings = read_settings("data/demo/config.json", {"weights": "4bit"})
@@ -15,7 +15,7 @@ if sys.argv[1] == "training":
     layers = {n.removesuffix(".base_layer"): m for n, m in model.named_modules()}
 else:
     model = load_base(
-        Path(settings.model), quantization_config=quantization_config("4bit", torch.float32)
+        Path(settings.model), quantization_config=bitsandbytes_config("4bit", torch.float32)
     )
     layers = dict(model.named_modules())
 for name, layer in sorted(layers.items()):
