@@ -88,10 +88,10 @@ def fine_tune(settings: Settings, started: float) -> None:
         with runs.reporting_full_disk(out, lambda: "the adapter"):
             save_model(sft_trainer, tokenizer, out)
 
-    # 6. The model card, the table of the checks, and a summary
+    # 6. The table of the checks, the model card, and a summary
     if not runs.RANK:
-        output.save_card(settings, report)
         checks.save_checks(sft_trainer.state.log_history, out)
+        output.save_card(settings)
     trainer.print_summary(sft_trainer, settings, tokens, started)
 
 

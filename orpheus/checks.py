@@ -192,7 +192,11 @@ def save_checks(log_history: list[dict], out: Path) -> None:
         return
     names = ["step", *sorted({name for log in checks for name in log if name[:5] == "eval_"})]
     lines = [",".join(names)]
-    lines += [",".join(f"{log.get(name, float('nan')):.6g}" for name in names) for log in checks]
+    digits = {"eval_score": 12}  # the held-out loss, which decides last, is in its last digits
+    lines += [
+        ",".join(f"{log.get(name, float('nan')):.{digits.get(name, 6)}g}" for name in names)
+        for log in checks
+    ]
     record_files(out, "checks.csv")
     write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])

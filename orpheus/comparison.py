@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from orpheus.files import atomic_file, write_text
+from orpheus.tokens import TAG
 
 # Of each score its heading, what it is multiplied by, and its decimals.
 COLUMNS = {
@@ -48,8 +49,9 @@ def bootstrap(
 
 
 def weight_of(name: str, text: str) -> int:
-    """What a text counts in a score's mean: its words, its characters, or 1."""
-    return {"wer": len(text.split()), "cer": len(text)}.get(name, 1)
+    """What a text counts in a score's mean: its words or characters without tags, or 1."""
+    words = TAG.sub(" ", text).split()
+    return {"wer": len(words), "cer": len(" ".join(words))}.get(name, 1)
 
 
 def summarize(scores: list[dict]) -> dict[str, dict[str, float]]:
@@ -122,14 +124,14 @@ def format_cell(name: str, figures: dict, floor: dict) -> str:
 def format_table(rows: list[dict]) -> str:
     """The rows as a table in Markdown. Columns of scores that no row has are left out."""
     names = [name for name in COLUMNS if any(name in row["figures"] for row in rows)]
-    lines = ["texts | speaker | sounds | " + " | ".join(COLUMNS[name][0] for name in names)]
-    lines += ["|".join(["---"] * (3 + len(names)))]
+    lines = [["texts", "speaker", "sounds", *(COLUMNS[name][0] for name in names)]]
     for row in rows:
         is_model = "ended" in row["figures"]
         floor = find_floor(rows, row["texts"]) if is_model else {}
         cells = [format_cell(name, row["figures"], floor) for name in names]
-        lines.append(" | ".join([row["texts"], row["speaker"], str(row["sounds"]), *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append([row["texts"], row["speaker"], str(row["sounds"]), *cells])
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([table[0], "|---" * len(lines[0]) + "|", *table[1:]])
 
 
 def save_table(folder: Path, title: str, notes: list[str], results: dict) -> None:

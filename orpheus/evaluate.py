@@ -23,14 +23,15 @@ from orpheus.comparison import CODEC, make_rows, save_table
 from orpheus.files import make_folder, write_text
 from orpheus.hub import MODEL_FILES, fetch
 from orpheus.options import (
+    Parser,
     add_run_options,
     add_whisper_option,
     overrides,
     parse_options,
     read_texts,
 )
-from orpheus.output import MANIFEST, record_files
-from orpheus.settings import RUN_KEYS, Parser, UserError, read_text, run
+from orpheus.output import MANIFEST, record_files, save_card
+from orpheus.settings import RUN_KEYS, UserError, read_text, run
 from orpheus.speakers import (
     Corpus,
     Line,
@@ -149,7 +150,8 @@ def evaluate(arguments: argparse.Namespace) -> Path:
     voice, notes = choose_voice(arguments.voice, info), []
     out = Path(arguments.out or (info.folder if info.home else Path()) / "evaluation")
     make_folder(str(out), "out")
-    if info.home and out.parent == info.home and (info.home / MANIFEST).is_file():
+    in_run = info.home and out == info.home / "evaluation" and (info.home / MANIFEST).is_file()
+    if in_run:
         record_files(info.home, out.name)
     lines, corpus = choose_lines(info, voice, arguments, notes)
     if not lines:
@@ -167,6 +169,8 @@ def evaluate(arguments: argparse.Namespace) -> Path:
     results |= {"notes": notes, "rows": make_rows(scores), "scores": scores}
     title = f"{info.folder.resolve().name}, voice {voice or 'without a name'}"
     save_table(out, f"Evaluation of {title}", notes, results)
+    if in_run:
+        save_card(info.settings.replace(output_dir=str(info.home)))  # with the table in it
     return out
 
 

@@ -6,42 +6,32 @@ Exits with 1 if the merged model does not speak the adapter's greedy tokens.
 """
 
 import argparse
-import csv
 import json
 import shutil
 import sys
 from pathlib import Path
 
+from orpheus.cards import base_name, card_sections, find_sample, model_card
 from orpheus.files import atomic_folder, write_text
-from orpheus.hub import as_user_error, is_adapter
+from orpheus.hub import is_adapter
 from orpheus.options import Parser, add_run_options, overrides, parse_options
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, base_name, model_card
-from orpheus.settings import UserError, read_json, read_text, run
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.settings import UserError, run
+
+SAMPLE = "sample.wav"
 
 
 def merged_card(info, parity: str) -> str:
-    """README.md of a merged folder: base, data, scores, parity and settings of the run `info`."""
-    settings, home = info.settings, info.home
-    report = read_json(home / SAVED_REPORT)
-    with as_user_error(home / SAVED_REPORT):
-        data = f"{report['rows']} clips, {report['hours']:.3f} hours"
-        data += f" of {Path(report['dataset']).name}"
-    sections = [
+    """README.md of a merged folder: base, data, scores, settings of the run `info`, and parity."""
+    settings = info.settings
+    body = [
         f"{base_name(settings)}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.",
         "Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens.",
-        f"## Data\n\n{data}; voices: {', '.join(info.voices) or 'none named'}.",
+        *([f"[A sample]({SAMPLE}) from training."] if find_sample(info.home) else []),
+        f"## Parity\n\n{parity}.",
+        *card_sections(info.home, settings),
     ]
-    if (home / "checks.csv").is_file():
-        checks = list(csv.DictReader(read_text(home / "checks.csv").splitlines()))
-        with as_user_error(home / "checks.csv"):
-            best = max(checks, key=lambda check: float(check["eval_score"]))
-        rows = "\n".join(f"| {name} | {value} |" for name, value in best.items())
-        sections.append(f"## Scores\n\n| measure, at the best check | |\n|---|---|\n{rows}")
-    values = json.dumps(settings.flat(), indent=2, ensure_ascii=False)
-    sections += [f"## Parity\n\n{parity}.", f"## Settings\n\n```json\n{values}\n```"]
-    return model_card(
-        settings, Path(settings.output_dir).name, "transformers", "\n\n".join(sections)
-    )
+    return model_card(settings, Path(settings.output_dir).name, "transformers", "\n\n".join(body))
 
 
 def save_merged(info, weights: str, out: Path) -> None:
@@ -58,6 +48,8 @@ def save_merged(info, weights: str, out: Path) -> None:
                 settings = info.settings.flat() | {"weights": "16bit"}
                 write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
                 shutil.copy(info.home / SAVED_REPORT, part)
+                if sample := find_sample(info.home):
+                    shutil.copy(sample, part / SAMPLE)
     except SafetensorError as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
 

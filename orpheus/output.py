@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from orpheus.cards import base_name, card_sections, find_sample, model_card
 from orpheus.files import write_text
 from orpheus.hub import is_model
-from orpheus.runs import PREVIOUS, RANK, base_name, last_checkpoint, model_card
+from orpheus.runs import PREVIOUS, RANK, last_checkpoint
 from orpheus.settings import Settings, UserError, read_json
 
 MANIFEST = "finetune_files.json"  # lists the files and folders that runs made in output_dir
@@ -211,24 +212,24 @@ def check_output(settings: Settings) -> Path | None:
     return None
 
 
-def save_card(settings: Settings, report) -> None:
-    """Writes README.md, a model card, unless the user has put a README.md there.
+def save_card(settings: Settings) -> None:
+    """Writes README.md, a model card, from what is in the run's folder.
 
-    `report` is the doctor's Report on the data.
+    A README.md that the user has put there is kept.
     """
     out = Path(settings.output_dir)
     path = out / "README.md"
     if os.path.lexists(path) and path not in owned_files(out):
         print(f"card     {path} was there before: kept, no model card written")
         return
-    full = settings.full_finetuning
-    body = (
+    full, sample = settings.full_finetuning, find_sample(out)
+    body = [
         f"{'Fine-tuned from' if full else 'A LoRA adapter for'} {base_name(settings)}, trained "
-        f"with orpheus-finetune on {len(report.measures)} clips, "
-        f"{report.seconds / 3600:.3f} hours.\n"
-        f"Voices: {', '.join(report.voices) or 'none named'}.\n\n```\n"
-        f'python infer.py "Hello there" --model {shlex.quote(str(out))}\n```'
-    )
+        "with orpheus-finetune.",
+        *([f"[A sample]({sample.relative_to(out)}) from training."] if sample else []),
+        f'```\npython infer.py "Hello there" --model {shlex.quote(str(out))}\n```',
+        *card_sections(out, settings),
+    ]
     record_files(out, path.name)
     library = "transformers" if full else "peft"
-    write_text(path, model_card(settings, out.resolve().name, library, body))
+    write_text(path, model_card(settings, out.resolve().name, library, "\n\n".join(body)))

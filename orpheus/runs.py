@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orpheus.files import write_text
-from orpheus.hub import absolute_path_or_hub_id, check_weights, is_hub_id
+from orpheus.hub import absolute_path_or_hub_id, check_weights
 from orpheus.settings import SPEAKING, Settings, UserError, read_json
 
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
@@ -30,27 +30,6 @@ CHANGEABLE |= {
 }
 CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_")
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
-
-
-def base_name(settings: Settings) -> str:
-    """The base as a model card names it: its hub id, or the name of its folder."""
-    return settings.model if is_hub_id(settings.model) else Path(settings.model).name
-
-
-def model_card(settings: Settings, title: str, library: str, body: str) -> str:
-    """README.md of a run or a merged model: metadata for the hub, a title, and `body` (Markdown).
-
-    `library` is what loads it: "peft" or "transformers".
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    data = ModelCardData(
-        base_model=settings.model if is_hub_id(settings.model) else None,
-        library_name=library,
-        pipeline_tag="text-to-speech",
-        tags=["orpheus"],
-    )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}\n"))
 
 
 def last_checkpoint(out: Path) -> Path | None:

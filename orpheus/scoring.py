@@ -133,7 +133,13 @@ def judge_voice(whisper: str, recordings: list) -> Judge:
 
     sounds = [r if isinstance(r, np.ndarray) else read_audio(r)[0] for r in recordings]
     voice = np.mean([embed(sound) for sound in sounds], axis=0)
-    return lambda audio, text: {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
+
+    def judge(audio, text):
+        if not audio.any():  # its normalised samples would be NaN
+            return {}
+        return {"likeness": float(embed(audio) @ voice / np.linalg.norm(voice))}
+
+    return judge
 
 
 def judge_sound(whisper: str, recordings: list) -> Judge:

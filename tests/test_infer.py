@@ -93,6 +93,7 @@ def test_a_config_that_is_no_json_object(tmp_path, text):
     [
         ("infer.py", "--out"),
         ("-m orpheus.merge", "--codec"),
+        ("-m orpheus.evaluate", "--wavs"),
         ("-m orpheus.page", "--blind"),
         ("finetune.py", "--config"),
         ("data/prepare.py", "--config"),

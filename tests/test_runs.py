@@ -310,7 +310,7 @@ def test_a_users_readme_is_kept_and_ours_is_a_model_card(run_folder, tmp_path, c
     for word in ("Voices: slt", "infer.py", "8 clips"):
         assert word in card.text
     (tmp_path / "README.md").write_text("mine")
-    finetune.save_card(settings_of(output_dir=str(tmp_path)), None)
+    finetune.save_card(settings_of(output_dir=str(tmp_path)))
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "kept" in capsys.readouterr().out
 
