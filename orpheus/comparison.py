@@ -21,9 +21,10 @@ COLUMNS = {
 }
 CODEC = "codec"  # the speaker that is the floor: recordings, encoded and decoded
 LEGEND = (
-    "In brackets: 95 % bootstrap intervals over the texts. Behind the arrow: the same of the "
-    "recordings through the codec, which no model can be expected to beat. Word and character "
-    "errors are lower, likeness (−1 to 1) and opinion scores (1 to 5) higher for a better voice; "
+    "In brackets: 95 % bootstrap intervals over the texts. Behind the arrow: the recordings "
+    "through the codec, the best that a model of this codec can be expected to reach. Word and "
+    "character errors are lower, likeness (−1 to 1) and opinion scores (1 to 5) higher for a "
+    "better voice; "
     "pace is the length relative to the corpus's seconds a character; silence is the longest "
     "within a text, on average."
 )

@@ -66,7 +66,7 @@ def choose_lines(info, voice, arguments, notes: list[str]) -> tuple[list[Line], 
         ]
         return lines, corpus
     held_out = spread(corpus.held_out, arguments.texts)
-    if not held_out:
+    if not any(line.recording for line in held_out):
         notes.append("No recording is held out: there is no row of recordings, and no floor.")
     if (language := info.settings.language) == "en":
         return held_out + read_general(corpus.tags), corpus

@@ -82,14 +82,15 @@ def read_corpus(info, voice: str | None) -> Corpus:
         text = " ".join((clip.text or "").split())
         name = " ".join((clip.voice or settings.voice or "").split())
         corpus.tags |= set(TAG.findall(text))
-        if clip.error or not clip.audio or clip.source in left_out:
+        if clip.error or clip.source in left_out:
             continue
         line = Line(text, "held-out", clip.audio)
         if name != (voice or ""):
-            corpus.others.setdefault(name, []).append(line)
+            if clip.audio:
+                corpus.others.setdefault(name, []).append(line)
         elif text in held_out:
             corpus.held_out.append(line)
-        elif len(corpus.references) < REFERENCES:
+        elif clip.audio and len(corpus.references) < REFERENCES:
             corpus.references.append(clip.audio)
     return corpus
 
@@ -127,7 +128,8 @@ def read_wavs(lines: list[Line], folder: Path) -> Iterator[Sound]:
 def fingerprint(info, voice: str | None) -> str:
     """A digest of all that decides how a model speaks a text: weights, voice, settings, codec."""
     folders = [info.folder, *([find_base(info.folder)] if is_adapter(info.folder) else [])]
-    files = [path for folder in folders for path in sorted(folder.resolve().glob("*.safetensors"))]
+    files = [path for folder in folders for path in sorted(folder.resolve().iterdir())]
+    files = [path for path in files if path.match("*.safetensors") or path.match("*config.json")]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = [getattr(info.settings, name) for name in (*SPEAKING, "codec", "weights", "bf16")]
     return hashlib.sha256(repr((stats, voice, settings)).encode()).hexdigest()[:12]
@@ -152,13 +154,14 @@ def spoken(
     for seed in range(info.settings.seed, info.settings.seed + seeds):
         names = [hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines]
         paths = [folder / f"{seed}-{name}.wav" for name in names]
-        missing = [n for n, path in enumerate(paths) if path.name not in ended]
+        missing = [path for path in paths if path.name not in ended or not path.is_file()]
         if missing:
             model = model or load_run(info)
-            texts, settings = [lines[n].text for n in missing], info.settings.replace(seed=seed)
+            texts = [lines[paths.index(path)].text for path in missing]
+            settings = info.settings.replace(seed=seed)
             speech = synthesize(texts, *model, codec, settings, voice, info.pace)
         for line, path in zip(lines, paths, strict=True):
-            if path.name not in ended:
+            if path in missing:
                 rows = save_speech(speech, path, keep=False, quiet=True)[1]
                 ended[path.name] = all(row.end == BY_ITSELF for row in rows)
                 write_text(folder / "ended.json", json.dumps(ended, indent=1))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpheus.merge
 import orpheus.models
+from orpheus.cards import find_sample
 from orpheus.generation import SlotProcessor
 from orpheus.merge import merge
 from orpheus.models import load_model
@@ -44,6 +45,8 @@ def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finis
     assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
     card = (out / "README.md").read_text()
     assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
+    assert "[A sample](sample.wav)" in card
+    assert (out / "sample.wav").read_bytes() == find_sample(run.home).read_bytes()
 
 
 def test_a_4_bit_run_is_merged_into_the_weights_that_it_was_trained_over(tmp_path, adapter, capsys):

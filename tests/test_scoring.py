@@ -20,7 +20,10 @@ from orpheus.scoring import (
     CUT_OFF,
     Utterance,
     detect_failure,
+    find_judges,
     judge_sound,
+    judge_sound_again,
+    judge_voice,
     judge_words,
     longest_silence,
     rank,
@@ -130,7 +133,8 @@ def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
     mocks, calls = mock_judges(monkeypatch, wer=[0.5], embed=[[1, 0]], mos=MOS)
     say(monkeypatch, *two_lines, "--score", "--whisper", "a/model", "--out", tmp_path / "said")
     first = capsys.readouterr().out.splitlines()[0].split()
-    assert first == ["scores", "silence,", "pace,", "wer,", "cer,", "likeness,", "mos"]
+    assert first[:6] == ["scores", "silence,", "pace,", "wer,", "cer,", "likeness,"]
+    assert first[6:] == ["mos;", "not:", "distillmos", "(pip", "install", "distillmos)"]
     wavs = [tmp_path / f"said/{n:03}.wav" for n in (1, 2)]
     generated = [read_audio(wav)[0] for wav in wavs]
     at_16_khz = [soxr.resample(audio, 24_000, 16_000) for audio in generated]
@@ -166,6 +170,30 @@ def test_sound_over_full_scale_is_clipped_for_dnsmos(monkeypatch):
     loud = 3 * np.sin(np.arange(24_000, dtype="f4") / 10)
     assert judge_sound("base", [])(loud, "") == {"mos": 3.0}
     assert abs(calls["mos"][0].args[0]).max() == 1
+
+
+def test_the_second_opinion_is_asked_at_16_khz_and_a_judge_that_does_not_load_is_named(monkeypatch):
+    asked = []
+    opinion = Mock(side_effect=lambda sound: asked.append(sound) or np.array([2.5]))
+    mock = Mock(__spec__=ModuleSpec("distillmos", None))
+    mock.ConvTransformerSQAModel.return_value.eval.return_value = opinion
+    monkeypatch.setitem(sys.modules, "distillmos", mock)
+    tone = np.sin(np.arange(24_000, dtype="f4") / 10)
+    assert judge_sound_again("base", [])(tone, "") == {"distillmos": 2.5}
+    assert np.allclose(asked[0].numpy(), [soxr.resample(tone, 24_000, 16_000)], atol=1e-6)
+    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: name == "distillmos" or None)
+    assert [len(found) for found in find_judges("base", [])] == [1, 2, 3]
+    mock.ConvTransformerSQAModel.side_effect = OSError("torchaudio of another torch")
+    judges, available, missing = find_judges("base", [])
+    assert (judges, available) == ([], ["silence, pace"])
+    assert missing[-1] == "distillmos (does not load: torchaudio of another torch)"
+
+
+def test_silence_has_no_likeness(monkeypatch, tmp_path):
+    mock_judges(monkeypatch, embed=[[1.0, 0.0]])
+    judge = judge_voice("base", [np.ones(24_000, "f4")])
+    assert judge(np.zeros(24_000, "f4"), "") == {}
+    assert judge(np.ones(24_000, "f4"), "") == {"likeness": 1.0}
 
 
 def test_word_errors_outweigh_pace_and_failures_outweigh_word_errors():
