@@ -7,6 +7,7 @@ Exits with 1 if the merged model does not speak the adapter's greedy tokens.
 
 import argparse
 import csv
+import gc
 import json
 import shutil
 import sys
@@ -89,7 +90,8 @@ def merge(info, voice: str | None, out: Path) -> bool:
     model, tokenizer = load_model(str(info.folder), weights)
     ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     adapter_speech = speak_greedy(model, tokenizer, ids, settings, voice)
-    del model  # its memory is needed for the merged one
+    del model
+    gc.collect()  # PEFT's reference cycles would keep it while the merged one is loaded
     save_merged(info, weights, out)
     model, tokenizer = load_model(str(out))
     passed, message = compare(adapter_speech, model, tokenizer, ids, settings, voice)
