@@ -124,7 +124,7 @@ def load_model(settings: Settings, arguments):
     """The base, its weights held as `weights` says, with a LoRA on every linear layer."""
     from transformers.utils.logging import disable_progress_bar
 
-    from orpheus.compatibility import check_loaded, resolve_dtype
+    from orpheus.compatibility import check_loaded, keep_4bit_layout, resolve_dtype
     from orpheus.hub import absolute_path_or_hub_id, as_user_error, check_weights
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
@@ -135,6 +135,7 @@ def load_model(settings: Settings, arguments):
     with as_user_error(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
+    keep_4bit_layout(model)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
         config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)

@@ -154,6 +154,16 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
         ) from None
 
 
+def keep_4bit_layout(model) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16 in eval mode.
+
+    It does not undo that in training mode: after the first check there would be no gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
 
 

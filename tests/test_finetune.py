@@ -197,6 +197,18 @@ def test_listening_changes_nothing(tmp_path, monkeypatch):
     assert folders == ["step-000001", "step-000002", "step-000003"]
 
 
+def test_a_check_leaves_4_bit_weights_as_they_are_on_any_cpu(tmp_path, monkeypatch):
+    """bitsandbytes repacks them in eval mode where it finds avx512_bf16, and training stops."""
+    import bitsandbytes
+
+    keys = {"weights": "4bit", "held_out": "0.3", "sample_steps": "1"}
+    for found in (False, True):
+        monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda found=found: found)
+        run_here(monkeypatch, tmp_path / str(found), **keys)
+    name = "adapter_model.safetensors"
+    assert same_file(tmp_path / "True" / name, tmp_path / "False" / name)
+
+
 def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
