@@ -55,46 +55,37 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     optimizer = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimizer for word in ("8bit", "paged", "bnb"))
     workers = arguments.dataloader_num_workers
-    for refused, message in (
-        (
-            settings.weights == "8bit" and unsloth and not gpu,
-            'weights "8bit" need a GPU; on a CPU, backend "transformers" has them',
+    in_processes = arguments.dataloader_multiprocessing_context is not None
+    refused = {
+        'weights "8bit" need a GPU, or backend "transformers"': (
+            settings.weights == "8bit" and unsloth and not gpu
         ),
-        (
-            settings.weights == "fp8" and not (gpu and unsloth),
-            'weights "fp8" need a GPU and backend "unsloth"',
+        'weights "fp8" need a GPU and backend "unsloth"': (
+            settings.weights == "fp8" and not (gpu and unsloth)
         ),
-        (
-            settings.full_finetuning and settings.weights != "16bit",
-            'full_finetuning needs weights "16bit"',
+        'full_finetuning needs weights "16bit"': (
+            settings.full_finetuning and settings.weights != "16bit"
         ),
-        (
-            settings.gradient_checkpointing == "unsloth" and not unsloth,
-            'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true',
+        'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true': (
+            settings.gradient_checkpointing == "unsloth" and not unsloth
         ),
-        (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
-        (lean and not gpu, f"optim {optimizer} needs a GPU; adamw_torch_fused does not"),
-        (bool(arguments.fsdp) and unsloth, 'fsdp needs backend "transformers"'),
-        (arguments.activation_offloading and not gpu, "activation_offloading needs a GPU"),
-        (
-            arguments.use_liger_kernel and not find_spec("liger_kernel"),
-            "use_liger_kernel needs its package: pip install liger-kernel",
+        "fp16 needs a GPU; set bf16, or neither for fp32": arguments.fp16 and not gpu,
+        f"optim {optimizer} needs a GPU; adamw_torch_fused does not": lean and not gpu,
+        'fsdp needs backend "transformers"': bool(arguments.fsdp) and unsloth,
+        "activation_offloading needs a GPU": arguments.activation_offloading and not gpu,
+        "use_liger_kernel needs its package: pip install liger-kernel": (
+            arguments.use_liger_kernel and not find_spec("liger_kernel")
         ),
-        (
-            arguments.dataloader_multiprocessing_context is not None and not workers,
-            "dataloader_multiprocessing_context needs dataloader_num_workers above 0",
+        "dataloader_multiprocessing_context needs dataloader_num_workers above 0": (
+            in_processes and not workers
         ),
-        (
-            arguments.dataloader_persistent_workers and not workers,
-            "dataloader_persistent_workers needs dataloader_num_workers above 0",
+        "dataloader_persistent_workers needs dataloader_num_workers above 0": (
+            arguments.dataloader_persistent_workers and not workers
         ),
-        (
-            settings.fit is not False and RANKS > 1,
-            "fit looks at one GPU: leave it out with several ranks",
-        ),
-    ):
-        if refused:
-            raise UserError(f"settings: {message}")
+        "fit looks at one GPU: leave it out with several ranks": settings.fit and RANKS > 1,
+    }
+    for message in (message for message, condition in refused.items() if condition):
+        raise UserError(f"settings: {message}")
     if gpu and unsloth:
         check_compiler()
     check_trackers(arguments.report_to)
