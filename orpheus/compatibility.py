@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
-from orpheus.runs import RANKS
+from orpheus.runs import WORLD_SIZE
 from orpheus.settings import Settings, UserError, check_trainer_types
 
 
@@ -63,6 +64,9 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
         'weights "fp8" need a GPU and backend "unsloth"': (
             settings.weights == "fp8" and not (gpu and unsloth)
         ),
+        'weights "fp8" need compute capability 9.0 or newer, as an H100 or RTX 50 has': (
+            settings.weights == "fp8" and gpu and torch.cuda.get_device_capability() < (9, 0)
+        ),
         'full_finetuning needs weights "16bit"': (
             settings.full_finetuning and settings.weights != "16bit"
         ),
@@ -82,7 +86,9 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
         "dataloader_persistent_workers needs dataloader_num_workers above 0": (
             arguments.dataloader_persistent_workers and not workers
         ),
-        "fit looks at one GPU: leave it out with several ranks": settings.fit and RANKS > 1,
+        "fit plans for a single GPU: leave it out with several ranks, device_map or fsdp": (
+            settings.fit and (WORLD_SIZE > 1 or settings.device_map or arguments.fsdp)
+        ),
     }
     for message in (message for message, condition in refused.items() if condition):
         raise UserError(f"settings: {message}")
@@ -98,7 +104,8 @@ def check_compiler() -> None:
     compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
     if not compiler or not header.is_file():
         missing = "a C compiler" if not compiler else f"Python's C headers ({header})"
-        remedy = "`sudo apt install build-essential python3-dev`, or --backend transformers"
+        packages = f"build-essential python3.{sys.version_info.minor}-dev"
+        remedy = f"`sudo apt install {packages}`, or --backend transformers"
         raise UserError(f"Unsloth's kernels need {missing}: {remedy}")
 
 
@@ -205,4 +212,4 @@ def print_changes(settings: Settings, arguments: SFTConfig) -> None:
         used = getattr(arguments, name)
         used = getattr(used, "value", used)
         if value not in (None, "none", used, *(used if isinstance(used, list) else [])):
-            print(f"changed {name}: {value} is not for this machine, {used} is used")
+            print(f"changed {name}: {value} → {used} (by the backend, for this machine)")

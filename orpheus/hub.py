@@ -35,7 +35,7 @@ def fetch(path: str, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.GatedRepoError:
         message = "gated: accept its terms on its page, then `hf auth login`"
     except errors.RepositoryNotFoundError:

@@ -231,7 +231,7 @@ def read_settings(
                 check_name(name, source)
             values[name] = value
     if missing := [name for name in Settings.model_fields if name not in values]:
-        raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; every key stands there")
+        raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; it must contain every key")
     return Settings.model_construct(**values)
 
 

@@ -179,7 +179,7 @@ def test_a_changed_run_is_not_resumed(tmp_path, monkeypatch):
     (out / "adapter_config.json").unlink()  # as if the end had not been reached
     with pytest.raises(UserError, match=r"lora_r was \d+ and is 4; .* --overwrite") as told:
         run_here(monkeypatch, out, resume="true", lora_r="4", limit="7", max_steps="4")
-    assert "limit was 8 and is 7" in str(told.value) and "rows are others" in str(told.value)
+    assert "limit was 8 and is 7" in str(told.value) and "data has changed" in str(told.value)
     assert "max_steps" not in str(told.value)
 
 
@@ -449,7 +449,7 @@ def test_the_dtype_is_the_setting_s_on_any_cpu(bf16, native, tmp_path, monkeypat
     assert code == 0, errors
     used = "bfloat16" if (bf16, native) == ("true", "1") else "float32"
     assert f"model    data/demo/base, {used}; " in printed
-    overruled = "changed bf16: True is not for this machine" in printed
+    overruled = "changed bf16: True → False" in printed
     assert overruled == (bf16 == "true" and used == "float32")
 
 
