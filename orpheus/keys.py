@@ -213,6 +213,16 @@ TRAINER_TYPES = {
     "torch_compile_mode": CompileMode | None,
 }
 
+# Names that other tools have for keys.
+ALIASES = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "lora_rank": "lora_r",
+    "r": "lora_r",
+    "load_in_4bit": 'weights "4bit"',
+}
 # Keys of SFTConfig that finetune.py derives from other keys.
 DERIVED = {
     "packing": "batching",

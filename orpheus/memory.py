@@ -238,7 +238,7 @@ def print_plan(settings: Settings, base: Base) -> None:
         change = smallest_change(config, base, card * GIB)
         verdict = "fits" if change == {} else f"too small: {format_settings(change)}"
         fit = best_fit(config, base, card * GIB)
-        takes = f"; --fit takes {format_settings(fit)}" if fit else ""
+        takes = f"; --fit would choose {format_settings(fit)}" if fit else ""
         print(f"{card:4.4g} GiB: {verdict}{takes}")
 
 

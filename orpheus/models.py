@@ -36,8 +36,8 @@ def check_machine(model: str) -> None:
         raise UserError(f"{model}: no such folder; --model takes a run's folder or a hub id")
     if device() == "cpu":
         raise UserError(
-            f"{model}: no such folder here, and no GPU for the hub's: Orpheus-3B would take days "
-            "on a CPU; `make demo` runs the same path on a tiny model, --model takes a local folder"
+            f"{model}: no GPU found (does nvidia-smi work?), and Orpheus-3B would take days on a "
+            "CPU; `make demo` runs the same path on a tiny model, --model takes a local folder"
         )
 
 

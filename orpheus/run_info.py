@@ -41,6 +41,9 @@ def load_run_info(
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
+    if patterns is MODEL_FILES and not is_model(folder) and not (folder / PREVIOUS).is_dir():
+        missing = "no adapter or model in it (adapter_config.json or config.json)"
+        raise UserError(f"{folder}: {missing}")
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)

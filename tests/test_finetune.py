@@ -512,11 +512,11 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
     cases = [
         (["--config", tmp_path / "none.json"], "cannot be read"),
         (["--config", tmp_path / "config.json"], "not JSON"),
-        ([*DEMO, "--dataset", tmp_path / "none"], "no such folder of clips"),
+        ([*DEMO, "--dataset", tmp_path / "none"], "no such folder; give one of clips"),
         ([*DEMO, "--output_dir", tmp_path / "file" / "out"], "cannot be written"),
         ([*DEMO, "--model", tmp_path / "llama"], "config.json: cannot be read"),
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
-        ([*DEMO, "--model", "some/model"], "no GPU for the hub's"),
+        ([*DEMO, "--model", "some/model"], "no GPU found"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy is set by finetune.py itself"),
         ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
