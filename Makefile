@@ -1,11 +1,14 @@
-# make demo   the whole path on the committed sample, on any machine: clips in, a voice out
-# make test   the tests
-# make train  python finetune.py, on a GPU
+# make install  sets up .venv, for a GPU where there is one
+# make demo     the whole path on the committed sample, on any machine: clips in, a voice out
+# make test     the tests
+# make train    python finetune.py, on a GPU
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 REQUIREMENTS := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
 # Without its dependencies, which would replace the pins: requirements/*.txt name those it needs.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+
+install: .venv/ready
 
 demo: .venv/ready
 	.venv/bin/python finetune.py --config data/demo/config.json
@@ -24,4 +27,4 @@ test: .venv/ready
 	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
 	touch $@
 
-.PHONY: demo train test
+.PHONY: install demo train test

@@ -97,9 +97,8 @@ def missing_table(folder: Path) -> str:
     tables = [p.name for p in paths if p.suffix.lower() in (".csv", ".tsv", ".jsonl", ".xlsx")]
     message = f"no {', '.join(TABLES)}, no .parquet, and no audio file with a .txt beside it"
     if tables:
-        return (
-            f"{message}; save {printable(tables[0])} as metadata.csv, with a header file_name,text"
-        )
+        name = printable(tables[0])
+        return f"{message}; save {name} as metadata.csv with a header, such as file_name,text"
     if unread:
         return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to wav"
     return f"{message} (data/README.md has the forms)"

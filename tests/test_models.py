@@ -13,7 +13,7 @@ import finetune
 import infer
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
-from orpheus.models import bitsandbytes_config, load_base, load_model
+from orpheus.models import bitsandbytes_config, choose_dtype, load_base, load_model
 from orpheus.run_info import load_run, load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
