@@ -1,13 +1,17 @@
 """Words that were heard and the text that was read aloud → the words of the text, with times."""
 
+import math
 import re
 import unicodedata
+from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 ISLAND = 5  # words that are found in a row; fewer, far from all others, are there by chance
+NUMBERS = "cardinal", "ordinal", "year"  # the forms of num2words
 FAR = 50  # words of the text between two that were heard one after the other: it was not read on
 
 
@@ -18,13 +22,14 @@ class Word(NamedTuple):
     score: float = 1.0  # probability
 
 
-class Token(NamedTuple):
+@dataclass(eq=False)
+class Token:
     """A part of a word, as words are compared: forty-two has two."""
 
     letters: str
     word: int  # its word's index
-    start: float = np.nan
-    end: float = np.nan
+    start: float = math.nan
+    end: float = math.nan
 
 
 def letters(text: str) -> str:
@@ -47,10 +52,11 @@ def count_edits(source: str, target: str) -> int:
 def read_script(text: str) -> tuple[list[str], list[int]]:
     """The words of a text, and the line that each stands in.
 
-    Marks of emphasis and page marks in brackets are left out; a dash by itself belongs to the word
+    Marks of emphasis and numbers in brackets are left out; a dash by itself belongs to the word
     before it.
     """
     text = re.sub(r"[\[{(](?:(?:pg|page|p)\.?\s*)?\d+[\]})]|[_*|]", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,455 is one number
     words, lines = [], []
     for n, line in enumerate(text.splitlines()):
         for word in line.split():
@@ -105,81 +111,86 @@ def alike(spoken: list[Token], i: int, script: list[Token], j: int) -> bool:
     return count_edits(one, other) <= max(len(one), len(other)) / 2
 
 
-def drop_unspoken(gap: list[int], heard: str, script: list[Token], lines: list[int]) -> list[int]:
-    """The tokens of a gap in the text without whole lines that were not spoken.
+def join(tokens: list[Token]) -> str:
+    return "".join(token.letters for token in tokens)
 
-    Those are chapter heads, page numbers and the like: what was heard resembles the rest more.
+
+def read_number(digits: str, language: str) -> list[str]:
+    """How a number may be read aloud: as a count, a rank, a year, or digit by digit."""
+    from num2words import num2words
+
+    try:
+        ways = [num2words(int(digits), lang=language, to=to) for to in NUMBERS]
+        return [*ways, " ".join(num2words(int(digit), lang=language) for digit in digits)]
+    except (NotImplementedError, OverflowError):  # a language or a size that num2words lacks
+        return [digits]
+
+
+def spell_numbers(gap: list[Token], heard: str, words: list[str], language: str) -> None:
+    """Writes the numbers of a gap in the way that comes nearest to what was heard."""
+    for token in gap:
+        word = words[token.word]
+        if not re.fullmatch("[0-9]{1,12}", token.letters) or re.search(r"[$£€%]", word):
+            continue
+        digits, ways = token.letters, []
+        for reading in read_number(digits, language):
+            token.letters = letters(reading)
+            ways.append((count_edits(heard, join(gap)), reading))
+        _, reading = min(ways, key=lambda way: way[0])
+        token.letters, words[token.word] = letters(reading), word.replace(digits, reading, 1)
+
+
+def drop_unspoken(gap: list[Token], heard: str, lines: list[int], sizes: Counter) -> list[Token]:
+    """The tokens of a gap without whole lines that were not spoken: heads, page numbers and such.
+
+    A line was not spoken if what was heard is nearer to the rest. `sizes` has the tokens of lines.
     """
-    for line in dict.fromkeys(lines[script[j].word] for j in gap):
-        inside = [j for j in gap if lines[script[j].word] == line]
-        first, last = inside[0], inside[-1]
-        if first and lines[script[first - 1].word] == line:
-            continue
-        if last + 1 < len(script) and lines[script[last + 1].word] == line:
-            continue
-        rest = [j for j in gap if j not in inside]
-        with_line, without = ("".join(script[j].letters for j in g) for g in (gap, rest))
-        if count_edits(heard, without) < count_edits(heard, with_line):
+    for line, count in Counter(lines[token.word] for token in gap).items():
+        rest = [token for token in gap if lines[token.word] != line]
+        if count == sizes[line] and count_edits(heard, join(rest)) < count_edits(heard, join(gap)):
             gap = rest
     return gap
 
 
-def letter_times(tokens: list[Token], before: Token, after: Token) -> np.ndarray:
-    """(letters + 1,) seconds at which each letter of the tokens starts, and the end of the last."""
-    if not tokens:
-        return np.array([(before.end + after.start) / 2])
-    starts = [np.linspace(t.start, t.end, len(t.letters), endpoint=False) for t in tokens]
-    return np.append(np.concatenate(starts), tokens[-1].end)
+def place(gap: list[Token], heard: list[Token], before: float, after: float) -> None:
+    """Times for the tokens of a gap, by the letters that agree the most with those heard in it.
+
+    Where nothing was heard, it is the middle of the time from `before` to `after`.
+    """
+    operations = edits(join(heard), join(gap))
+    corners = [(d, b) for _, _, b, _, d in operations]  # letters of the text, letters heard
+    targets, sources = zip((0, 0), *corners, strict=True)
+    at = np.cumsum([0] + [len(token.letters) for token in gap])
+    at = np.interp(at, targets, sources)
+    known = [t for h in heard for t in np.linspace(h.start, h.end, len(h.letters), endpoint=False)]
+    known.append(heard[-1].end if heard else (before + after) / 2)
+    times = np.interp(at, np.arange(len(known)), known).tolist()
+    for token, (start, end) in zip(gap, pairwise(times), strict=True):
+        token.start, token.end = start, end
 
 
-def place_gap(spoken: list[Token], gap: list[int], script: list[Token], times: np.ndarray) -> None:
-    """Times for the tokens between two that agree, by the letters that agree the most."""
-    before, *heard, after = spoken
-    source, target = ("".join(t.letters for t in g) for g in (heard, [script[j] for j in gap]))
-    operations = edits(source, target)
-    corners = [op[3] for op in operations] + [len(target)], [op[1] for op in operations]
-    at = np.cumsum([0] + [len(script[j].letters) for j in gap])
-    at = np.interp(at, corners[0], corners[1] + [len(source)])
-    known = letter_times(heard, before, after)
-    at = np.interp(at, np.arange(len(known)), known)
-    times[gap] = np.stack([at[:-1], at[1:]], axis=1)
-
-
-def align(heard: list[Word], text: str) -> list[Word]:
+def align(heard: list[Word], text: str, language: str = "en") -> list[Word]:
     """The words of `text` that were spoken, with the times at which they were heard.
 
-    Where the text has a number in digits, the words that were heard in its place are taken.
+    Chapter heads and page numbers that were not spoken are left out, and so is all that was not
+    read. Numbers in digits are written as they were read.
     """
     words, lines = read_script(text)
-    script = split_tokens([Word(0, 0, word) for word in words])
-    spoken, times = split_tokens(heard), np.full((len(script), 2), np.nan)
+    script = split_tokens([Word(math.nan, math.nan, word) for word in words])
+    spoken = split_tokens(heard)
+    sizes = Counter(lines[token.word] for token in script)
     for island in match(spoken, script):
         for i, j in island:
-            times[j] = spoken[i].start, spoken[i].end
+            script[j].start, script[j].end = spoken[i].start, spoken[i].end
         for (i0, j0), (i1, j1) in pairwise(island):
-            between, gap = spoken[i0 : i1 + 1], list(range(j0 + 1, j1))
-            gap = drop_unspoken(gap, "".join(t.letters for t in between[1:-1]), script, lines)
-            numbers = [j for j in gap if script[j].letters.isdecimal()]
-            if numbers == gap and gap and len(between) > 2:
-                indexes = dict.fromkeys(token.word for token in between[1:-1])
-                spelled = "".join(heard[n].text for n in indexes).strip(" .,;:!?")
-                ending = re.search(r"\W*$", words[script[gap[-1]].word])[0]
-                words[script[gap[0]].word], gap = spelled + ending, gap[:1]
-            elif len(between) == 2:
-                gap = [j for j in gap if j not in numbers]
+            between, gap = spoken[i0 + 1 : i1], script[j0 + 1 : j1]
+            spell_numbers(gap, join(between), words, language)
+            gap = drop_unspoken(gap, join(between), lines, sizes)
             if gap:
-                place_gap(between, gap, script, times)
-    return [
-        Word(float(t[0][0]), float(t[-1][1]), f" {word}")
-        for word, t in zip(words, group_times(script, times, len(words)), strict=True)
-        if len(t)
-    ]
-
-
-def group_times(script: list[Token], times: np.ndarray, words: int) -> list[np.ndarray]:
-    """The (tokens, 2) times of each word, those that are known."""
-    groups = [[] for _ in range(words)]
-    for token, pair in zip(script, times, strict=True):
-        if not np.isnan(pair[0]):
-            groups[token.word].append(pair)
-    return groups
+                place(gap, between, spoken[i0].end, spoken[i1].start)
+    times = {}
+    for token in script:
+        if not math.isnan(token.start):
+            start, _ = times.get(token.word, (token.start, None))
+            times[token.word] = start, token.end
+    return [Word(*times[n], f" {words[n]}") for n in sorted(times)]

@@ -21,7 +21,7 @@ from orpheus.settings import Settings, UserError, read_text
 
 AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
-VOICE_COLUMNS = ("speaker", "source", "voice")
+VOICE_COLUMNS = ("speaker", "voice", "source")
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 

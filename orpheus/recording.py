@@ -3,6 +3,7 @@
 Memory does not grow with a recording's length. Times are in seconds from its start.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -169,3 +170,33 @@ def load_whisper(name: str, language: str | None) -> Callable:
         return info.language, words
 
     return listen
+
+
+def transcribe(path: Path, windows: list, listen, language: str | None, saved: Path, show):
+    """(language, words) of a recording, a window at a time; show(seconds) follows each.
+
+    Every window's words are appended to the file `saved`, from where a killed run goes on.
+    """
+    words, done = [], 0
+    lines = saved.read_bytes().splitlines(keepends=True) if saved.is_file() else []
+    lines = [line for line in lines if line.endswith(b"\n")]  # the last may be incomplete
+    for line, window in zip(lines, windows, strict=False):
+        *earlier, language, heard = json.loads(line)
+        if earlier != list(window):
+            break
+        words += [Word(*word) for word in heard]
+        done += 1
+    try:
+        with saved.open("wb") as file:
+            file.writelines(lines[:done])
+            spans = read_spans(path, SPEECH_RATE, windows[done:])
+            for (start, end), audio in zip(windows[done:], spans, strict=True):
+                language, heard = listen(audio, language)
+                heard = [w._replace(start=w.start + start, end=w.end + start) for w in heard]
+                words += heard
+                file.write(json.dumps([start, end, language, heard]).encode() + b"\n")
+                file.flush()
+                show(end)
+    except OSError as error:
+        raise UserError(f"{saved}: cannot be written: {error.strerror}") from None
+    return language, words

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orpheus.align import Word, count_edits, letters
+from orpheus.doctor import outliers
 from orpheus.recording import SPEECH_RATE, STEP
 
 SPEECH, QUIET = 0.5, 0.35  # probabilities at which speech starts and ends, as in silero-vad
@@ -15,7 +16,8 @@ SHORTEST_PAUSE = 0.13  # shorter gaps are closures within words
 KEEP = 0.2  # of the silence at both ends of a clip
 SHORTEST, SHORT, LONG, LONGEST = 2.0, 5.0, 12.0, 20.0  # of a clip: limits, and what is aimed at
 WINDOW = 28.0  # of speech transcribed at once; Whisper pads every window to 30
-CONFIDENCE = 0.6  # geometric mean of Whisper's word probabilities, below which a clip is rejected
+CONFIDENCE = 0.75  # geometric mean of Whisper's word probabilities, below which a clip is rejected
+ODD_PACE = 4.0  # robust z-score; data/prepare.py names clips over 5
 
 
 class Segment(NamedTuple):
@@ -175,3 +177,15 @@ def choose_cuts(
         _, j, segment = best[j]
         segments.append(segment)
     return segments[::-1]
+
+
+def reject_odd_pace(segments: list[Segment]) -> list[Segment]:
+    """Rejects clips whose seconds for so many characters are far from the recording's own.
+
+    Words that were not heard, or invented, show in this, whatever the text's source.
+    """
+    kept = [segment for segment in segments if not segment.reason]
+    pace = np.log([(s.end - s.start) / (len(s.text) + 10) for s in kept])
+    odd = outliers(pace, np.zeros(len(kept)), ODD_PACE) > 0
+    rejected = {s: s._replace(reason="odd pace") for s, far in zip(kept, odd, strict=True) if far}
+    return [rejected.get(segment, segment) for segment in segments]
