@@ -38,7 +38,7 @@ from orpheus.recording import (
     transcribe,
 )
 from orpheus.segment import Segment, choose_cuts, find_speech, make_windows, reject_odd_pace
-from orpheus.settings import Parser, UserError, read_text, run
+from orpheus.settings import Parser, UserError, read_json, read_text, run
 from orpheus.tokens import SAMPLE_RATE
 
 COLUMNS = ("file_name", "text", "voice", "source", "start", "end", "cer")
@@ -98,13 +98,13 @@ def open_folder(options, recordings: dict, script: str | None) -> None:
     origin["--text"] = script and hashlib.sha256(script.encode()).hexdigest()
     origin["recordings"] = [[name, p.stat().st_size] for name, (p, _) in recordings.items()]
     out, path = options.out, options.out / STATE / "origin.json"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        remedy = "give --out a new folder"
-        if not path.is_file():
-            raise UserError(f"{out} was not made by cut.py; {remedy}")
-        earlier = json.loads(read_text(path))
+    remedy = "give --out a new folder"
+    if path.is_file():
+        earlier = read_json(path)
         if changed := [key for key in origin if earlier.get(key) != origin[key]]:
             raise UserError(f"{out} was cut with other {', '.join(changed)}; {remedy}")
+    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {STATE}):
+        raise UserError(f"{out} was not made by cut.py; {remedy}")
     make_folder(str(out / STATE), "out")
     write_text(path, json.dumps(origin))
 
@@ -140,7 +140,7 @@ def load_finished(name: str, out: Path) -> dict | None:
     path = out / STATE / f"{name}.json"
     if not path.is_file():
         return None
-    result = json.loads(read_text(path))
+    result = read_json(path)
     return result | {"segments": [Segment(*fields) for fields in result["segments"]]}
 
 
@@ -152,12 +152,12 @@ def clip_names(name: str, segments: list[Segment]) -> list[str]:
 
 
 def write_clips(name: str, path: Path, segments: list[Segment], gain: float, out: Path) -> None:
-    files = clip_names(name, segments)
-    spans = [(segment.start, segment.end) for segment in segments]
+    kept = [segment for segment in segments if not segment.reason]
+    spans = [(segment.start, segment.end) for segment in kept]
+    files = filter(None, clip_names(name, segments))
     for file, audio in zip(files, read_spans(path, SAMPLE_RATE, spans), strict=True):
-        if file:
-            with audio_file(out / file) as write:
-                write(audio * gain)
+        with audio_file(out / file) as write:
+            write(audio * gain)
 
 
 def write_table(path: Path, columns: tuple, rows: list[dict]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 ISLAND = 5  # words that are found in a row; fewer, far from all others, are there by chance
 NUMBERS = "cardinal", "ordinal", "year"  # the forms of num2words
+WORD = re.compile(r" ?[^ ]+?(?:--+|[—–])| ?[^ ]+")  # with the space before it
 FAR = 50  # words of the text between two that were heard one after the other: it was not read on
 
 
@@ -50,21 +51,21 @@ def count_edits(source: str, target: str) -> int:
 
 
 def read_script(text: str) -> tuple[list[str], list[int]]:
-    """The words of a text, and the line that each stands in.
+    """The words of a text, with the space before each, and the line that each stands in.
 
-    Marks of emphasis and numbers in brackets are left out; a dash by itself belongs to the word
-    before it.
+    A word ends at a dash, where a reader may pause. Marks of emphasis and numbers in brackets are
+    left out.
     """
     text = re.sub(r"[\[{(](?:(?:pg|page|p)\.?\s*)?\d+[\]})]|[_*|]", "", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,455 is one number
     words, lines = [], []
     for n, line in enumerate(text.splitlines()):
-        for word in line.split():
-            if letters(word):
-                words.append(word)
+        for part in WORD.findall("".join(f" {word}" for word in line.split())):
+            if letters(part):
+                words.append(part)
                 lines.append(n)
-            elif words and lines[-1] == n and re.fullmatch("[-–—…]+", word):
-                words[-1] += f" {word}"
+            elif words and lines[-1] == n and re.fullmatch(" ?[-–—…]+", part):
+                words[-1] += part
     return words, lines
 
 
@@ -74,7 +75,7 @@ def split_tokens(words: list[Word]) -> list[Token]:
     for n, word in enumerate(words):
         parts = [part for part in map(letters, re.split(r"[-–—/]", word.text)) if part]
         times = np.cumsum([0, *map(len, parts)]) / max(1, sum(map(len, parts)))
-        times = word.start + (word.end - word.start) * times
+        times = (word.start + (word.end - word.start) * times).tolist()
         tokens += [Token(part, n, *times[k : k + 2]) for k, part in enumerate(parts)]
     return tokens
 
@@ -193,4 +194,4 @@ def align(heard: list[Word], text: str, language: str = "en") -> list[Word]:
         if not math.isnan(token.start):
             start, _ = times.get(token.word, (token.start, None))
             times[token.word] = start, token.end
-    return [Word(*times[n], f" {words[n]}") for n in sorted(times)]
+    return [Word(*times[n], words[n]) for n in sorted(times)]

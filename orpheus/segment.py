@@ -150,6 +150,8 @@ def choose_cuts(
     costs its seconds, a cut within a sentence 1 to 3, a length outside of `SHORT` to `LONG` up to
     1, silence of over a second within a clip its seconds. `given` are the words of the text.
     """
+    if not len(speech):
+        return []
     speech = join_within_words(speech, heard)
     outer = add_margins(speech).tolist()
     pauses = np.append(speech[1:, 0] - speech[:-1, 1], np.inf)
