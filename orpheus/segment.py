@@ -122,16 +122,16 @@ def judge(start: float, end: float, heard: list[Word], given: list[Word] | None,
     cer, reason = None, ""
     if given is not None:
         cer = count_edits(letters(sound), letters(text)) / max(1, len(letters(text)))
-    if end - start < SHORTEST:
-        reason = "too short"
-    elif end - start > LONGEST:
-        reason = "too long without a pause"
-    elif not letters(sound):
+    if not letters(sound):
         reason = "no words heard"
     elif given is not None and cer > max(max_cer, 0.5):
         reason = "not in the text"
     elif given is not None and cer > max_cer:
         reason = "words differ from the text"
+    elif end - start < SHORTEST:
+        reason = "too short"
+    elif end - start > LONGEST:
+        reason = "too long without a pause"
     elif given is None and np.log([max(w.score, 1e-9) for w in heard]).mean() < np.log(CONFIDENCE):
         reason = "low confidence"
     return Segment(start, end, text, sound, cer, reason)

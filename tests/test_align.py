@@ -9,17 +9,21 @@ from orpheus import align
 from orpheus.align import Word, count_edits, edits, letters, read_script
 
 
+def use_difflib(monkeypatch):
+    """difflib in the place of rapidfuzz, where that is not installed."""
+    if not find_spec("rapidfuzz"):
+
+        def edits(source, target):
+            return difflib.SequenceMatcher(None, source, target, autojunk=False).get_opcodes()
+
+        monkeypatch.setattr(align, "edits", edits)
+
+
 @pytest.fixture(autouse=True)
 def without_packages(monkeypatch):
-    """difflib in the place of rapidfuzz where that is not installed, and a few known numbers."""
-    if not find_spec("rapidfuzz"):
-        monkeypatch.setattr(align, "edits", difflib_edits)
     numbers = {"12": ["twelve", "twelfth"], "1455": ["one thousand", "fourteen fifty-five"]}
     monkeypatch.setattr(align, "read_number", lambda digits, language: numbers[digits])
-
-
-def difflib_edits(source, target):
-    return difflib.SequenceMatcher(None, source, target, autojunk=False).get_opcodes()
+    use_difflib(monkeypatch)
 
 
 def say(text):

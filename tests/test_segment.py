@@ -1,0 +1,148 @@
+"""orpheus/segment.py: where speech is, and where it is cut."""
+
+import numpy as np
+import pytest
+from test_align import use_difflib
+
+from orpheus import segment
+from orpheus.align import Word
+from orpheus.segment import KEEP, STEP, choose_cuts, find_speech, make_windows, reject_odd_pace
+
+SECOND = 16_000 / STEP
+
+
+@pytest.fixture(autouse=True)
+def without_packages(monkeypatch):
+    use_difflib(monkeypatch)
+
+
+def probabilities(*runs, seconds):
+    """1 within each (start, end), 0 elsewhere."""
+    values = np.zeros(round(seconds * SECOND))
+    for start, end in runs:
+        values[round(start * SECOND) : round(end * SECOND)] = 1
+    return values
+
+
+def sentences(*lengths, pause=0.5, text="Seven two nine."):
+    """(speech, heard): a run for each length, and its words spread over it."""
+    speech, heard, at = [], [], pause
+    for length in lengths:
+        speech.append((at, at + length))
+        words = text.split()
+        times = np.linspace(at, at + length, len(words) + 1).tolist()
+        heard += [Word(times[n], times[n + 1], f" {word}") for n, word in enumerate(words)]
+        at += length + pause
+    return np.array(speech), heard
+
+
+def lengths(segments):
+    return [round(s.end - s.start, 1) for s in segments]
+
+
+def test_speech_is_found_to_a_step():
+    runs = [(1, 3), (3.5, 4), (6, 6.4)]
+    found = find_speech(probabilities(*runs, seconds=8))
+    assert np.abs(found - runs).max() < STEP / 16_000
+
+
+def test_closures_and_clicks_are_no_pauses_and_no_speech():
+    found = find_speech(probabilities((1, 2), (2.08, 3), (5, 5.06), seconds=6))
+    assert found.shape == (1, 2) and np.abs(found - [(1, 3)]).max() < 0.05
+
+
+def test_speech_needs_one_probability_over_a_half_and_ends_under_a_third():
+    weak = np.full(100, 0.4)
+    assert len(find_speech(weak)) == 0
+    weak[50] = 0.6
+    assert find_speech(weak).tolist() == [[0, 100 * STEP / 16_000]]
+
+
+def test_no_speech_at_all():
+    nothing = find_speech(np.zeros(100))
+    assert len(nothing) == 0 and make_windows(nothing) == [] and choose_cuts(nothing, []) == []
+
+
+def test_windows_hold_all_speech_and_end_in_long_pauses():
+    rng = np.random.default_rng(0)
+    starts = np.cumsum(rng.uniform(2.2, 4, 200))
+    speech = np.stack([starts, starts + 2], axis=1)
+    windows = np.array(make_windows(speech))
+    assert (windows[1:, 0] >= windows[:-1, 1]).all()
+    assert (windows[:, 1] - windows[:, 0] <= segment.WINDOW + 2 * KEEP).all()
+    for start, end in speech:
+        assert ((windows[:, 0] < start) & (end < windows[:, 1])).sum() == 1
+    between = windows[1:, 0] - windows[:-1, 1]
+    assert np.median(between + 2 * KEEP) > np.median(speech[1:, 0] - speech[:-1, 1])
+
+
+def test_what_is_too_long_for_a_clip_is_not_transcribed():
+    assert make_windows(np.array([(0.0, 60.0), (61.0, 63.0)])) == [(60.8, 63.2)]
+
+
+def test_short_sentences_are_joined_to_the_lengths_aimed_at():
+    segments = choose_cuts(*sentences(*[2.0] * 20))
+    assert all(5 <= length <= 12 for length in lengths(segments))
+    assert not any(s.reason for s in segments)
+
+
+def test_a_long_sentence_stays_whole_and_a_longer_one_is_cut_at_a_comma():
+    speech, heard = sentences(6, 6, 6, text="Seven two nine,")
+    heard[-1] = heard[-1]._replace(text=" nine.")
+    assert lengths(choose_cuts(speech, heard)) == [19.4]
+    speech, heard = sentences(6, 6, 6, 6, text="Seven two nine")
+    heard[5] = heard[5]._replace(text=" nine,")
+    assert lengths(choose_cuts(speech, heard)) == [12.9, 12.9]
+
+
+def test_a_clip_keeps_some_silence_and_half_of_a_short_pause():
+    (first, second) = choose_cuts(*sentences(8, 8, pause=0.3))
+    assert (first.start, round(first.end, 3)) == (pytest.approx(0.1), 8.45)
+    assert (round(second.start, 3), round(second.end, 3)) == (8.45, 16.8)
+
+
+def test_nothing_is_cut_within_a_word():
+    speech = np.array([(0.5, 7.0), (7.2, 14.0)])
+    heard = [Word(0.5, 6.5, " Seven"), Word(6.6, 7.5, " seventy."), Word(7.6, 14.0, " nine.")]
+    assert lengths(choose_cuts(speech, heard)) == [13.9]
+
+
+def test_abbreviations_end_no_sentence():
+    words = [Word(0, 1, f" {word}") for word in ["Mr.", "Smith", "left.", "He", "is", "gone."]]
+    ends = segment.find_sentence_ends(words, "en")
+    assert ends.tolist() == [False, False, True, False, False, True]
+
+
+def test_reasons_of_rejection():
+    _, heard = sentences(6, pause=1)
+    judge = segment.judge
+    assert judge(0, 6, heard, None, 0.1).reason == ""
+    assert judge(0, 1, heard, None, 0.1).reason == "too short"
+    assert judge(0, 21, heard, None, 0.1).reason == "too long without a pause"
+    assert judge(0, 6, [], None, 0.1).reason == "no words heard"
+    unsure = [word._replace(score=0.5) for word in heard]
+    assert judge(0, 6, unsure, None, 0.1).reason == "low confidence"
+    assert judge(0, 6, unsure, heard, 0.1).reason == ""
+    assert judge(0, 6, heard, [], 0.1).reason == "not in the text"
+    other = [*heard[:2], heard[2]._replace(text=" five.")]
+    differing = judge(0, 6, heard, other, 0.1)
+    assert differing.reason == "words differ from the text"
+    assert differing.cer == pytest.approx(2 / 12) and differing.text == "Seven two five."
+    assert judge(0, 6, heard, other, 0.2).reason == ""
+
+
+def test_speech_that_is_not_in_the_text_is_parted_from_what_is():
+    speech, heard = sentences(*[3.0] * 8)
+    given = heard[6:]  # the first two sentences are an announcement
+    segments = choose_cuts(speech, heard, given)
+    rejected = [s for s in segments if s.reason]
+    assert {s.reason for s in rejected} == {"not in the text"}
+    assert " ".join(s.heard for s in rejected) == "Seven two nine. Seven two nine."
+    assert sum(len(s.text.split()) for s in segments if not s.reason) == len(given)
+
+
+def test_an_odd_pace_is_rejected():
+    usual = [segment.Segment(0, 8 + n / 10, "Seven " * 15, "", None, "") for n in range(12)]
+    slow = segment.Segment(0, 18, "Seven", "", None, "")
+    judged = reject_odd_pace([*usual, slow])
+    assert [s.reason for s in judged] == [""] * 12 + ["odd pace"]
