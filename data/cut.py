@@ -121,7 +121,7 @@ def cut_recording(name: str, path: Path, seconds: float, options, script, tools,
     detect, listen = tools
     loudness, peak = measure_level(path)
     gain = choose_gain(loudness, peak)
-    speech = find_speech(detect_speech(path, seconds, detect))
+    speech = find_speech(*detect_speech(path, seconds, detect))
     saved = options.out / STATE / f"{name}.jsonl"
     windows = make_windows(speech)
     language, heard = transcribe(path, windows, listen, options.language, saved, bar)

@@ -119,19 +119,22 @@ def choose_gain(loudness: float, peak: float) -> float:
     return 10 ** (min(LOUDNESS - loudness, PEAK - 20 * math.log10(peak)) / 20)
 
 
-def detect_speech(path: Path, seconds: float, detect: Callable) -> np.ndarray:
-    """(steps,) probabilities of speech, a minute at a time with a second before it as a lead.
+def detect_speech(path: Path, seconds: float, detect: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """(steps,) probabilities of speech and (steps,) levels in dB, each of a `STEP`.
 
-    `detect` takes (samples,) at `SPEECH_RATE`, a multiple of `STEP`, and returns one for each step.
+    Read a minute at a time with a second before it as a lead. `detect` takes (samples,) at
+    `SPEECH_RATE`, a multiple of `STEP`, and returns a probability for each step.
     """
-    block, lead, probabilities = 1875, 32, []  # steps: 60 s and about 1 s
+    block, lead, probabilities, levels = 1875, 32, [], []  # steps: 60 s and about 1 s
     starts = range(0, math.ceil(seconds * SPEECH_RATE / STEP), block)
     spans = [(max(0, n - lead) * STEP, (n + block) * STEP) for n in starts]
     spans = [(start / SPEECH_RATE, end / SPEECH_RATE) for start, end in spans]
     for n, audio in zip(starts, read_spans(path, SPEECH_RATE, spans), strict=True):
         audio = np.pad(audio, (0, -len(audio) % STEP))
+        power = (audio.reshape(-1, STEP) ** 2).mean(axis=1)
         probabilities.append(np.ravel(detect(audio))[min(n, lead) :])
-    return np.concatenate(probabilities)
+        levels.append(10 * np.log10(power[min(n, lead) :] + 1e-12))
+    return np.concatenate(probabilities), np.concatenate(levels)
 
 
 def load_whisper(name: str, language: str | None) -> Callable:

@@ -257,6 +257,6 @@ def test_help_imports_nothing_heavy():
 def test_silero_finds_the_same_speech(tmp_path):
     vad = pytest.importorskip("faster_whisper.vad", reason="make cut installs it")
     truth = record(tmp_path / "a.wav")
-    found = find_speech(detect_speech(tmp_path / "a.wav", truth[-1][1] + 0.4, vad.get_vad_model()))
+    found = find_speech(*detect_speech(tmp_path / "a.wav", truth[-1][1] + 0.4, vad.get_vad_model()))
     for start, end, _ in truth:
         assert np.abs(found[:, 0] - start).min() < 0.1 and np.abs(found[:, 1] - end).min() < 0.1

@@ -72,7 +72,9 @@ def test_the_detector_sees_every_step_once_after_a_lead(tmp_path):
         sizes.append(len(audio))
         return audio.reshape(-1, STEP)[:, :1]
 
-    assert (detect_speech(path, 130.3, first_samples) == whole[::STEP]).all()
+    probabilities, levels = detect_speech(path, 130.3, first_samples)
+    assert (probabilities == whole[::STEP]).all()
+    assert len(levels) == len(probabilities) and np.abs(levels[:-1] + 20).max() < 2
     assert max(sizes) <= 62 * SPEECH_RATE
 
 

@@ -16,12 +16,12 @@ def without_packages(monkeypatch):
     use_difflib(monkeypatch)
 
 
-def probabilities(*runs, seconds):
-    """1 within each (start, end), 0 elsewhere."""
+def steps(*runs, seconds):
+    """(probabilities, levels) of speech within each (start, end) and silence elsewhere."""
     values = np.zeros(round(seconds * SECOND))
     for start, end in runs:
         values[round(start * SECOND) : round(end * SECOND)] = 1
-    return values
+    return values, 60 * values - 80
 
 
 def sentences(*lengths, pause=0.5, text="Seven two nine."):
@@ -42,24 +42,32 @@ def lengths(segments):
 
 def test_speech_is_found_to_a_step():
     runs = [(1, 3), (3.5, 4), (6, 6.4)]
-    found = find_speech(probabilities(*runs, seconds=8))
+    found = find_speech(*steps(*runs, seconds=8))
     assert np.abs(found - runs).max() < STEP / 16_000
 
 
 def test_closures_and_clicks_are_no_pauses_and_no_speech():
-    found = find_speech(probabilities((1, 2), (2.08, 3), (5, 5.06), seconds=6))
+    found = find_speech(*steps((1, 2), (2.08, 3), (5, 5.06), seconds=6))
     assert found.shape == (1, 2) and np.abs(found - [(1, 3)]).max() < 0.05
 
 
 def test_speech_needs_one_probability_over_a_half_and_ends_under_a_third():
     weak = np.full(100, 0.4)
-    assert len(find_speech(weak)) == 0
+    assert len(find_speech(weak, weak)) == 0
     weak[50] = 0.6
-    assert find_speech(weak).tolist() == [[0, 100 * STEP / 16_000]]
+    assert find_speech(weak, weak).tolist() == [[0, 100 * STEP / 16_000]]
+
+
+def test_speech_that_is_noticed_late_starts_where_it_is_loud():
+    probabilities, _ = steps((1, 3), (4, 6), seconds=7)
+    _, levels = steps((0.8, 3), (3.1, 6), seconds=7)
+    found = find_speech(probabilities, levels)
+    assert abs(found[0, 0] - 0.8) < 0.04
+    assert abs(found[1, 0] - 4) < 0.04  # as loud all the time before it: not the voice
 
 
 def test_no_speech_at_all():
-    nothing = find_speech(np.zeros(100))
+    nothing = find_speech(np.zeros(100), np.zeros(100))
     assert len(nothing) == 0 and make_windows(nothing) == [] and choose_cuts(nothing, []) == []
 
 
