@@ -18,6 +18,7 @@ KEEP = 0.2  # of the silence at both ends of a clip
 SHORTEST, SHORT, LONG, LONGEST = 2.0, 5.0, 12.0, 20.0  # of a clip: limits, and what is aimed at
 WINDOW = 28.0  # of speech transcribed at once; Whisper pads every window to 30
 CONFIDENCE = 0.75  # geometric mean of Whisper's word probabilities, below which a clip is rejected
+GAP = 0.8  # seconds of speech in which no word was heard: up to 0.7 by inexact times, 1.4 by a lack
 ODD_PACE = 4.0  # robust z-score; data/prepare.py names clips over 5
 
 
@@ -113,6 +114,18 @@ def split_words(words: list[Word], cuts: np.ndarray) -> list[list[Word]]:
     return [[words[n] for n in np.flatnonzero(at == run)] for run in range(len(cuts))]
 
 
+def longest_gaps(speech: np.ndarray, heard: list[list[Word]]) -> np.ndarray:
+    """(runs,) the longest time in each run of speech in which no word was heard."""
+    longest = []
+    for (start, end), words in zip(speech.tolist(), heard, strict=True):
+        ends, starts = (
+            [start, *(word.end for word in words)],
+            [*(word.start for word in words), end],
+        )
+        longest.append(max(b - a for a, b in zip(ends, starts, strict=True)))
+    return np.array(longest)
+
+
 def cut_costs(pauses: np.ndarray, words: list[list[Word]], language: str) -> np.ndarray:
     """(runs,) what a cut after each run costs: 0 after a sentence, 1 after a comma, otherwise 2.
 
@@ -136,8 +149,18 @@ def find_sentence_ends(words: list[Word], language: str) -> np.ndarray:
     return np.isin(ends, np.concatenate([after, after - 1]))
 
 
-def judge(start: float, end: float, heard: list[Word], given: list[Word] | None, max_cer: float):
-    """The segment of these words; its text is the words given, or else those that were heard."""
+def judge(
+    start: float,
+    end: float,
+    heard: list[Word],
+    given: list[Word] | None,
+    gap: float,
+    max_cer: float,
+) -> Segment:
+    """The segment of these words; its text is the words given, or else those that were heard.
+
+    `gap` is its longest time of speech without a word.
+    """
     sound = "".join(word.text for word in heard).strip()
     text = sound if given is None else "".join(word.text for word in given).strip()
     cer, reason = None, ""
@@ -153,6 +176,8 @@ def judge(start: float, end: float, heard: list[Word], given: list[Word] | None,
         reason = "too short"
     elif end - start > LONGEST:
         reason = "too long without a pause"
+    elif gap > GAP:
+        reason = "speech without words"
     elif given is None and np.log([max(w.score, 1e-9) for w in heard]).mean() < np.log(CONFIDENCE):
         reason = "low confidence"
     return Segment(start, end, text, sound, cer, reason)
@@ -179,7 +204,8 @@ def choose_cuts(
     cuts = speech[:, 1] + pauses / 2  # after each run
     heard = split_words(heard, cuts)
     given = None if given is None else split_words(given, cuts)
-    cost_after = cut_costs(pauses, heard if given is None else given, language)
+    written = heard if given is None else given
+    cost_after, gaps = cut_costs(pauses, written, language), longest_gaps(speech, written)
     best = [(0.0, 0, None)]  # up to each run: the cost, the last segment's first run, the segment
     for j in range(1, len(speech) + 1):
         ways = []
@@ -188,7 +214,7 @@ def choose_cuts(
             if end - start > LONGEST and i < j - 1:
                 break
             words = [w and [x for run in w[i:j] for x in run] for w in (heard, given)]
-            segment = judge(start, end, *words, max_cer)
+            segment = judge(start, end, *words, gaps[i:j].max(), max_cer)
             cost = end - start
             if not segment.reason:
                 cost = max(0, (SHORT - cost) / 3, (cost - LONG) / 8) + 0.1

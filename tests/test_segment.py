@@ -123,20 +123,34 @@ def test_abbreviations_end_no_sentence():
 
 def test_reasons_of_rejection():
     _, heard = sentences(6, pause=1)
-    judge = segment.judge
-    assert judge(0, 6, heard, None, 0.1).reason == ""
-    assert judge(0, 1, heard, None, 0.1).reason == "too short"
-    assert judge(0, 21, heard, None, 0.1).reason == "too long without a pause"
-    assert judge(0, 6, [], None, 0.1).reason == "no words heard"
+
+    def reason(end=6, heard=heard, given=None, gap=0.5, max_cer=0.1):
+        return segment.judge(0, end, heard, given, gap, max_cer).reason
+
+    assert reason() == ""
+    assert reason(end=1) == "too short"
+    assert reason(end=21) == "too long without a pause"
+    assert reason(heard=[]) == "no words heard"
+    assert reason(gap=1) == "speech without words"
     unsure = [word._replace(score=0.5) for word in heard]
-    assert judge(0, 6, unsure, None, 0.1).reason == "low confidence"
-    assert judge(0, 6, unsure, heard, 0.1).reason == ""
-    assert judge(0, 6, heard, [], 0.1).reason == "not in the text"
+    assert reason(heard=unsure) == "low confidence"
+    assert reason(heard=unsure, given=heard) == ""
+    assert reason(given=[]) == "not in the text"
     other = [*heard[:2], heard[2]._replace(text=" five.")]
-    differing = judge(0, 6, heard, other, 0.1)
-    assert differing.reason == "words differ from the text"
-    assert differing.cer == pytest.approx(2 / 12) and differing.text == "Seven two five."
-    assert judge(0, 6, heard, other, 0.2).reason == ""
+    assert reason(given=other) == "words differ from the text"
+    assert reason(given=other, max_cer=0.2) == ""
+    judged = segment.judge(0, 6, heard, other, 0.5, 0.1)
+    assert judged.cer == pytest.approx(2 / 12) and judged.text == "Seven two five."
+
+
+def test_speech_without_words_is_rejected():
+    speech, heard = sentences(*[5.0] * 4, text="Seven two nine four five.")
+    missing = [word for n, word in enumerate(heard) if n not in (7, 8)]
+    segments = choose_cuts(speech, missing)
+    assert [s.reason for s in segments if s.reason] == ["speech without words"]
+    assert sum(s.end - s.start for s in segments if s.reason) < 6
+    given = choose_cuts(speech, missing, heard, max_cer=0.5)
+    assert not any(s.reason for s in given)
 
 
 def test_speech_that_is_not_in_the_text_is_parted_from_what_is():
