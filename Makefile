@@ -1,6 +1,7 @@
 # make demo   the whole path on the committed sample, on any machine: clips in, a voice out
 # make test   the tests
 # make train  python finetune.py, on a GPU
+# make cut    what data/cut.py needs on top, to make clips of long recordings
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 REQUIREMENTS := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
@@ -14,6 +15,9 @@ demo: .venv/ready
 train: .venv/ready
 	.venv/bin/python finetune.py
 
+cut: .venv/ready
+	.venv/bin/python -m pip install -r requirements/cut.txt
+
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
@@ -24,4 +28,4 @@ test: .venv/ready
 	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
 	touch $@
 
-.PHONY: demo train test
+.PHONY: demo train cut test

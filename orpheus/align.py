@@ -108,8 +108,8 @@ def match(spoken: list[Token], script: list[Token]) -> list[list[tuple[int, int]
 def alike(spoken: list[Token], i: int, script: list[Token], j: int) -> bool:
     if not (0 <= i < len(spoken) and 0 <= j < len(script)):
         return False
-    one, other = spoken[i].letters, script[j].letters
-    return count_edits(one, other) <= max(len(one), len(other)) / 2
+    heard, written = spoken[i].letters, script[j].letters
+    return count_edits(heard, written) <= max(len(heard), len(written)) / 2
 
 
 def join(tokens: list[Token]) -> str:

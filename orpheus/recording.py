@@ -143,6 +143,7 @@ def load_whisper(name: str, language: str | None) -> Callable:
     Digits and symbols are suppressed, so that numbers are written as they are spoken. The score of
     words in a passage that repeats itself, as Whisper's inventions do, is 0.
     """
+    import ctranslate2
     from faster_whisper import WhisperModel
 
     try:
@@ -157,10 +158,11 @@ def load_whisper(name: str, language: str | None) -> Callable:
     symbols = [n for n, text in enumerate(texts) if re.search(r"[\d%$£€@#*_{}\[\]\\|^~=+]", text)]
 
     def listen(audio: np.ndarray, language: str | None) -> tuple[str, list[Word]]:
+        ctranslate2.set_random_seed(0)  # a window's words do not depend on those before it
         segments, info = model.transcribe(
             audio,
             language=language,
-            temperature=0,
+            temperature=(0, 0.4, 0.8),  # the next where a passage repeats itself or is unlikely
             condition_on_previous_text=False,
             word_timestamps=True,
             suppress_tokens=[-1, *symbols],

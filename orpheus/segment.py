@@ -110,18 +110,18 @@ def join_within_words(speech: np.ndarray, heard: list[Word]) -> np.ndarray:
 
 def split_words(words: list[Word], cuts: np.ndarray) -> list[list[Word]]:
     """The words of each run: those whose middle is before its cut."""
-    at = np.searchsorted(cuts, [(word.start + word.end) / 2 for word in words])
-    return [[words[n] for n in np.flatnonzero(at == run)] for run in range(len(cuts))]
+    runs = [[] for _ in cuts]
+    for word in words:
+        runs[np.searchsorted(cuts, (word.start + word.end) / 2)].append(word)
+    return runs
 
 
 def longest_gaps(speech: np.ndarray, heard: list[list[Word]]) -> np.ndarray:
     """(runs,) the longest time in each run of speech in which no word was heard."""
     longest = []
     for (start, end), words in zip(speech.tolist(), heard, strict=True):
-        ends, starts = (
-            [start, *(word.end for word in words)],
-            [*(word.start for word in words), end],
-        )
+        ends = [start, *(word.end for word in words)]
+        starts = [*(word.start for word in words), end]
         longest.append(max(b - a for a, b in zip(ends, starts, strict=True)))
     return np.array(longest)
 
@@ -183,6 +183,18 @@ def judge(
     return Segment(start, end, text, sound, cer, reason)
 
 
+def segment_cost(segment: Segment, pauses: np.ndarray) -> float:
+    """What a segment with these pauses in it costs: its seconds, if it is rejected.
+
+    Otherwise up to 1 for a length outside of `SHORT` to `LONG`, and what its pauses have over 1 s.
+    """
+    seconds = segment.end - segment.start
+    if segment.reason:
+        return seconds
+    length = max(0, (SHORT - seconds) / 3, (seconds - LONG) / 8)
+    return length + float(np.maximum(pauses - 1, 0).sum()) + 0.1
+
+
 def choose_cuts(
     speech: np.ndarray,
     heard: list[Word],
@@ -192,9 +204,8 @@ def choose_cuts(
 ) -> list[Segment]:
     """The segments of a recording, which together hold all of its speech.
 
-    Of all ways to cut it at pauses, the cheapest is taken (dynamic programming): a rejected clip
-    costs its seconds, a cut within a sentence 1 to 3, a length outside of `SHORT` to `LONG` up to
-    1, silence of over a second within a clip its seconds. `given` are the words of the text.
+    Of all ways to cut it at pauses, the cheapest is taken, by dynamic programming over
+    `segment_cost` and `cut_costs`. `given` are the words of the text, with their times.
     """
     if not len(speech):
         return []
@@ -215,11 +226,8 @@ def choose_cuts(
                 break
             words = [w and [x for run in w[i:j] for x in run] for w in (heard, given)]
             segment = judge(start, end, *words, gaps[i:j].max(), max_cer)
-            cost = end - start
-            if not segment.reason:
-                cost = max(0, (SHORT - cost) / 3, (cost - LONG) / 8) + 0.1
-                cost += np.maximum(pauses[i : j - 1] - 1, 0).sum()
-            ways.append((best[i][0] + cost + cost_after[j - 1], i, segment))
+            cost = segment_cost(segment, pauses[i : j - 1]) + cost_after[j - 1]
+            ways.append((best[i][0] + cost, i, segment))
         best.append(min(ways, key=lambda way: way[0]))
     segments, j = [], len(speech)
     while j:
