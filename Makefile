@@ -2,6 +2,7 @@
 # make demo     the whole path on the committed sample, on any machine: clips in, a voice out
 # make test     the tests
 # make train    python finetune.py, on a GPU
+# make cut      what data/cut.py needs on top, to make clips of long recordings
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 REQUIREMENTS := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
@@ -17,6 +18,9 @@ demo: .venv/ready
 train: .venv/ready
 	.venv/bin/python finetune.py
 
+cut: .venv/ready
+	.venv/bin/python -m pip install -r requirements/cut.txt
+
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
@@ -27,4 +31,4 @@ test: .venv/ready
 	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
 	touch $@
 
-.PHONY: install demo train test
+.PHONY: install demo train cut test
