@@ -1,11 +1,15 @@
-# make demo   the whole path on the committed sample, on any machine: clips in, a voice out
-# make test   the tests
-# make train  python finetune.py, on a GPU
+# make install  sets up .venv, for a GPU where there is one
+# make demo     the whole path on the committed sample, on any machine: clips in, a voice out
+# make test     the tests
+# make train    python finetune.py, on a GPU
+# make cut      what data/cut.py needs on top, to make clips of long recordings
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 REQUIREMENTS := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu).txt
 # Without its dependencies, which would replace the pins: requirements/*.txt name those it needs.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+
+install: .venv/ready
 
 demo: .venv/ready
 	.venv/bin/python finetune.py --config data/demo/config.json
@@ -13,6 +17,9 @@ demo: .venv/ready
 
 train: .venv/ready
 	.venv/bin/python finetune.py
+
+cut: .venv/ready
+	.venv/bin/python -m pip install -r requirements/cut.txt
 
 test: .venv/ready
 	.venv/bin/ruff check .
@@ -24,4 +31,4 @@ test: .venv/ready
 	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
 	touch $@
 
-.PHONY: demo train test
+.PHONY: install demo train cut test

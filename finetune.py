@@ -64,7 +64,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 3. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
-    with runs.first_rank_first():
+    with runs.main_process_first():
         rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
     if runs.RANK and settings.resume:  # the first rank has settled what is there by now
@@ -121,10 +121,10 @@ def make_sft_config(settings: Settings):
 
 
 def load_model(settings: Settings, arguments):
-    """The base, its weights held as `weights` says, with a LoRA on every linear layer."""
+    """Loads the base, quantised as `weights` says, and adds a LoRA to its linear layers."""
     from transformers.utils.logging import disable_progress_bar
 
-    from orpheus.compatibility import check_loaded, resolve_dtype
+    from orpheus.compatibility import check_loaded, keep_4bit_layout, resolve_dtype
     from orpheus.hub import absolute_path_or_hub_id, as_user_error, check_weights
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
@@ -135,6 +135,7 @@ def load_model(settings: Settings, arguments):
     with as_user_error(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
+    keep_4bit_layout(model)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
         config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
@@ -227,8 +228,8 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
             )
     except ValueError as error:
         raise UserError(f"settings: {' '.join(str(error).split())}") from None
-    for parameter, data in trained:  # TRL casts the LoRA of a quantised base to bf16; fp32 it stays
-        parameter.data = data
+    for parameter, data in trained:  # TRL casts a quantised model's LoRA to bf16; keep it in fp32
+        parameter.data = data.to(parameter.device)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     print_batches(trainer)

@@ -26,18 +26,10 @@ from orpheus.settings import UserError, run
 INPUTS = ("texts", "file", "wav", "tokens")
 DECODING = {"model", "config", "out", "codec", "seed"}  # the options of --wav and --tokens
 STREAM_TARGETS = ("-", "pcm")  # names of --out that write to standard output
-MOVED = {
-    "--merge": "python -m orpheus.merge outputs/anna merged",
-    "--page": "python -m orpheus.page lines.txt --model outputs/anna --out page",
-    "--blind": "python -m orpheus.page lines.txt --model outputs/anna --blind",
-}
 
 
 def read_arguments() -> argparse.Namespace:
     """The command line; `UserError` for options that do not go together."""
-    for word in sys.argv[1:]:
-        if (option := word.split("=")[0]) in MOVED:
-            raise UserError(f"command line: {option} is a command of its own: {MOVED[option]}")
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +71,8 @@ def output_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
     """The file of each text: --out or numbered wavs in it; `UserError` for several in one wav."""
     several = bool(arguments.file) or count > 1
     out = Path(arguments.out or ("out" if several else "out.wav"))
+    if several and out.suffix.lower() in (".wav", ".flac"):
+        raise UserError(f"--out {out}: several texts need a folder, such as --out {out.stem}/")
     if str(out) not in STREAM_TARGETS:
         return [out / f"{n:03}.wav" for n in range(1, count + 1)] if several else [out]
     if several and str(out) == "-":

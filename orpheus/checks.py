@@ -202,5 +202,6 @@ def save_checks(log_history: list[dict], out: Path) -> None:
     best = max(checks, key=lambda log: log["eval_score"])
     shown = (f"eval_{name}" for name in ("ended", *SCORES, "pace", "loss"))
     parts = [f"{name[5:]} {best[name]:.3g}" for name in shown if name in best]
-    parts += ["kept"] if (out / f"checkpoint-{best['step']}").is_dir() else []
+    checkpoint = out / f"checkpoint-{best['step']}"
+    parts += [f"kept in {checkpoint}"] if checkpoint.is_dir() else []
     print(f"best     step {best['step']} of {len(checks)} checks: {', '.join(parts)}")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpheus.audio import ClipError
+from orpheus.audio import NEED_FFMPEG, ClipError
+from orpheus.hub import is_hub_id
 from orpheus.settings import Settings, UserError, first_reason, read_text
 from orpheus.tables import (
     AUDIO_COLUMNS,
@@ -62,8 +63,9 @@ def read_clips(settings: Settings) -> Clips:
         clips = read_folder(path, settings)
     elif os.path.isfile(path):
         clips = read_manifest(path, settings)
-    elif settings.dataset.startswith((".", "/", "~")) or settings.dataset.count("/") > 1:
-        raise UserError(f"{path}: no such folder of clips; set --dataset to one (data/README.md)")
+    elif not is_hub_id(settings.dataset):
+        message = "no such folder; give one of clips (data/README.md), or a hub id (owner/name)"
+        raise UserError(f"{path}: {message}")
     else:
         clips = read_hub(settings)
     if settings.limit is not None:
@@ -82,11 +84,24 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
     paths = [path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES]
     paths = [path for path in paths if not path.name.startswith(".")]
     if not any(path.with_suffix(".txt").is_file() for path in paths):
-        forms = f"{', '.join(TABLES)}, no .parquet, and no audio file with a .txt beside it"
-        raise UserError(f"{folder}: no {forms} (data/README.md has the forms)")
+        raise UserError(f"{folder}: {missing_table(folder)}")
     # 9.wav before 10.wav
     paths.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.stem)])
     return Clips(map(read_pair, paths), len(paths))
+
+
+def missing_table(folder: Path) -> str:
+    """What a folder lacks that is in none of the accepted forms, and the remedy."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    unread = [path.name for path in paths if path.suffix.lower() in NEED_FFMPEG]
+    tables = [p.name for p in paths if p.suffix.lower() in (".csv", ".tsv", ".jsonl", ".xlsx")]
+    message = f"no {', '.join(TABLES)}, no .parquet, and no audio file with a .txt beside it"
+    if tables:
+        name = printable(tables[0])
+        return f"{message}; save {name} as metadata.csv with a header, such as file_name,text"
+    if unread:
+        return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to wav"
+    return f"{message} (data/README.md has the forms)"
 
 
 def read_pair(audio: Path) -> Clip:

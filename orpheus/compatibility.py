@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
-from orpheus.runs import RANKS
+from orpheus.runs import WORLD_SIZE
 from orpheus.settings import Settings, UserError, check_trainer_types
 
 
@@ -55,46 +56,42 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     optimizer = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimizer for word in ("8bit", "paged", "bnb"))
     workers = arguments.dataloader_num_workers
-    for refused, message in (
-        (
-            settings.weights == "8bit" and unsloth and not gpu,
-            'weights "8bit" need a GPU; on a CPU, backend "transformers" has them',
+    in_processes = arguments.dataloader_multiprocessing_context is not None
+    refused = {
+        'weights "8bit" need a GPU, or backend "transformers"': (
+            settings.weights == "8bit" and unsloth and not gpu
         ),
-        (
-            settings.weights == "fp8" and not (gpu and unsloth),
-            'weights "fp8" need a GPU and backend "unsloth"',
+        'weights "fp8" need a GPU and backend "unsloth"': (
+            settings.weights == "fp8" and not (gpu and unsloth)
         ),
-        (
-            settings.full_finetuning and settings.weights != "16bit",
-            'full_finetuning needs weights "16bit"',
+        'weights "fp8" need compute capability 9.0 or newer, as an H100 or RTX 50 has': (
+            settings.weights == "fp8" and gpu and torch.cuda.get_device_capability() < (9, 0)
         ),
-        (
-            settings.gradient_checkpointing == "unsloth" and not unsloth,
-            'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true',
+        'full_finetuning needs weights "16bit"': (
+            settings.full_finetuning and settings.weights != "16bit"
         ),
-        (arguments.fp16 and not gpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
-        (lean and not gpu, f"optim {optimizer} needs a GPU; adamw_torch_fused does not"),
-        (bool(arguments.fsdp) and unsloth, 'fsdp needs backend "transformers"'),
-        (arguments.activation_offloading and not gpu, "activation_offloading needs a GPU"),
-        (
-            arguments.use_liger_kernel and not find_spec("liger_kernel"),
-            "use_liger_kernel needs its package: pip install liger-kernel",
+        'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true': (
+            settings.gradient_checkpointing == "unsloth" and not unsloth
         ),
-        (
-            arguments.dataloader_multiprocessing_context is not None and not workers,
-            "dataloader_multiprocessing_context needs dataloader_num_workers above 0",
+        "fp16 needs a GPU; set bf16, or neither for fp32": arguments.fp16 and not gpu,
+        f"optim {optimizer} needs a GPU; adamw_torch_fused does not": lean and not gpu,
+        'fsdp needs backend "transformers"': bool(arguments.fsdp) and unsloth,
+        "activation_offloading needs a GPU": arguments.activation_offloading and not gpu,
+        "use_liger_kernel needs its package: pip install liger-kernel": (
+            arguments.use_liger_kernel and not find_spec("liger_kernel")
         ),
-        (
-            arguments.dataloader_persistent_workers and not workers,
-            "dataloader_persistent_workers needs dataloader_num_workers above 0",
+        "dataloader_multiprocessing_context needs dataloader_num_workers above 0": (
+            in_processes and not workers
         ),
-        (
-            settings.fit is not False and RANKS > 1,
-            "fit looks at one GPU: leave it out with several ranks",
+        "dataloader_persistent_workers needs dataloader_num_workers above 0": (
+            arguments.dataloader_persistent_workers and not workers
         ),
-    ):
-        if refused:
-            raise UserError(f"settings: {message}")
+        "fit plans for a single GPU: leave it out with several ranks, device_map or fsdp": (
+            settings.fit and (WORLD_SIZE > 1 or settings.device_map or arguments.fsdp)
+        ),
+    }
+    for message in (message for message, condition in refused.items() if condition):
+        raise UserError(f"settings: {message}")
     if gpu and unsloth:
         check_compiler()
     check_trackers(arguments.report_to)
@@ -107,7 +104,8 @@ def check_compiler() -> None:
     compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
     if not compiler or not header.is_file():
         missing = "a C compiler" if not compiler else f"Python's C headers ({header})"
-        remedy = "`sudo apt install build-essential python3-dev`, or --backend transformers"
+        packages = f"build-essential python3.{sys.version_info.minor}-dev"
+        remedy = f"`sudo apt install {packages}`, or --backend transformers"
         raise UserError(f"Unsloth's kernels need {missing}: {remedy}")
 
 
@@ -152,6 +150,16 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
         raise UserError(
             f"settings: {name}, over {steps} steps of which {warmup} warm up: {reason}"
         ) from None
+
+
+def keep_4bit_layout(model) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16 in eval mode.
+
+    It does not undo that in training mode: after the first check there would be no gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
@@ -204,4 +212,4 @@ def print_changes(settings: Settings, arguments: SFTConfig) -> None:
         used = getattr(arguments, name)
         used = getattr(used, "value", used)
         if value not in (None, "none", used, *(used if isinstance(used, list) else [])):
-            print(f"changed {name}: {value} is not for this machine, {used} is used")
+            print(f"changed {name}: {value} → {used} (by the backend, for this machine)")

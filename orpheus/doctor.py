@@ -222,7 +222,7 @@ class Report:
             length = f"{self.seconds / 60:.1f} min"
         names = "voices " + ", ".join(f"{name} {count}" for name, count in voices.items())
         if len(voices) < 2:
-            names = f"voice {next(iter(voices))}" if voices else "no voice named"
+            names = f"voice {next(iter(voices))}" if voices else "no voice named (--voice NAME)"
         elif len(voices) > 4:
             names = f"{len(voices)} voices"
         line = f"{self.dataset}: {rows} of {self.clips} clips, {length}, {names}"

@@ -35,7 +35,7 @@ def fetch(path: str, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.GatedRepoError:
         message = "gated: accept its terms on its page, then `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -43,8 +43,8 @@ def fetch(path: str, patterns: list[str]) -> Path:
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         message = (
-            f"no such folder here, and the hub cannot be reached ({reason}); give a folder by "
-            "--model or --codec, or take the tiny ones of --config data/demo/config.json"
+            f"no such folder here, and the hub cannot be reached; check the network, or give a "
+            f"downloaded folder ({reason})"
         )
     raise UserError(f"{path}: {message}")
 

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     model: str = setting("Base model: hub id or folder")
     codec: str = setting("SNAC 24 kHz codec: hub id or folder")
     backend: Literal["unsloth", "transformers"] = setting(
-        "unsloth; or transformers: plain TRL and PEFT, which alone can pack on a CPU"
+        "unsloth; or transformers: plain TRL and PEFT, the only backend that packs on a CPU"
     )
     full_finetuning: bool = setting('Train all weights (needs weights "16bit") instead of a LoRA')
     lora_r: int = setting("Rank of the LoRA, which is on every linear layer", gt=0, le=4096)
@@ -78,7 +78,7 @@ class Settings(BaseModel):
 
     # memory
     weights: Literal["4bit", "8bit", "fp8", "16bit"] = setting(
-        "Precision of the base's weights: 4bit (QLoRA), 8bit, fp8 (with a GPU and Unsloth) or 16bit"
+        "Precision of the base's weights: 4bit (QLoRA), 8bit, fp8 (Unsloth, on Hopper) or 16bit"
     )
     gradient_checkpointing: bool | Literal["unsloth"] = setting(
         "true: recompute activations to save memory; unsloth: also offload them to RAM; false: off"
@@ -148,7 +148,7 @@ class Settings(BaseModel):
         "Hide losses that are not finite from the log; they stop the run either way"
     )
     report_to: str | list[str] | None = trainer_setting(
-        "Trackers for values and samples: tensorboard (output_dir/runs), wandb, trackio, … or none"
+        "Trackers: tensorboard (in output_dir/runs, with the samples), wandb, trackio, … or none"
     )
 
     # speaking
@@ -208,6 +208,7 @@ TRAINER_TYPES = {
     "data_seed": Seed | None,
     "dataloader_num_workers": Annotated[int, Field(ge=0, le=1024)],
     "dataloader_prefetch_factor": Count | None,
+    "fsdp": bool | str | None,
     "label_smoothing_factor": Share,
     "log_level": LogLevel,
     "log_level_replica": LogLevel,
@@ -216,6 +217,16 @@ TRAINER_TYPES = {
     "torch_compile_mode": CompileMode | None,
 }
 
+# Names that other tools have for keys.
+ALIASES = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "lora_rank": "lora_r",
+    "r": "lora_r",
+    "load_in_4bit": 'weights "4bit"',
+}
 # Keys of SFTConfig that finetune.py derives from other keys.
 DERIVED = {
     "packing": "batching",

@@ -233,40 +233,48 @@ def print_plan(settings: Settings, base: Base) -> None:
         if size:
             print(f"  {name:26}{size / GIB:8.2f} GiB")
     print(f"  {'in all':26}{total_bytes(config, base) / GIB:8.2f} GiB, an estimate")
-    here = torch.cuda.mem_get_info()[0] / GIB if torch.cuda.is_available() else None
+    here = free_memory() / GIB if torch.cuda.is_available() else None
     for card in [here] if here else CARDS if isinstance(settings.fit, bool) else [settings.fit]:
         change = smallest_change(config, base, card * GIB)
         verdict = "fits" if change == {} else f"too small: {format_settings(change)}"
         fit = best_fit(config, base, card * GIB)
-        takes = f"; --fit takes {format_settings(fit)}" if fit else ""
+        takes = f"; --fit would choose {format_settings(fit)}" if fit else ""
         print(f"{card:4.4g} GiB: {verdict}{takes}")
+
+
+def free_memory() -> int:
+    """Free bytes of this rank's GPU."""
+    return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
 
 
 def choose_fit(settings: Settings, base: Base, checkpoint: Path | None) -> Settings:
     """The settings with FIT_KEYS chosen for `fit`; prints what the run will need.
 
-    `UserError` with the smallest change where even what these settings do not touch is too much.
-    (The plan is least sure of activations: where they alone are too much, it only says so.)
+    `UserError` with the smallest change if `fit` finds none. Without `fit` it only warns, since the
+    plan is an estimate. It is for a single GPU: `device_map` and FSDP go without.
     """
     config, gpu = settings.flat(), torch.cuda.is_available()
+    if settings.device_map or settings.trainer.get("fsdp"):  # the plan is for a single GPU
+        return settings
     if not gpu and settings.fit is True:
         raise UserError("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
     if not gpu and settings.fit is False:
         return settings
-    free = torch.cuda.mem_get_info()[0] if isinstance(settings.fit, bool) else settings.fit * GIB
+    free = free_memory() if isinstance(settings.fit, bool) else settings.fit * GIB
     fit, plan = fit_of(config), memory_plan(config, base)
     if settings.fit is not False:
         fit = best_fit(config, base, free)
         if checkpoint:  # a resumed run goes on with what it had
             fit = fit_of(read_json(Path(settings.output_dir) / SAVED_CONFIG))
     remedy = smallest_change(config, base, free)
-    if fit is None or sum(plan.values()) - plan.get("activations", 0) > free:
-        needs = f"{total_bytes(config, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB to be had"
+    fixed = sum(plan.values()) - plan.get("activations", 0)
+    if settings.fit is not False and (fit is None or fixed > free):
+        needs = f"{total_bytes(config, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB available"
         raise UserError(f"out of memory: {needs}; {format_settings(remedy)}")
     total = total_bytes(config | fit, base)
     print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {format_settings(fit)}")
     if total > free:
-        print(f"         it may not fit; {format_settings(remedy)} would")
+        print(f"warning  it may not fit; what would: {format_settings(remedy)}")
     return settings.replace(**fit)
 
 

@@ -6,6 +6,7 @@ Exits with 1 if the merged model does not speak the adapter's greedy tokens.
 """
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -66,9 +67,9 @@ def merge(info, voice: str | None, out: Path) -> bool:
         it was trained over.
     """
     from orpheus.codec import load_codec
-    from orpheus.models import load_model
+    from orpheus.models import device, load_model
     from orpheus.parity import compare, speak_greedy
-    from orpheus.run_info import held_weights
+    from orpheus.run_info import held_weights, training_dtype
     from orpheus.tokens import read_speech_ids
 
     if not is_adapter(info.folder):
@@ -78,12 +79,14 @@ def merge(info, voice: str | None, out: Path) -> bool:
     if info.home:
         merged_card(info, "")  # so that damage in what it is written from is found first
     weights, settings = held_weights(info), info.settings
-    model, tokenizer = load_model(str(info.folder), weights)
+    dtype = training_dtype(info) if device() == "cuda" else None
+    model, tokenizer = load_model(str(info.folder), weights, dtype=dtype)
     ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     adapter_speech = speak_greedy(model, tokenizer, ids, settings, voice)
-    del model  # its memory is needed for the merged one
+    del model
+    gc.collect()  # PEFT's reference cycles would keep it while the merged one is loaded
     save_merged(info, weights, out)
-    model, tokenizer = load_model(str(out))
+    model, tokenizer = load_model(str(out), dtype=dtype)
     passed, message = compare(adapter_speech, model, tokenizer, ids, settings, voice)
     if info.home:
         write_text(out / "README.md", merged_card(info, message))

@@ -36,8 +36,8 @@ def check_machine(model: str) -> None:
         raise UserError(f"{model}: no such folder; --model takes a run's folder or a hub id")
     if device() == "cpu":
         raise UserError(
-            f"{model}: no such folder here, and no GPU for the hub's: Orpheus-3B would take days "
-            "on a CPU; `make demo` runs the same path on a tiny model, --model takes a local folder"
+            f"{model}: no GPU found (does nvidia-smi work?), and Orpheus-3B would take days on a "
+            "CPU; `make demo` runs the same path on a tiny model, --model takes a local folder"
         )
 
 
@@ -91,14 +91,20 @@ def check_adapter(model, folder: Path) -> None:
     check_fit(folder, wanted - held, {name for name in held - wanted if "lora_" in name})
 
 
-def choose_dtype(folder: Path, fp32: bool):
-    """The dtype to speak in: 16-bit on a GPU; on a CPU bfloat16 if stored so and not `fp32`."""
+def choose_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype` where the machine computes in it. On a GPU, None is that of the stored weights.
+
+    A GPU without bfloat16 takes float16 instead. A CPU takes bfloat16 only for weights that are
+    stored in it, otherwise float32.
+    """
     config = read_json(folder / "config.json")
     stored = config.get("dtype", config.get("torch_dtype"))
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) and stored != "float16"
-        return torch.bfloat16 if bf16 else torch.float16
-    return torch.bfloat16 if stored == "bfloat16" and not fp32 else torch.float32
+    if not torch.cuda.is_available():
+        bf16 = stored == "bfloat16" and dtype in (torch.bfloat16, torch.float16)
+        return torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or (torch.float16 if stored == "float16" else torch.bfloat16)
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if dtype == torch.bfloat16 and not has_bf16 else dtype
 
 
 def load_base(folder: Path, dequantize_to=None, quantization_config=None, **keys):
@@ -126,7 +132,7 @@ def load_base(folder: Path, dequantize_to=None, quantization_config=None, **keys
     return model
 
 
-def load_model(path: str, weights: str = "16bit", merged: bool = False, fp32: bool = True):
+def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=None):
     """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
 
     With weights "4bit" or "8bit", the base's weights get the values that they had in training. On
@@ -136,7 +142,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, fp32: bo
     Args:
         weights: how the base's weights were held in training, as in config.json.
         merged: merge the adapter into its base, in fp16.
-        fp32: on a CPU, compute in fp32 even if the base is stored in bfloat16.
+        dtype: of the training, as `choose_dtype` takes it; None is float32 on a CPU.
     """
     folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
@@ -144,7 +150,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, fp32: bo
     for part in {folder, whole}:
         check_weights(part)
     tokenizer = load_tokenizer(folder)
-    dtype = choose_dtype(whole, fp32)
+    dtype = choose_dtype(whole, dtype)
     config = bitsandbytes_config(weights, dtype)
     target = torch.float16 if merged else dtype
     keys = {"dtype": dtype if config else target, "quantization_config": config}

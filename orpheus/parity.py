@@ -8,7 +8,9 @@ import torch
 from orpheus.generation import generate_batch, make_utterance
 from orpheus.scoring import Utterance
 from orpheus.settings import Settings, read_settings
-from orpheus.tokens import SpeechIds, codes_to_ids
+from orpheus.tokens import SLOTS, SpeechIds, codes_to_ids
+
+MIN_AGREEMENT = 0.98  # share of greedy tokens; sums in other dtypes decide close calls otherwise
 
 
 @dataclass
@@ -45,16 +47,34 @@ def speak_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) ->
 
 
 def compare(reference: GreedySpeech, model, tokenizer, ids, settings, voice) -> tuple[bool, str]:
-    """Whether a model speaks the greedy tokens of `reference`, and a line that says how many."""
+    """Whether a model would choose the greedy tokens of `reference`, and a line of figures."""
     rows, total = reference.utterances, sum(row.codes.size for row in reference.utterances)
     others = generate_greedy(model, tokenizer, ids, settings, voice)
     logits = speech_logits(model, ids, rows)
     pairs = zip(reference.logits, logits, strict=True)
     difference = max(float((a - b).abs().max()) for a, b in pairs)
-    same, passed = 0, True
-    for row, other in zip(rows, others, strict=True):
-        common = min(len(row.frames), len(other.frames))
-        same += int((row.codes[:common] == other.codes[:common]).sum())
-        passed &= row.end == other.end and np.array_equal(row.codes, other.codes)
-    message = f"{same} of {total} greedy tokens on {len(rows)} texts are the adapter's"
-    return passed, f"{message}, logits differ by {difference:.4f} at most"
+    pairs = zip(logits, rows, strict=True)
+    first = sum(count_first_choices(part, row.codes, ids) for part, row in pairs)
+    same = sum(
+        int((row.codes[: len(other.frames)] == other.codes[: len(row.frames)]).sum())
+        for row, other in zip(rows, others, strict=True)
+    )
+    message = (
+        f"{first} of {total} of the adapter's greedy tokens on {len(rows)} texts are its first "
+        f"choice, {same} if it speaks by itself; logits differ by {difference:.4f} at most"
+    )
+    return first >= MIN_AGREEMENT * total, message
+
+
+def count_first_choices(logits: torch.Tensor, codes: np.ndarray, ids: SpeechIds) -> int:
+    """How many of the (frames, 7) codes have the highest of the (tokens + 1, vocabulary) logits.
+
+    Of the logits of their slot, given the speech before them: a single close call, which differing
+    sums can decide, does not change all that follows.
+    """
+    count = 0
+    for slot in range(SLOTS):
+        start = ids.audio + slot * ids.codebook_size
+        choices = logits[:-1][slot::SLOTS, start : start + ids.codebook_size].argmax(-1)
+        count += int((choices.numpy() == codes[:, slot]).sum())
+    return count

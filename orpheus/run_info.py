@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
 from orpheus.models import check_machine, device, load_model
 from orpheus.runs import PREVIOUS, SAVED_CONFIG, SAVED_REPORT
@@ -39,6 +41,9 @@ def load_run_info(
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
+    if patterns is MODEL_FILES and not is_model(folder) and not (folder / PREVIOUS).is_dir():
+        missing = "no adapter or model in it (adapter_config.json or config.json)"
+        raise UserError(f"{folder}: {missing}")
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)
@@ -86,11 +91,19 @@ def held_weights(run: RunInfo) -> str:
     return run.settings.weights if run.home or device() == "cuda" else "16bit"
 
 
+def training_dtype(run: RunInfo) -> torch.dtype | None:
+    """The dtype that a run was trained in; without a run, bfloat16 on a CPU and None on a GPU."""
+    if not run.home:
+        return None if device() == "cuda" else torch.bfloat16
+    if run.settings.fp16:
+        return torch.float16
+    return torch.float32 if run.settings.bf16 is False else torch.bfloat16
+
+
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision of its training; prints which that is."""
-    fp32 = run.settings.bf16 is False
     weights = held_weights(run)
-    model, tokenizer = load_model(str(run.folder), weights, fp32=fp32)
+    model, tokenizer = load_model(str(run.folder), weights, dtype=training_dtype(run))
     notes = {
         "16bit": "",
         "4bit": "; 4-bit weights",

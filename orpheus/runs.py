@@ -16,7 +16,10 @@ from orpheus.settings import SPEAKING, Settings, UserError, read_json
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+RANK, WORLD_SIZE = (
+    int(os.environ.get("RANK", 0)),
+    int(os.environ.get("WORLD_SIZE", 1)),
+)  # by torchrun
 # On resume only the run length, logging, saving and sampling keys may change.
 CHANGEABLE = {"max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to"}
 CHANGEABLE |= {
@@ -59,16 +62,20 @@ def python_command() -> str:
 
 
 def resume_command(settings: Settings) -> str:
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)] if RANKS > 1 else []
+    ranks = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(WORLD_SIZE)]
+        if WORLD_SIZE > 1
+        else []
+    )
     resume = [] if settings.resume else ["--resume"]
     return shlex.join([python_command(), *ranks, *sys.argv, *resume])
 
 
-def first_rank_first():
+def main_process_first():
     """A context in which the first rank runs before the others: they find what it has written."""
     from accelerate import PartialState
 
-    return PartialState().main_process_first() if RANKS > 1 else contextlib.nullcontext()
+    return PartialState().main_process_first() if WORLD_SIZE > 1 else contextlib.nullcontext()
 
 
 def resolve_paths(settings: Settings) -> dict:
@@ -96,7 +103,7 @@ def check_resumed(settings: Settings, digest: str) -> None:
         if saved.get(name) != now.get(name) and not name.startswith(CHANGEABLE_PREFIXES)
     ]
     if read_json(out / SAVED_REPORT).get("digest") != digest:
-        changes.append("the rows are others")
+        changes.append("the training data has changed")
     if changes:
         raise UserError(f"{out}: cannot resume: {'; '.join(changes)}; --overwrite starts anew")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from orpheus.keys import DERIVED, TRAINER_TYPES, WITHOUT_EFFECT, Settings
+from orpheus.keys import ALIASES, DERIVED, TRAINER_TYPES, WITHOUT_EFFECT, Settings
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -160,8 +160,10 @@ def check_name(name: str, source: str) -> None:
         raise UserError(f"{source}: {name} has no effect, leave it out: {instead}")
     known = [*Settings.model_fields, *sorted(trainer_keys())]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise UserError(f"{source}: no key is named {name[:80]!r}; the nearest is {near[0]!r}")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"the nearest is {near[0]!r}" if near else "--help lists them"
+        hint = f"use {ALIASES[name]}" if name in ALIASES else hint
+        raise UserError(f"{source}: no key is named {name[:80]!r}; {hint}")
 
 
 def check_regular(path: str | Path) -> None:
@@ -231,7 +233,7 @@ def read_settings(
                 check_name(name, source)
             values[name] = value
     if missing := [name for name in Settings.model_fields if name not in values]:
-        raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; every key stands there")
+        raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; it must contain every key")
     return Settings.model_construct(**values)
 
 

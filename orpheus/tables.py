@@ -15,7 +15,7 @@ from orpheus.settings import Settings, UserError
 
 AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
-VOICE_COLUMNS = ("speaker", "source", "voice")
+VOICE_COLUMNS = ("speaker", "voice", "source")
 TOKEN_COLUMNS = ("input_ids", "labels", "codes")
 LJSPEECH_COLUMNS = ("file_name", "text", "normalized_text")
 

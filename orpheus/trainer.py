@@ -1,4 +1,4 @@
-"""SFTTrainer for speech: batches of similar lengths, guards, figures, checks in its evaluation."""
+"""SFTTrainer with length-grouped batches, loss checks, throughput figures and spoken samples."""
 
 import math
 import shlex
@@ -14,13 +14,13 @@ from orpheus.batching import count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
 from orpheus.memory import GIB, peak_memory
-from orpheus.runs import RANK, RANKS, last_checkpoint, python_command
+from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 
 
 class LengthSampler(torch.utils.data.Sampler):
-    """Puts rows of similar length into a batch; another order every epoch, the same every run."""
+    """Groups rows of similar length into batches; the order depends on the epoch and the seed."""
 
     epoch = 0
 
@@ -88,7 +88,7 @@ class SpeechTrainer(SFTTrainer):
         for (input_ids, _), loss in zip(self.micro_batches, losses, strict=True):
             if not math.isfinite(loss):
                 good = last_checkpoint(Path(self.args.output_dir)) or "none yet"
-                texts = read_texts(input_ids, self.processing_class)
+                texts = decode_prompts(input_ids, self.processing_class)
                 raise UserError(
                     f"loss is {loss} at step {self.state.global_step + 1}; "
                     f"last checkpoint: {good}; in the batch: {texts}"
@@ -145,7 +145,7 @@ class SpeechTrainer(SFTTrainer):
         return metrics
 
 
-def read_texts(input_ids: torch.Tensor, tokenizer) -> str:
+def decode_prompts(input_ids: torch.Tensor, tokenizer) -> str:
     """The texts in a batch, of one clip a row or of many: the start of every prompt in it."""
     flat = input_ids.flatten().tolist()
     bos, eot = (tokenizer.convert_tokens_to_ids(TOKEN_NAMES[n]) for n in ("bos", "eot"))
@@ -177,7 +177,9 @@ def print_batches(trainer: SpeechTrainer) -> None:
     else:
         how, positions = "padded to their longest row", count_padded(lengths, size, args.seed)
     check_schedule(args, steps)
-    rows = size * args.gradient_accumulation_steps * RANKS
+    if steps < 50 and args.max_steps <= 0:
+        print(f"warning  only {steps} optimiser steps: raise num_train_epochs or set max_steps")
+    rows = size * args.gradient_accumulation_steps * WORLD_SIZE
     used = f"{100 * sum(lengths) / positions:.1f} % used"
     print(f"batches  {how}, {used}; {rows} rows a step; {steps} steps")
 

@@ -19,7 +19,7 @@ def test_the_data_in_short(adapter):
     keys = {"tags": {"<laugh>": 12, "<sigh>": 3}, "reasons": {"too long": 2}, "held_out": 4}
     change(adapter / SAVED_REPORT, **keys, findings={"digits": ["a: …", "b: …"]})
     assert describe_data(adapter).splitlines() == [
-        "16 clips, 0.008 hours of numbers; voices: slt (16 clips); 4 clips held out.",
+        "16 clips, 0.009 hours of numbers; voices: slt (16 clips); 4 clips held out.",
         "- Left out: 2 too long",
         "- Emotion tags: 12 <laugh>, 3 <sigh>",
         "- Findings: 2 digits",

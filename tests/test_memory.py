@@ -50,7 +50,7 @@ def config_and_base(folder, **overrides):
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):
     code, printed, errors = script("finetune.py", "--model", orpheus, "--plan", "--fit", "6.5")
     assert code == 0, errors
-    assert "in all" in printed and " 6.5 GiB: fits; --fit takes " in printed
+    assert "in all" in printed and " 6.5 GiB: fits; --fit would choose " in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
 
 

@@ -13,7 +13,7 @@ import finetune
 import infer
 from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
-from orpheus.models import bitsandbytes_config, load_base, load_model
+from orpheus.models import bitsandbytes_config, choose_dtype, load_base, load_model
 from orpheus.run_info import load_run, load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
@@ -263,8 +263,27 @@ def test_a_run_speaks_in_the_precision_of_its_training(bf16, dtype, adapter, cap
 
 def test_a_base_stored_in_fp32_stays_fp32(base):
     change(base / "config.json", dtype="float32")
-    model, _ = load_model(str(base), fp32=False)
+    model, _ = load_model(str(base), dtype=torch.bfloat16)
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "has_bf16", "used"),
+    [
+        ("bfloat16", None, True, torch.bfloat16),
+        ("bfloat16", None, False, torch.float16),
+        ("float16", None, True, torch.float16),
+        ("float16", torch.bfloat16, True, torch.bfloat16),
+        ("bfloat16", torch.float16, True, torch.float16),
+        ("bfloat16", torch.bfloat16, False, torch.float16),
+        ("bfloat16", torch.float32, True, torch.float32),
+    ],
+)
+def test_a_run_speaks_in_its_dtype_on_a_gpu(base, stored, asked, has_bf16, used, monkeypatch):
+    change(base / "config.json", dtype=stored)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert choose_dtype(base, asked) == used
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from orpheus.output import (
     output_lock,
     owned_files,
     record_files,
+    save_card,
     set_aside,
 )
 from orpheus.run_info import load_run_info
@@ -307,10 +308,10 @@ def test_a_users_readme_is_kept_and_ours_is_a_model_card(run_folder, tmp_path, c
 
     card = ModelCard.load(run_folder / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-to-speech"
-    for word in ("Voices: slt", "infer.py", "8 clips"):
+    for word in ("voices: slt", "infer.py", "8 clips"):
         assert word in card.text
     (tmp_path / "README.md").write_text("mine")
-    finetune.save_card(settings_of(output_dir=str(tmp_path)))
+    save_card(settings_of(output_dir=str(tmp_path)))
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "kept" in capsys.readouterr().out
 
@@ -524,7 +525,7 @@ def test_a_full_disk_while_the_adapter_is_saved(tmp_path, monkeypatch):
     def full(path, *_, **__):
         raise OSError(28, os.strerror(28), str(path))
 
-    monkeypatch.setattr(finetune, "record_files", lambda *_: None)
+    monkeypatch.setattr(orpheus.output, "record_files", lambda *_: None)
     monkeypatch.setattr(finetune.os, "replace", full)
 
     class Trainer:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+import torch
 from speaking import SHORT, say
 
 import orpheus.scoring
@@ -174,7 +175,7 @@ def test_sound_over_full_scale_is_clipped_for_dnsmos(monkeypatch):
 
 def test_the_second_opinion_is_asked_at_16_khz_and_a_judge_that_does_not_load_is_named(monkeypatch):
     asked = []
-    opinion = Mock(side_effect=lambda sound: asked.append(sound) or np.array([2.5]))
+    opinion = Mock(side_effect=lambda sound: asked.append(sound) or torch.tensor([2.5]))
     mock = Mock(__spec__=ModuleSpec("distillmos", None))
     mock.ConvTransformerSQAModel.return_value.eval.return_value = opinion
     monkeypatch.setitem(sys.modules, "distillmos", mock)

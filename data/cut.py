@@ -1,0 +1,288 @@
+"""Long recordings of one voice → a dataset: clips, their texts, and what was rejected.
+
+    python data/cut.py chapter1.mp3 chapter2.flac --out my_voice --voice anna
+    python data/cut.py chapter1.mp3 --out my_voice --text book.txt  # what was read aloud
+    python data/prepare.py my_voice                                 # then: the doctor's report
+
+It finds speech (Silero), transcribes it (faster-whisper), cuts at pauses between sentences, and
+writes 24 kHz FLAC clips at one level. Killed at any moment, the same command goes on where it was.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from orpheus.align import align, letters
+from orpheus.audio import audio_file
+from orpheus.clips import check_text
+from orpheus.files import atomic_file, make_folder, write_text
+from orpheus.options import Parser
+from orpheus.recording import (
+    SPEECH_RATE,
+    check_recording,
+    choose_gain,
+    detect_speech,
+    load_whisper,
+    measure_level,
+    read_spans,
+    transcribe,
+)
+from orpheus.segment import Segment, choose_cuts, find_speech, make_windows, reject_odd_pace
+from orpheus.settings import UserError, read_json, read_text, run
+from orpheus.tokens import SAMPLE_RATE
+
+COLUMNS = ("file_name", "text", "voice", "source", "start", "end", "cer")
+REJECTED_COLUMNS = ("source", "start", "end", "reason", "cer", "text", "heard")
+STATE = ".cut"  # in the folder: the command it comes from, words heard so far, finished recordings
+PACKAGES = ("faster_whisper", "num2words", "pyloudnorm", "rapidfuzz")
+PICTURE_ROWS, ROW_SECONDS = 6, 30
+
+
+def read_options() -> argparse.Namespace:
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recordings", nargs="+", type=Path, help="wav, flac, mp3, ogg or opus")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the dataset")
+    parser.add_argument("--text", type=Path, help="what was read aloud; default: Whisper's words")
+    parser.add_argument("--voice", default="", help="name of the voice, for the prompt")
+    parser.add_argument("--language", help="ISO code, as en or it; default: Whisper tells")
+    parser.add_argument("--whisper", default="small", help="size or folder of a Whisper model")
+    help_text = "reject clips whose heard and given letters differ by more (default: 0.1)"
+    parser.add_argument("--max_cer", default=0.1, type=float, help=help_text)
+    options = parser.parse_args()
+    if not 0 <= options.max_cer <= 1:
+        raise UserError(f"--max_cer is {options.max_cer}; give a share from 0 to 1")
+    if options.language and not re.fullmatch("[a-z]{2,3}", options.language):
+        raise UserError(f"--language is {options.language!r}; give an ISO code, as en")
+    check_text(options.voice, "--voice", is_voice=True)
+    return options
+
+
+def check_packages() -> None:
+    if missing := [name for name in PACKAGES if not find_spec(name)]:
+        remedy = "`make cut`, or pip install -r requirements/cut.txt"
+        raise UserError(f"cut.py needs {', '.join(missing)}: {remedy}")
+
+
+def check_recordings(paths: list[Path]) -> dict[str, tuple[Path, float]]:
+    """{name of its clips: (path, seconds)} of every recording; names are unique."""
+    recordings = {}
+    for path in paths:
+        name = stem = re.sub(r"\W+", "_", path.stem).strip("_") or "recording"
+        if any(path.resolve() == other.resolve() for other, _ in recordings.values()):
+            raise UserError(f"{path} is given twice; give each recording once")
+        while name.lower() in map(str.lower, recordings):
+            name = f"{stem}_{len(recordings) + 1}"
+        recordings[name] = path, check_recording(path)
+    return recordings
+
+
+def open_folder(options, recordings: dict, script: str | None) -> None:
+    """Makes the folder, or checks that it holds the beginnings of the same command."""
+    keys = ("voice", "language", "whisper", "max_cer")
+    origin = {f"--{key}": getattr(options, key) for key in keys}
+    origin["--text"] = script and hashlib.sha256(script.encode()).hexdigest()
+    origin["recordings"] = [[name, p.stat().st_size] for name, (p, _) in recordings.items()]
+    out, path = options.out, options.out / STATE / "origin.json"
+    remedy = "give --out a new folder"
+    if path.is_file():
+        earlier = read_json(path)
+        if changed := [key for key in origin if earlier.get(key) != origin[key]]:
+            raise UserError(f"{out} was cut with other {', '.join(changed)}; {remedy}")
+    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {STATE}):
+        raise UserError(f"{out} was not made by cut.py; {remedy}")
+    make_folder(str(out / STATE), "out")
+    write_text(path, json.dumps(origin))
+
+
+def load_tools(options):
+    """(detect, listen): the probabilities of speech in a sound, and the words in it."""
+    from faster_whisper.vad import get_vad_model
+
+    return get_vad_model(), load_whisper(options.whisper, options.language)
+
+
+def cut_recording(name: str, path: Path, seconds: float, options, script, tools, bar) -> dict:
+    """Cuts a recording into clips; returns its level and segments, once they are saved, too."""
+    detect, listen = tools
+    loudness, peak = measure_level(path)
+    gain = choose_gain(loudness, peak)
+    speech = find_speech(*detect_speech(path, seconds, detect))
+    saved = options.out / STATE / f"{name}.jsonl"
+    windows = make_windows(speech)
+    language, heard = transcribe(path, windows, listen, options.language, saved, bar)
+    given = None if script is None else align(heard, script, language or "en")
+    segments = choose_cuts(speech, heard, given, options.max_cer, language or "en")
+    segments = reject_odd_pace(segments)
+    write_clips(name, path, segments, gain, options.out)
+    result = {"source": path.name, "seconds": seconds, "loudness": loudness, "gain": gain}
+    result |= {"speech": float(np.diff(speech).sum()), "language": language, "segments": segments}
+    write_text(options.out / STATE / f"{name}.json", json.dumps(result))
+    return result
+
+
+def load_finished(name: str, out: Path) -> dict | None:
+    """What `cut_recording` returned for a recording that an earlier run finished."""
+    path = out / STATE / f"{name}.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    return result | {"segments": [Segment(*fields) for fields in result["segments"]]}
+
+
+def clip_names(name: str, segments: list[Segment]) -> list[str]:
+    """The file of each segment in the dataset's folder; empty for the rejected."""
+    numbers = np.cumsum([not segment.reason for segment in segments])
+    pairs = zip(segments, numbers, strict=True)
+    return ["" if s.reason else f"clips/{name}_{number:04}.flac" for s, number in pairs]
+
+
+def write_clips(name: str, path: Path, segments: list[Segment], gain: float, out: Path) -> None:
+    kept = [segment for segment in segments if not segment.reason]
+    spans = [(segment.start, segment.end) for segment in kept]
+    files = filter(None, clip_names(name, segments))
+    for file, audio in zip(files, read_spans(path, SAMPLE_RATE, spans), strict=True):
+        with audio_file(out / file) as write:
+            write(audio * gain)
+
+
+def write_table(path: Path, columns: tuple, rows: list[dict]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_tables(results: dict[str, dict], voice: str, out: Path) -> None:
+    """metadata.csv of the clips and rejected.csv of the rest, as far as recordings are done."""
+    kept, rejected = [], []
+    for name, result in results.items():
+        for segment, file in zip(
+            result["segments"], clip_names(name, result["segments"]), strict=True
+        ):
+            row = segment._asdict() | {"file_name": file, "voice": voice}
+            row |= {"source": result["source"], "cer": "" if segment.cer is None else segment.cer}
+            numbers = {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
+            (rejected if segment.reason else kept).append(row | numbers)
+    write_table(out / "metadata.csv", COLUMNS, kept)
+    write_table(out / "rejected.csv", REJECTED_COLUMNS, rejected)
+
+
+def draw_cuts(path: Path, result: dict, out: Path) -> None:
+    """The waveform of a recording's first minutes: clips green with their texts, the rest red."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["text.parse_math"] = False  # a text may hold $
+    rows = min(PICTURE_ROWS, int(result["seconds"] // ROW_SECONDS) + 1)
+    figure, axes = pyplot.subplots(
+        rows, 1, figsize=(16, 1.8 * rows), layout="constrained", squeeze=False
+    )
+    spans = [(ROW_SECONDS * n, ROW_SECONDS * (n + 1)) for n in range(rows)]
+    sounds = read_spans(path, SPEECH_RATE, spans)
+    for axis, (first, last), audio in zip(axes[:, 0], spans, sounds, strict=True):
+        peaks = np.pad(audio, (0, -len(audio) % 160)).reshape(-1, 160) * result["gain"]
+        times = first + np.arange(len(peaks)) / 100
+        axis.fill_between(times, peaks.min(axis=1), peaks.max(axis=1), color="0.3", linewidth=0)
+        axis.set(xlim=(first, last), ylim=(-1, 1.5), yticks=[])
+        for segment in result["segments"]:
+            if segment.end < first or segment.start > last:
+                continue
+            color = "tab:red" if segment.reason else "tab:green"
+            axis.axvspan(segment.start, segment.end, color=color, alpha=0.25)
+            label = segment.reason or segment.text
+            room = int((min(segment.end, last) - max(segment.start, first)) * 7)
+            axis.text(max(segment.start, first) + 0.1, 1.1, label[:room], fontsize=8, clip_on=True)
+    axes[0, 0].set_title(f"{result['source']}: clips green, rejected red")
+    axes[-1, 0].set_xlabel("seconds")
+    with atomic_file(out / "cuts.png") as part:
+        figure.savefig(part, dpi=80, format="png")
+    pyplot.close(figure)
+
+
+def print_summary(results: dict[str, dict], out: Path, spent: float) -> None:
+    for result in results.values():
+        kept = [segment for segment in result["segments"] if not segment.reason]
+        level = f"{result['loudness']:.1f} LUFS, gain {20 * np.log10(result['gain']):+.1f} dB"
+        heard = f"{result['speech'] / 60:.1f} of {result['seconds'] / 60:.1f} minutes are speech"
+        print(f"{result['source']}: {level}, {result['language']}, {heard}, {len(kept)} clips")
+    segments = [segment for result in results.values() for segment in result["segments"]]
+    lengths = [s.end - s.start for s in segments if not s.reason]
+    rejected = [s for s in segments if s.reason]
+    hours = sum(result["seconds"] for result in results.values()) / 3600
+    if not lengths:
+        reasons = Counter(s.reason for s in rejected).most_common(1) or [("no speech", 0)]
+        raise UserError(f"{out}: no clip could be kept: {reasons[0][0]}; see rejected.csv there")
+    mean = f"{min(lengths):.1f} to {max(lengths):.1f} s, {np.mean(lengths):.1f} on average"
+    print(f"kept     {sum(lengths) / 3600:.3f} of {hours:.3f} hours: {len(lengths)} clips, {mean}")
+    for reason, count in Counter(s.reason for s in rejected).most_common():
+        lost = sum(s.end - s.start for s in rejected if s.reason == reason)
+        print(f"rejected {count} ({lost:.0f} s): {reason}")
+    print(f"time     {spent:.0f} s, {3600 * hours / spent:.1f} × real time")
+    print(
+        f"wrote    {out}/metadata.csv, rejected.csv, cuts.png; next: python data/prepare.py {out}"
+    )
+
+
+def main() -> None:
+    options = read_options()
+    check_packages()
+    script = read_text(options.text) if options.text else None
+    if script is not None and not letters(script):
+        raise UserError(f"{options.text}: no words in it")
+    recordings = check_recordings(options.recordings)
+    open_folder(options, recordings, script)
+    results = {name: load_finished(name, options.out) for name in recordings}
+    begun = time.monotonic()
+    cut_all(recordings, results, options, script)
+    path, _ = next(iter(recordings.values()))
+    draw_cuts(path, next(iter(results.values())), options.out)
+    print_summary(results, options.out, time.monotonic() - begun)
+
+
+def cut_all(recordings: dict, results: dict, options, script: str | None) -> None:
+    """Cuts the recordings that have no result yet; their results go into `results`."""
+    from tqdm import tqdm
+
+    tools = None if all(results.values()) else load_tools(options)
+    total = sum(seconds for _, seconds in recordings.values()) / 3600
+    form = "{l_bar}{bar}| {n:.2f} of {total:.2f} hours [{elapsed}<{remaining}]"
+    done = 0.0
+    with tqdm(total=total, bar_format=form, disable=None) as bar:
+        for name, (path, seconds) in recordings.items():
+            start = done
+
+            def show(at, start=start):
+                bar.update(start + at / 3600 - bar.n)
+
+            if results[name] is None:
+                results[name] = cut_recording(name, path, seconds, options, script, tools, show)
+            done += seconds / 3600
+            show(seconds)
+            write_tables(
+                {name: result for name, result in results.items() if result},
+                options.voice,
+                options.out,
+            )
+
+
+if __name__ == "__main__":
+    run(main)
