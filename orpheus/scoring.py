@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import soxr
+import torch
 from transformers.models.whisper import english_normalizer
 
 from orpheus.audio import read_audio
@@ -155,7 +156,6 @@ def judge_sound(whisper: str, recordings: list) -> Judge:
 
 def judge_sound_again(whisper: str, recordings: list) -> Judge:
     """Distill-MOS's mean opinion score, 1 to 5: another opinion than DNSMOS's."""
-    import torch
     from distillmos import ConvTransformerSQAModel
 
     with quiet_libraries():

@@ -131,7 +131,8 @@ def fingerprint(info, voice: str | None) -> str:
     files = [path for folder in folders for path in sorted(folder.resolve().iterdir())]
     files = [path for path in files if path.match("*.safetensors") or path.match("*config.json")]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    settings = [getattr(info.settings, name) for name in (*SPEAKING, "codec", "weights", "bf16")]
+    names = (*SPEAKING, "codec", "weights", "bf16", "fp16")
+    settings = [getattr(info.settings, name) for name in names]
     return hashlib.sha256(repr((stats, voice, settings)).encode()).hexdigest()[:12]
 
 
