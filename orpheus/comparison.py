@@ -149,7 +149,7 @@ def save_table(folder: Path, title: str, notes: list[str], results: dict) -> Non
 
 
 def draw_rows(rows: list[dict], title: str, path: Path) -> None:
-    """Draws a panel for each score: a point and its interval for each row, a line for the floor."""
+    """Draws a panel for each score."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,27 +157,37 @@ def draw_rows(rows: list[dict], title: str, path: Path) -> None:
 
     pyplot.rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
     names = [name for name in COLUMNS if any(name in row["figures"] for row in rows)]
-    size = 2.2 * len(names) + 2.5, 0.35 * len(rows) + 1.2
+    across = min(len(names), 4)
+    down = -(-len(names) // across)
+    size = 2.4 * across + 2.5, (0.3 * len(rows) + 0.8) * down + 0.5
     figure, panels = pyplot.subplots(
-        1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        down, across, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    for name, panel in zip(names, panels[0], strict=True):
-        heading, factor, _ = COLUMNS[name]
-        for height, row in enumerate(rows):
-            if name in row["figures"]:
-                mean, low, high = (factor * value for value in row["figures"][name].values())
-                panel.plot([low, high], [height, height], color="C0")
-                panel.plot(mean, height, "o", color="C1" if row["speaker"] == CODEC else "C0")
-            floor = find_floor(rows, row["texts"])
-            if name in floor:
-                ends = {"ymin": height - 0.4, "ymax": height + 0.4}
-                panel.vlines(factor * floor[name]["mean"], **ends, color="C1", linestyle="dotted")
-        panel.set_title(heading, fontsize=9)
-        panel.grid(axis="x", alpha=0.3)
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    for name, panel in zip(names, panels.flat, strict=False):
+        draw_score(panel, name, rows)
     labels = [f"{row['texts']}: {row['speaker']}" for row in rows]
-    panels[0][0].set_yticks(range(len(rows)), labels, fontsize=8)
+    panels[0][0].set_yticks(range(len(rows)), labels)
     panels[0][0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     with atomic_file(path) as part:
         figure.savefig(part, dpi=100, format="png")
     pyplot.close(figure)
+
+
+def draw_score(panel, name: str, rows: list[dict]) -> None:
+    """Draws a score's panel: a point and its interval for each row, and the floor behind it."""
+    heading, factor, _ = COLUMNS[name]
+    for height, row in enumerate(rows):
+        if name in row["figures"]:
+            mean, low, high = (factor * value for value in row["figures"][name].values())
+            panel.plot([low, high], [height, height], color="C0")
+            panel.plot(mean, height, "o", color="C1" if row["speaker"] == CODEC else "C0")
+        floor = find_floor(rows, row["texts"])
+        if name in floor:
+            ends = {"ymin": height - 0.4, "ymax": height + 0.4}
+            panel.vlines(factor * floor[name]["mean"], **ends, color="C1", linestyle="dotted")
+    panel.set_title(heading, fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.grid(axis="x", alpha=0.3)
