@@ -9,7 +9,10 @@ from test_scoring import mock_judges
 import orpheus.evaluate
 import orpheus.scoring
 import orpheus.speakers
+from orpheus.evaluate import list_recorded
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.settings import read_settings
+from orpheus.speakers import Corpus, Line
 
 
 @pytest.fixture
@@ -76,6 +79,22 @@ def test_other_models_and_wavs_and_a_table_of_texts(adapter, few_texts, tmp_path
     assert "ended" not in results["rows"][-1]["figures"]
     assert "likeness" in results["notes"][-1]
     assert not (adapter / "evaluation").exists()
+
+
+def test_recordings_codec_and_another_voice_are_rows(codec):
+    clips = sorted((ROOT / "data/numbers").glob("*.flac"))[:3]
+    lines = [Line("one", "held-out", clips[0]), Line("general", "numbers")]
+    corpus = Corpus(others={"me": [Line("two", "held-out", clip) for clip in clips[1:]]})
+    settings = read_settings("data/demo/config.json")
+    speakers = list_recorded(lines, corpus, settings, codec)
+    names = [(speaker.name, speaker.count) for speaker in speakers]
+    assert names == [("recordings", 1), ("codec", 1), ("another voice: me", 1)]
+    assert [[sound.line.text for sound in speaker.sounds] for speaker in speakers] == [
+        ["one"],
+        ["one"],
+        ["two"],
+    ]
+    assert list_recorded(lines[1:], corpus, settings, codec) == []
 
 
 def test_what_is_not_there_is_said(adapter, few_texts, monkeypatch, capsys):
