@@ -60,7 +60,6 @@ def test_the_base_speaks_its_voices(voice):
     check_texts(ROOT / "data/demo/base", voice, read_settings("data/demo/config.json"))
 
 
-@pytest.mark.xdist_group("demo")  # one run of it for both
 def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     out, _ = demo_run
     settings = read_settings(out / SAVED_CONFIG)

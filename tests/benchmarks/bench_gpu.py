@@ -71,7 +71,7 @@ TOY |= {"optim": "adamw_torch_fused", "gradient_checkpointing": "false"}
 
 
 def make_models(shape: str) -> dict[str, str]:
-    """Writes base and codec once, with random weights on the GPU; {"model": …, "codec": …}."""
+    """Writes base and codec once, with random weights; {"model": …, "codec": …}."""
     import torch
     from snac import SNAC
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -83,7 +83,7 @@ def make_models(shape: str) -> dict[str, str]:
     if not (codec / "pytorch_model.bin").is_file():
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
+        with torch.device(device()):
             LlamaForCausalLM(LlamaConfig.from_pretrained("tests/orpheus-3b")).save_pretrained(base)
         torch.set_default_dtype(torch.float32)
         names = {128_000: "<|begin_of_text|>", 128_009: "<|eot_id|>"}
