@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     unreadable = folder_of(tmp_path / "unreadable", [("metadata.csv", "one", "me")])
     cases = [
         (tmp_path / "none", "no such folder; give one of clips"),
-        ("no_such_folder", "no such folder here"),
+        ("no_such_folder", "no such folder; give one of clips"),
         (tmp_path, "no metadata.csv, .* no audio file with a .txt beside it"),
         (column, "no column text or .*; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
