@@ -139,7 +139,7 @@ def test_the_plan_is_of_the_worst_moment(orpheus):
 
 def test_a_batch_without_earlier_ones_needs_no_gradients_at_the_loss(orpheus):
     config, base = config_and_base(orpheus, backend="transformers", bf16="true")
-    config |= {"gradient_checkpointing": True}
+    config |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 4}
     several = memory_plan(config, base)
     first = memory_plan(config | {"gradient_accumulation_steps": 1}, base)
     assert several.pop("gradients") == 4 * 64 * base.lora and first.pop("gradients") == 0
@@ -155,7 +155,7 @@ def test_the_mask_grows_with_the_square_of_a_packed_row(orpheus):
 
 
 def test_a_fit_changes_a_copy_of_the_settings(orpheus, capsys):
-    settings = read(orpheus, fit=20)
+    settings = read(orpheus, fit=20, gradient_accumulation_steps=4)
     before = settings.flat()
     fit = choose_fit(settings, read_base(settings), None)
     chosen = {"gradient_checkpointing": False, "per_device_train_batch_size": 2}
@@ -167,7 +167,8 @@ def test_a_fit_changes_a_copy_of_the_settings(orpheus, capsys):
 
 
 def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
-    config, base = config_and_base(orpheus, weights="16bit", per_device_train_batch_size=2)
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    config, base = config_and_base(orpheus, weights="16bit", **batches)
     total = total_bytes(config, base)
     assert smallest_change(config, base, total) == {}
     row_by_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
