@@ -81,8 +81,7 @@ def read_folder(folder: Path, settings: Settings) -> Clips:
             return read_manifest(folder / name, settings)
     if files := sorted(path for path in folder.rglob("*.parquet") if path.is_file()):
         return read_parquet(files, folder, settings)
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES]
-    paths = [path for path in paths if not path.name.startswith(".")]
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in AUDIO_SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in paths):
         raise UserError(f"{folder}: {missing_table(folder)}")
     # 9.wav before 10.wav

@@ -411,3 +411,20 @@ def test_absolute_paths_on_request(tmp_path, tokenizer):
     with pytest.raises(UserError, match="outside the dataset's folder"):
         rows_of(tmp_path / "set", tokenizer)
     assert len(rows_of(tmp_path / "set", tokenizer, absolute_paths="true")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["a.flac", "texts.csv"], "; save texts.csv as metadata.csv with a header"),
+        (["a.m4a", "a.txt"], "; convert a.m4a with ffmpeg to wav"),
+        (["a.flac"], "(data/README.md has the forms)"),
+    ],
+)
+def test_a_folder_without_a_table_is_told_what_to_do(names, remedy, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        read_clips(read_settings("data/demo/config.json", {"dataset": str(tmp_path)}))
+    assert str(caught.value).startswith(f"{tmp_path}: no metadata.csv, ")
+    assert remedy in str(caught.value)
