@@ -25,7 +25,7 @@ import orpheus.encoding
 from data import prepare
 from orpheus.audio import measure_clip
 from orpheus.clips import read_clips
-from orpheus.settings import UserError
+from orpheus.settings import UserError, read_settings
 from orpheus.tokens import codes_to_ids, prompt_ids
 
 
