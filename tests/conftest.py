@@ -73,6 +73,10 @@ def change(path, **values):
     path.write_text(json.dumps(config))
 
 
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
 DEMO = ["--config", "data/demo/config.json"]
 
 
@@ -92,6 +96,23 @@ def adapter(finished, tmp_path):
     """A copy of the finished run, without its checkpoints, that a test may change."""
     out = tmp_path / "adapter"
     return shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """A finished run with a sample and two checkpoints; copied by the tests that change it."""
+    from running import KEYS, run_here  # which imports this file
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        keys = KEYS | {"sample_texts": '["two"]', "max_seconds": "0.3", "report_to": "tensorboard"}
+        run_here(patch, out, **keys)
+    return out
+
+
+@pytest.fixture
+def run_copy(run_folder, tmp_path):
+    return Path(shutil.copytree(run_folder, tmp_path / "out"))
 
 
 def over_nf4(adapter):

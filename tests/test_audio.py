@@ -1,6 +1,7 @@
 """orpheus/audio.py: kinds of recordings, recordings that are cut short or too loud, trimming."""
 
 import io
+import resource
 import struct
 
 import numpy as np
@@ -14,7 +15,7 @@ from clip_folders import (
     two_clips,
 )
 
-from orpheus.audio import read_audio, trim
+from orpheus.audio import audio_file, read_audio, trim
 from orpheus.settings import UserError
 
 
@@ -112,3 +113,19 @@ def test_trimming_keeps_a_short_tail():
     assert abs(len(trim(audio, chosen)) - 1.2 * 24_000) <= 480
     chosen.keep_silence = None
     assert len(trim(audio, chosen)) == 72_000
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
+    """The system refuses to write more than 100 KB, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with (
+            pytest.raises(UserError, match=r"a\.wav: cannot be written: the disk may be full"),
+            audio_file(tmp_path / "a.wav") as write,
+        ):
+            for _ in range(10):
+                write(np.zeros(24_000, "f4"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

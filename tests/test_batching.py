@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, script
+from running import settings_of
 
 import finetune
-from orpheus.batching import count_packed, length_batches, make_row, slots_used
+from orpheus.batching import count_packed, length_batches, make_row, slots_used, split_rows
 from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.settings import read_settings
 from orpheus.tokens import ids_to_codes
@@ -186,3 +187,13 @@ def test_both_backends_give_the_same_losses(native, tmp_path, monkeypatch):
     assert np.allclose(first, second, rtol=1e-4), (first, second)
     batches = [text.split("batches")[1][:80] for text in printed.values()]
     assert batches[0] == batches[1]
+
+
+def test_no_text_stands_on_both_sides():
+    rows = [{"text": f"text {n % 40}", "n": n} for n in range(100)]
+    settings = settings_of(held_out="0.25")
+    train, held = split_rows(rows, settings)
+    assert len(train) + len(held) == 100
+    assert len({row["text"] for row in held}) == 10
+    assert not {row["text"] for row in held} & {row["text"] for row in train}
+    assert split_rows(rows, settings) == (train, held)

@@ -1,16 +1,19 @@
 """SNAC: slots and levels, batches, streams, each against SNAC itself or the whole."""
 
 import json
+import pickle
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, change, cut
 from snac import SNAC
 
 import orpheus.codec
-from orpheus.codec import CONTEXT, LOOKAHEAD, decode, decode_stream, encode
+from orpheus.codec import CONTEXT, LOOKAHEAD, decode, decode_stream, encode, load_codec
+from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SpeechIds, codes_to_ids
 
 
@@ -188,3 +191,43 @@ def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
         assert 20 * np.log10(error + 1e-12) < -90, size
     field.neg_()
     assert abs(orpheus.codec.decode(codec, codes) - whole).max() > 1e-4  # the noise matters
+
+
+BROKEN_CODECS = {
+    "cut weights": (lambda d: cut(d / "pytorch_model.bin", 5000), "pytorch_model.bin"),
+    "empty weights": (lambda d: cut(d / "pytorch_model.bin", 0), "pytorch_model.bin: not plain"),
+    "odd weights": (
+        lambda d: torch.save({1: torch.zeros(1)}, d / "pytorch_model.bin"),
+        "pytorch_model.bin: does not load",
+    ),
+    "a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: does not load"),
+    "no rates": (lambda d: change(d / "config.json", decoder_rates=[]), "config.json: does not"),
+    "other shapes": (lambda d: change(d / "config.json", encoder_dim=32), "size mismatch"),
+    "16 kHz": (lambda d: change(d / "config.json", sampling_rate=16_000), "not SNAC at 24 kHz"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CODECS)
+def test_a_broken_codec_is_named_in_one_line(name, tmp_path):
+    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
+    spoil, line = BROKEN_CODECS[name]
+    spoil(codec)
+    with pytest.raises(UserError, match=line) as caught:
+        load_codec(str(codec))
+    assert len(str(caught.value)) < 400 and "weights_only" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
+    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
+    torch.save({"x": Evil()}, codec / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not plain weights") as caught:
+        load_codec(str(codec))
+    assert "weights_only" not in str(caught.value) and capsys.readouterr().out == ""
+    (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        load_codec(str(codec))

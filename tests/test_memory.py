@@ -240,3 +240,8 @@ def test_what_cannot_fit_is_told_before_it_is_loaded(tmp_path, monkeypatch):
     assert line.startswith("out of memory: ") and "no change of settings makes it fit" in line
     line = one_line(finetune.main, monkeypatch, *words, "--fit")
     assert "fit true asks a GPU" in line
+
+
+def test_an_adapter_is_no_base(adapter, tmp_path, monkeypatch):
+    words = [*DEMO, "--model", adapter, "--output_dir", tmp_path / "out", "--plan"]
+    assert "is an adapter; give the base" in one_line(finetune.main, monkeypatch, *words)

@@ -1,26 +1,17 @@
 """Model folders: damaged ones are named in one line, and the dtype that a model speaks in."""
 
-import json
-import pickle
 import shutil
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, change, one_line, over_nf4
+from conftest import DEMO, change, cut, one_line
 from safetensors.torch import load_file, save_file
 
 import finetune
-import infer
-from orpheus.codec import load_codec
 from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import bitsandbytes_config, choose_dtype, load_base, load_model
 from orpheus.run_info import load_run, load_run_info
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
-
-
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
 
 
 @pytest.fixture
@@ -113,11 +104,6 @@ def test_training_names_a_broken_base_in_one_line(name, base, tmp_path, monkeypa
     assert str(base) in one_line(finetune.main, monkeypatch, *words)
 
 
-def test_an_adapter_is_no_base(adapter, tmp_path, monkeypatch):
-    words = [*DEMO, "--model", adapter, "--output_dir", tmp_path / "out", "--plan"]
-    assert "is an adapter; give the base" in one_line(finetune.main, monkeypatch, *words)
-
-
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BROKEN_ADAPTERS = {
     "weights cut short": (lambda d: cut(d / ADAPTER, 5000), f"{ADAPTER}: damaged"),
@@ -162,43 +148,6 @@ def test_a_broken_adapter_is_named_in_one_line(name, adapter):
     assert len(str(caught.value)) < 400
 
 
-REPORT, SETTINGS = SAVED_REPORT, SAVED_CONFIG
-BROKEN_RUNS = {
-    "no voices": (lambda d: change(d / REPORT, voices=None), f"{REPORT}: damaged: voices"),
-    "voices a list": (lambda d: change(d / REPORT, voices=["anna"]), f"{REPORT}: damaged"),
-    "words for numbers": (lambda d: change(d / REPORT, seconds="many"), f"{REPORT}: damaged"),
-    "no report": (lambda d: (d / REPORT).unlink(), f"{REPORT}: cannot be read"),
-    "codec moved": (
-        lambda d: change(d / SETTINGS, codec="/gone/codec"),
-        "codec there, or give --codec",
-    ),
-    "codec moved, relative": (
-        lambda d: change(d / SETTINGS, codec="gone"),
-        "codec there, or give --codec",
-    ),
-    "torn settings": (lambda d: cut(d / SETTINGS, 50), f"{SETTINGS}: not JSON"),
-    "odd settings": (lambda d: change(d / SETTINGS, lora_r="many"), f"{SETTINGS}: lora_r"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_RUNS)
-def test_a_broken_run_is_named_in_one_line(name, adapter):
-    spoil, line = BROKEN_RUNS[name]
-    spoil(adapter)
-    with pytest.raises(UserError, match=line):
-        load_run_info(str(adapter), {})
-
-
-def test_a_report_without_characters_has_no_pace(adapter):
-    change(adapter / REPORT, characters=0)
-    assert load_run_info(str(adapter), {}).pace is None
-
-
-def test_a_given_codec_is_not_blamed_on_the_run(adapter, monkeypatch):
-    line = one_line(infer.main, monkeypatch, "hi", "--model", adapter, "--codec", "gone")
-    assert line.startswith("gone: no such folder")
-
-
 def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
     weights = {name: weight * float("nan") for name, weight in load_file(adapter / ADAPTER).items()}
     save_file(weights, adapter / ADAPTER, {"format": "pt"})
@@ -207,58 +156,6 @@ def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
     row = make_utterance(model, tokenizer, ids, "seven", run.settings, "slt")
     with pytest.raises(UserError, match="computes NaN"):
         generate_batch(model, [row], ids, run.settings)
-
-
-BROKEN_CODECS = {
-    "cut weights": (lambda d: cut(d / "pytorch_model.bin", 5000), "pytorch_model.bin"),
-    "empty weights": (lambda d: cut(d / "pytorch_model.bin", 0), "pytorch_model.bin: not plain"),
-    "odd weights": (
-        lambda d: torch.save({1: torch.zeros(1)}, d / "pytorch_model.bin"),
-        "pytorch_model.bin: does not load",
-    ),
-    "a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: does not load"),
-    "no rates": (lambda d: change(d / "config.json", decoder_rates=[]), "config.json: does not"),
-    "other shapes": (lambda d: change(d / "config.json", encoder_dim=32), "size mismatch"),
-    "16 kHz": (lambda d: change(d / "config.json", sampling_rate=16_000), "not SNAC at 24 kHz"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_CODECS)
-def test_a_broken_codec_is_named_in_one_line(name, tmp_path):
-    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
-    spoil, line = BROKEN_CODECS[name]
-    spoil(codec)
-    with pytest.raises(UserError, match=line) as caught:
-        load_codec(str(codec))
-    assert len(str(caught.value)) < 400 and "weights_only" not in str(caught.value)
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
-def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
-    codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
-    torch.save({"x": Evil()}, codec / "pytorch_model.bin")
-    with pytest.raises(UserError, match="not plain weights") as caught:
-        load_codec(str(codec))
-    assert "weights_only" not in str(caught.value) and capsys.readouterr().out == ""
-    (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
-        load_codec(str(codec))
-
-
-@pytest.mark.parametrize(("bf16", "dtype"), [(False, "float32"), (None, "bfloat16")])
-def test_a_run_speaks_in_the_precision_of_its_training(bf16, dtype, adapter, capsys):
-    """The demo's base is stored in bfloat16; a run that says bf16 false gets fp32 on a CPU."""
-    change(adapter / SETTINGS, bf16=bf16)
-    if bf16 is None:  # change() leaves keys of null out, and config.json says null
-        assert json.loads((ROOT / "config.json").read_text())["bf16"] is None
-    model, _ = load_run(load_run_info(str(adapter), {}))
-    assert f"model    {adapter}: {dtype}\n" in capsys.readouterr().out
-    kinds = {weight.dtype for name, weight in model.named_parameters() if "lora" not in name}
-    assert kinds == {getattr(torch, dtype)}
 
 
 def test_a_base_stored_in_fp32_stays_fp32(base):
@@ -284,37 +181,6 @@ def test_a_run_speaks_in_its_dtype_on_a_gpu(base, stored, asked, has_bf16, used,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
     assert choose_dtype(base, asked) == used
-
-
-@pytest.mark.parametrize(
-    ("weights", "words"),
-    [
-        ("16bit", "float32"),
-        ("4bit", "float32; 4-bit weights"),
-        ("8bit", "float32; 8-bit weights"),
-        ("fp8", "float32; trained over fp8 weights, speaks over 16-bit ones instead"),
-    ],
-)
-def test_a_run_speaks_over_the_weights_of_its_training_or_says_so(weights, words, adapter, capsys):
-    change(adapter / SETTINGS, weights=weights)
-    model, _ = load_run(load_run_info(str(adapter), {}))
-    assert f"model    {adapter}: {words}\n" in capsys.readouterr().out
-    tokens = torch.arange(300)[None]
-    with torch.no_grad():
-        plain, logits, nf4 = (
-            other(input_ids=tokens).logits
-            for other in (load_model(str(adapter))[0], model, over_nf4(adapter))
-        )
-    assert (weights in ("16bit", "fp8")) == bool((logits - plain).abs().max() < 1e-4)
-    assert (weights == "4bit") == bool((logits - nf4).abs().max() < 1e-4)
-
-
-def test_a_base_that_no_run_trained_speaks_in_16_bits_on_a_cpu(capsys):
-    run = load_run_info("data/demo/base", {})
-    assert run.settings.weights == "4bit"
-    model, _ = load_run(run)
-    assert "data/demo/base: bfloat16\n" in capsys.readouterr().out
-    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
