@@ -1,5 +1,6 @@
 """SFTTrainer with length-grouped batches, loss checks, throughput figures and spoken samples."""
 
+import logging
 import math
 import shlex
 import time
@@ -17,6 +18,12 @@ from orpheus.memory import GIB, peak_memory
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
+
+# TRL warns that only flash attention keeps packed clips apart. SDPA does so as well, by their
+# position_ids: tests/test_batching.py compares it with each row alone.
+logging.getLogger("trl.trainer.sft_trainer").addFilter(
+    lambda record: "Flash Attention variant" not in record.getMessage()
+)
 
 
 class LengthSampler(torch.utils.data.Sampler):
