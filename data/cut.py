@@ -100,11 +100,15 @@ def open_folder(options, recordings: dict, script: str | None) -> None:
     origin["recordings"] = [[name, p.stat().st_size] for name, (p, _) in recordings.items()]
     out, path = options.out, options.out / STATE / "origin.json"
     remedy = "give --out a new folder"
-    if path.is_file():
+    if path.is_file() and len(list(path.parent.iterdir())) > 1:  # something was heard already
         earlier = read_json(path)
         if changed := [key for key in origin if earlier.get(key) != origin[key]]:
             raise UserError(f"{out} was cut with other {', '.join(changed)}; {remedy}")
-    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {STATE}):
+    elif (
+        out.exists()
+        and not path.is_file()
+        and (not out.is_dir() or {p.name for p in out.iterdir()} - {STATE})
+    ):
         raise UserError(f"{out} was not made by cut.py; {remedy}")
     make_folder(str(out / STATE), "out")
     write_text(path, json.dumps(origin))

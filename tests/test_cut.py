@@ -241,6 +241,19 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, calls):
     assert "cut with other recordings" in mistake(path, "--out", out)
 
 
+def test_a_command_that_heard_nothing_may_be_corrected(tmp_path, monkeypatch, calls):
+    path, out = tmp_path / "a.wav", tmp_path / "out"
+    truth = record(path, sentences=4)
+
+    def load_tools(options):
+        raise UserError("no such model")
+
+    monkeypatch.setattr(cut, "load_tools", load_tools)
+    assert one_line(cut.main, monkeypatch, path, "--out", out, "--whisper", "smal")
+    run_cut(monkeypatch, {path: truth}, calls, "--out", out, "--whisper", "small")
+    assert read_rows(out)
+
+
 def test_missing_packages_are_one_line(tmp_path, monkeypatch):
     record(tmp_path / "a.wav", sentences=2)
     monkeypatch.setattr(cut, "find_spec", lambda name: None)
