@@ -269,7 +269,7 @@ def tell_fit(keys: dict, arguments) -> None:
         one = run(OURS | rows | keys)
         told = one
         if isinstance(one, dict):
-            told = f"{list(one['took'].values())} | {one['planned']:.2f} | {one['peak']:.2f}"
+            told = f"{one['took']} | {one['planned']:.2f} | {one['peak']:.2f}"
         print(f"| {cap} | {told} |", flush=True)
 
 
