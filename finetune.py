@@ -246,7 +246,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
 
     out = Path(settings.output_dir)
     before = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
-    if before.get("global_step", 0) >= trainer.total_steps():
+    if before.get("global_step", 0) >= trainer.total_steps:
         print(f"{checkpoint} is at the last step already: nothing left to train")
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0

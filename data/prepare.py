@@ -17,7 +17,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from orpheus.audio import Sound
-from orpheus.batching import make_row, slots_used, split_rows
+from orpheus.batching import make_row, row_text, slots_used, split_rows
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.doctor import Measures, Report, check_leave_out, draw_report
 from orpheus.files import make_folder
@@ -73,8 +73,7 @@ def build_row(
     """The row of an `EncodedClip`, or the error that is in its place; and its measures."""
     if isinstance(encoded, UserError):
         raise encoded
-    text = " ".join((clip.text or "").split())
-    voice = " ".join((clip.voice or settings.voice or "").split())
+    text, voice = row_text(clip, settings)
     row = encoded.row
     if row:
         text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])

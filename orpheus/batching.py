@@ -8,6 +8,12 @@ from orpheus.settings import Settings
 from orpheus.tokens import SLOTS, SpeechIds, codes_to_ids
 
 
+def row_text(clip, settings: Settings) -> tuple[str, str]:
+    """(text, voice) of a clip, white space folded; the setting `voice` is for clips without one."""
+    texts = clip.text, clip.voice or settings.voice
+    return tuple(" ".join((text or "").split()) for text in texts)
+
+
 def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:
     """Builds a row from a prompt's ids and (frames, 7) codes.
 

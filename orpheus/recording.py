@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from orpheus.align import Word
-from orpheus.audio import MAX_PEAK, wav_data_bytes
+from orpheus.audio import MAX_PEAK, NEED_FFMPEG, wav_data_bytes
 from orpheus.settings import UserError, check_regular, first_reason
 from orpheus.tokens import SAMPLE_RATE
 
@@ -28,7 +28,7 @@ def check_recording(path: Path) -> float:
     if not path.is_file():
         check_regular(path)
         raise UserError(f"{path}: does not exist")
-    if path.suffix.lower() in (".m4a", ".m4b", ".mp4", ".aac", ".webm", ".wma"):
+    if path.suffix.lower() in (*NEED_FFMPEG, ".m4b"):
         remedy = f"ffmpeg -i {path.name} {path.with_suffix('.flac').name} makes it a flac"
         raise UserError(f"{path}: not read here; {remedy}")
     try:

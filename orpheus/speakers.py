@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orpheus.audio import measure_clip, read_audio
+from orpheus.batching import row_text
 from orpheus.clips import read_clips
 from orpheus.files import write_text
 from orpheus.hub import find_base, is_adapter
@@ -79,8 +80,7 @@ def read_corpus(info, voice: str | None) -> Corpus:
     held_out = set(report.get("held_out_texts", ()))
     left_out = {clip.partition(": ")[0] for clip in [*report["left_out"], *report["dropped"]]}
     for clip in read_clips(settings):
-        text = " ".join((clip.text or "").split())
-        name = " ".join((clip.voice or settings.voice or "").split())
+        text, name = row_text(clip, settings)
         corpus.tags |= set(TAG.findall(text))
         if clip.error or clip.source in left_out:
             continue

@@ -1,5 +1,6 @@
 """SFTTrainer with length-grouped batches, loss checks, throughput figures and spoken samples."""
 
+import functools
 import logging
 import math
 import shlex
@@ -73,6 +74,7 @@ class SpeechTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         return LengthSampler(self.lengths, self._train_batch_size, self.args.seed)
 
+    @functools.cached_property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
@@ -175,7 +177,7 @@ def print_batches(trainer: SpeechTrainer) -> None:
     `UserError` where the learning-rate schedule does not work for this number of steps.
     """
     args, lengths = trainer.args, trainer.lengths
-    size, steps = args.per_device_train_batch_size, trainer.total_steps()
+    size, steps = args.per_device_train_batch_size, trainer.total_steps
     if args.packing:
         how = f"packed, {args.max_length:,} tokens a row"
         positions = len(trainer.train_dataset) * args.max_length
