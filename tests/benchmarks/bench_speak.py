@@ -2,6 +2,7 @@
 
 python tests/benchmarks/bench_speak.py  # the demo's base, on any machine
 python tests/benchmarks/bench_speak.py --shape orpheus-3b  # random bf16 weights, on a GPU
+python tests/benchmarks/bench_speak.py --shape orpheus-3b --weights 4bit  # with a LoRA, as infer.py
 python tests/benchmarks/bench_speak.py --shape orpheus-3b --seconds 10 --batch 1 4 16
 
 A token that models hardly ever generate stands in for the end token, so that all rows are about
@@ -16,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from snac import SNAC
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_gpu import make_models
+from peft import LoraConfig, get_peft_model
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from orpheus.codec import decode, decode_stream, load_codec  # noqa: E402
 from orpheus.generation import generate_with_transformers  # noqa: E402
-from orpheus.models import device, load_model  # noqa: E402
+from orpheus.models import LINEAR_LAYERS, device, load_model  # noqa: E402
 from orpheus.sampling import speak_frames  # noqa: E402
 from orpheus.scoring import Utterance  # noqa: E402
 from orpheus.settings import read_settings, run  # noqa: E402
@@ -32,26 +33,19 @@ from orpheus.tokens import (  # noqa: E402
     FRAME_SAMPLES,
     SAMPLE_RATE,
     SLOTS,
-    orpheus_ids,
     read_speech_ids,
 )
 
 
-def load(shape: str):
+def load(shape: str, weights: str):
     """(model, codec, ids whose end is a token that no model generates)."""
-    if shape == "demo":
-        model, tokenizer = load_model(str(ROOT / "data/demo/base"))
-        codec = load_codec(str(ROOT / "data/demo/codec"), device())
-        ids = read_speech_ids(tokenizer, codec.codebook_size)
-        return model, codec, ids._replace(eos=ids.pad)
-    config = LlamaConfig.from_pretrained(str(ROOT / "tests" / shape))
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device()):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    codec = SNAC.from_config(str(ROOT / "tests/snac_24khz/config.json")).eval().to(device())
-    ids = orpheus_ids()
+    paths = make_models(shape)
+    model, tokenizer = load_model(paths["model"], weights)
+    if weights != "16bit":  # an adapter is not merged into them
+        lora = LoraConfig(r=64, target_modules=LINEAR_LAYERS)
+        model = get_peft_model(model, lora).eval()
+    codec = load_codec(paths["codec"], device())
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
     return model, codec, ids._replace(eos=ids.pad)
 
 
@@ -95,11 +89,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=["demo", "orpheus-3b"], default="demo")
+    parser.add_argument("--weights", choices=["4bit", "8bit", "16bit"], default="16bit")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="of speech in every row")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    model, codec, ids = load(arguments.shape)
+    model, codec, ids = load(arguments.shape, arguments.weights)
     settings = read_settings(ROOT / "data/demo/config.json", {"temperature": "0.6"})
     frames = int(arguments.seconds * SAMPLE_RATE / FRAME_SAMPLES)
     ways = {"generate": (generate, None), "ours": (ours, False), "ours, static": (ours, True)}
@@ -107,7 +102,8 @@ def main() -> None:
         ways["ours, graph"] = graphed, True
     for speak, static in ways.values():  # warm
         speak(model, codec, ids, utterances(ids, 1, 3), settings, static)
-    print(f"{arguments.shape} on {device()}, {frames} frames a row; median (lowest to highest)")
+    what = f"{arguments.shape}, {arguments.weights}, on {device()}, {frames} frames a row"
+    print(f"{what}; median (lowest to highest)")
     print(f"{'batch':>5} {'way':14} {'tokens/s':>24} {'real-time factor':>18} {'first audio':>12}")
     for count in arguments.batch:
         runs = {name: [] for name in ways}  # (tokens/s, real-time factor, first audio)
