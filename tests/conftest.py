@@ -20,6 +20,9 @@ from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.settings import UserError  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
+# The import path of tests/programs: the project, then whatever this process has.
+PROGRAM_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 
 def script(*words, timeout=300, env=None):
     """Runs a script of the project as a person would; (exit code, stdout, stderr)."""
@@ -36,7 +39,7 @@ def script(*words, timeout=300, env=None):
 
 def program(name, *words):
     """Runs tests/programs/<name>.py with the project's modules in reach, as `script` does."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": PROGRAM_PATH}
     return script(f"tests/programs/{name}.py", *words, env=env)
 
 

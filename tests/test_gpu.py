@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO, PROGRAM_PATH, ROOT
 
 GPU = pytest.mark.skipif(
     subprocess.run("nvidia-smi >/dev/null 2>&1", shell=True).returncode != 0,
@@ -16,15 +15,20 @@ GPU = pytest.mark.skipif(
 )
 
 
+def start(*words, **keys):
+    """Starts a script of the project, with the GPU in sight."""
+    env = os.environ | {"PYTHONPATH": PROGRAM_PATH, "PYTHONUNBUFFERED": "1"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    words = [sys.executable, *map(str, words)]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, **keys)
+
+
 def run(*words):
-    """A script of the project, with the GPU in sight."""
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    env["PYTHONPATH"] = str(ROOT)  # for tests/programs
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What a script prints."""
+    with start(*words, stderr=subprocess.PIPE) as process:
+        printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 def packed_loss(backend, weights, tmp_path):
@@ -60,17 +64,49 @@ REMEDIES = {
 }
 
 
+def training(out, *options):
+    """The words of a short packed run of finetune.py."""
+    words = [*DEMO, "--batching", "pack", "--logging_steps", "1", "--bf16", "true"]
+    return [*words, "--cache_dir", "null", "--output_dir", out, *options]
+
+
 @GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", REMEDIES)
 def test_a_remedy_trains_and_speaks_on_the_gpu(name, tmp_path):
-    words = [*DEMO, "--batching", "pack", "--max_steps", "20", "--logging_steps", "1"]
-    words += ["--bf16", "true", *REMEDIES[name], "--output_dir", tmp_path, "--cache_dir", "null"]
-    printed = run("finetune.py", *words)
+    out = tmp_path / "out"
+    printed = run("finetune.py", *training(out, "--max_steps", "20", *REMEDIES[name]))
     first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", printed).groups())
     assert last < first
-    run("infer.py", "one two", "--model", tmp_path, "--out", tmp_path / "one.wav")
-    shutil.rmtree(tmp_path)
+    run("infer.py", "one two", "--model", out, "--out", tmp_path / "one.wav")
+    if name in ("4bit", "fp16"):
+        run("-m", "orpheus.merge", out, tmp_path / "merged")  # exits with 1 if it speaks otherwise
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_killed_run_goes_on_where_it_was_on_the_gpu(tmp_path):
+    def losses(printed):
+        return [float(loss) for loss in re.findall(r"step +\d+/8 +loss ([\d.]+)", printed)]
+
+    options = ["--max_steps", "8", "--save_steps", "2", "--sample_texts", "[]"]
+    undisturbed = losses(run("finetune.py", *training(tmp_path / "undisturbed", *options)))
+    with start("finetune.py", *training(tmp_path / "killed", *options)) as process:
+        next(line for line in process.stdout if re.match("step +5/8", line))
+        process.kill()
+    resumed = losses(run("finetune.py", *training(tmp_path / "killed", *options), "--resume"))
+    assert 3 <= len(resumed) < len(undisturbed) == 8
+    assert resumed == pytest.approx(undisturbed[-len(resumed) :], rel=5e-3)  # sums of bf16
+
+
+@GPU
+@pytest.mark.gpu
+def test_the_adapter_gives_the_same_logits_in_plain_transformers_after_the_gpu(tmp_path):
+    options = ["--max_steps", "20", "--weights", "16bit"]
+    run("tests/programs/train_and_keep_logits.py", *training(tmp_path / "out", *options))
+    printed = run("tests/programs/reload_adapter.py", tmp_path / "out")
+    difference, without = map(float, printed.split())
+    assert difference < 0.1 * without  # bf16 against fp32
 
 
 @GPU

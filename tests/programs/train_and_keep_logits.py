@@ -11,8 +11,9 @@ save = finetune.save_model
 def save_and_look(trainer, tokenizer, out):
     save(trainer, tokenizer, out)
     with torch.no_grad():
-        logits = trainer.model.eval()(input_ids=torch.arange(300)[None]).logits
-        torch.save(logits, out / "logits.pt")
+        input_ids = torch.arange(300, device=trainer.model.device)[None]
+        logits = trainer.model.eval()(input_ids=input_ids).logits
+        torch.save(logits.float().cpu(), out / "logits.pt")
 
 
 finetune.save_model = save_and_look
