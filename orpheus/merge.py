@@ -2,7 +2,7 @@
 
 python -m orpheus.merge outputs/anna merged
 
-Exits with 1 if the merged model does not speak the adapter's greedy tokens.
+Exits with 1 if the merged model speaks otherwise than the adapter.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def merge(info, voice: str | None, out: Path) -> bool:
         voice: speaks the sample texts, which compare the merged model with the adapter.
 
     Returns:
-        Whether the merged model speaks the same greedy tokens as the adapter over the weights that
-        it was trained over.
+        Whether the merged model speaks as the adapter does over the weights that it was trained
+        over (`orpheus.parity.compare`).
     """
     from orpheus.codec import load_codec
     from orpheus.models import device, load_model

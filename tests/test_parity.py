@@ -1,0 +1,41 @@
+"""The measure by which a merged model is compared with its adapter."""
+
+import pytest
+import torch
+
+from orpheus.parity import MAX_DIVERGENCE, GreedySpeech, code_log_probs, compare, speak_greedy
+from orpheus.tokens import SLOTS
+
+
+def test_the_codes_of_a_slot_are_compared_by_their_log_probabilities(ids):
+    logits = torch.randn(2 * SLOTS + 1, ids.audio + SLOTS * ids.codebook_size)
+    found = code_log_probs(logits, ids)
+    for token in range(2 * SLOTS):
+        start = ids.audio + ids.codebook_size * (token % SLOTS)
+        slot = logits[token, start : start + ids.codebook_size]
+        assert torch.equal(found[token], slot.log_softmax(-1))
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(0.05, True), (0.5, False)])
+def test_rounding_passes_and_other_weights_do_not(noise, passes, tokenizer, ids, monkeypatch):
+    """Logits of bf16 are off by a few hundredths, those over another base by tenths or more.
+
+    The divergence of noise of standard deviation s is s² / 2 for flat distributions, as here.
+    """
+    from running import settings_of
+
+    from orpheus import parity
+    from orpheus.models import load_model
+
+    model, _ = load_model("data/demo/base")
+    settings = settings_of(max_seconds="0.5", sample_texts='["one two"]')
+    reference = speak_greedy(model, tokenizer, ids, settings, "rms")
+    torch.manual_seed(0)
+    flat = [torch.zeros_like(part) for part in reference.logits]
+    noisy = [part + noise * torch.randn_like(part) for part in flat]
+    monkeypatch.setattr(parity, "speech_logits", lambda *_: noisy)
+    flat = GreedySpeech(reference.utterances, flat)
+    passed, message = compare(flat, model, tokenizer, ids, settings, "rms")
+    assert passed == passes == (noise**2 / 2 < MAX_DIVERGENCE)
+    divergence = float(message.split("adapter ")[1].split()[0])
+    assert divergence == pytest.approx(noise**2 / 2, rel=0.1)
