@@ -45,7 +45,7 @@ def import_backend(settings: Settings) -> None:
 
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
-    from orpheus import clips, hub, output, runs
+    from orpheus import clips, hub, output, runs, verdict
 
     # 1. What the output folder and the dataset hold
     out, checkpoint = Path(settings.output_dir), output.check_output(settings)
@@ -67,6 +67,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     with runs.main_process_first():
         rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
+    verdict.warn_of_few_clips(report)
     if runs.RANK and settings.resume:  # the first rank has settled what is there by now
         checkpoint = runs.last_checkpoint(out)
     if checkpoint:

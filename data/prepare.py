@@ -17,7 +17,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from orpheus.audio import Sound
-from orpheus.batching import make_row, row_text, slots_used, split_rows
+from orpheus.batching import make_row, row_text, slots_used, split_rows, steps_per_epoch
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.doctor import Measures, Report, check_leave_out, draw_report
 from orpheus.files import make_folder
@@ -25,6 +25,7 @@ from orpheus.options import read_command_line
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import Settings, UserError, run
 from orpheus.tokens import SLOTS, SpeechIds, prompt_ids, read_speech_ids
+from orpheus.verdict import give_verdict
 
 # orpheus.encoding and orpheus.models import torch, which takes seconds: they are imported once the
 # settings are read and checked.
@@ -63,7 +64,9 @@ def make_rows(
     train, held_out = split_rows(rows, settings)
     report.held_out = len(held_out)
     report.held_out_texts = sorted({row["text"] for row in held_out})
-    report.slots_used = slots_used([len(row["input_ids"]) for row in train], settings)
+    lengths = [len(row["input_ids"]) for row in train]
+    report.slots_used = slots_used(lengths, settings)
+    report.steps_per_epoch = steps_per_epoch(lengths, settings)
     return train, held_out, report
 
 
@@ -148,6 +151,7 @@ def main() -> None:
     report.save(out)
     draw_report(report, out / "data_report.png")
     print(f"report   {out / SAVED_REPORT} and data_report.png beside it")
+    print(f"verdict  {give_verdict(report, settings)}")
 
 
 if __name__ == "__main__":

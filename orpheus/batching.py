@@ -1,11 +1,14 @@
 """Rows of ids, the held-out split, and the arithmetic of packing and padding."""
 
+import math
 from bisect import bisect_left, insort
 
 import numpy as np
 
 from orpheus.settings import Settings
 from orpheus.tokens import SLOTS, SpeechIds, codes_to_ids
+
+FEW_STEPS = 50  # a run of fewer optimiser steps is warned of: a choice
 
 
 def row_text(clip, settings: Settings) -> tuple[str, str]:
@@ -79,6 +82,14 @@ def count_padded(lengths: list[int], size: int, seed: int) -> int:
     order = length_batches(lengths, size, seed)
     batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
     return sum(len(batch) * max(batch) for batch in batches)
+
+
+def steps_per_epoch(lengths: list[int], settings: Settings) -> int:
+    """Optimiser steps of one pass over rows of these lengths, on one GPU."""
+    packed = settings.batching == "pack"
+    rows = count_packed(lengths, settings.max_length) if packed else len(lengths)
+    batches = math.ceil(rows / settings.per_device_train_batch_size)
+    return math.ceil(batches / settings.gradient_accumulation_steps)
 
 
 def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:

@@ -150,6 +150,7 @@ class Report:
     held_out: int = 0  # rows kept from training
     held_out_texts: list[str] = field(default_factory=list)  # their texts
     slots_used: dict[str, float] = field(default_factory=dict)  # share, by batching
+    steps_per_epoch: int = 0  # optimiser steps of a pass, on one GPU
 
     @property
     def seconds(self) -> float:

@@ -99,7 +99,7 @@ class Settings(BaseModel):
     max_steps: Literal[-1] | Annotated[int, Field(ge=1, le=10**9)] = trainer_setting(
         "Optimiser steps, in place of num_train_epochs; -1: as many as those take"
     )
-    learning_rate: float = trainer_setting("Peak learning rate", gt=0, le=10)
+    learning_rate: float = trainer_setting("Peak learning rate", gt=0, le=1)
     lr_scheduler_type: str = trainer_setting("Learning rate schedule, any of transformers'")
     warmup_steps: float = trainer_setting(
         "Steps of warmup; under 1: a share of all steps", ge=0, le=10**9

@@ -204,7 +204,8 @@ def check_output(settings: Settings) -> Path | None:
             print(f"{out} holds a finished run: nothing to resume (--overwrite starts anew)")
             sys.exit(0)
         if checkpoint is None:
-            print(f"{out} holds no checkpoint: starting from the beginning")
+            missing = f"--resume found no complete checkpoint in {out}"
+            print(f"warning  {missing}: training starts from the beginning")
         return checkpoint
     if not settings.overwrite and (finished or checkpoint):
         kind = "a finished run:" if finished else "an unfinished run: --resume continues it,"

@@ -90,8 +90,8 @@ def parse_json(word: str) -> Any:
     return word if isinstance(value, str) else value
 
 
-def validate(name: str, value: Any, hint: Any, source: str) -> Any:
-    """`value` as the type `hint` has it; `UserError` with the key's name and source.
+def validate(name: str, value: Any, hint: Any, source: str, default: Any = ...) -> Any:
+    """`value` as the type `hint` has it; `UserError` with the key's name, source and `default`.
 
     A string from the command line may be JSON, a bare word such as True, or a name like 7. So may
     one of "settings", whose type was not known when it was read.
@@ -112,7 +112,9 @@ def validate(name: str, value: Any, hint: Any, source: str) -> Any:
             check_strings(name, result, source)
             return result
     message = " or ".join(dict.fromkeys(error["msg"] for error in errors[0]))
-    raise UserError(f"{source}: {name} is {json.dumps(value)[:80]}: {message}")
+    known = "" if default in (..., value) else json.dumps(default)
+    usual = f"; the default is {known}" if 0 < len(known) < 60 else ""  # sample_texts are longer
+    raise UserError(f"{source}: {name} is {json.dumps(value)[:80]}: {message}{usual}")
 
 
 def check_strings(name: str, value: Any, source: str) -> None:
@@ -216,7 +218,8 @@ def read_settings(
 
     `saved`: `config` was saved by a run, which checked the names in it. Raises `UserError`.
     """
-    layers = [(str(ROOT / "config.json"), read_json(ROOT / "config.json"))]
+    defaults = read_json(ROOT / "config.json")
+    layers = [(str(ROOT / "config.json"), defaults)]
     layers += [(str(config), read_json(Path(config)))] if config is not None else []
     layers += [(COMMAND_LINE, overrides or {})]
     values = {}
@@ -224,7 +227,7 @@ def read_settings(
         for name, value in layer.items():
             if name in Settings.model_fields:
                 hint = Settings.model_fields[name].rebuild_annotation()
-                value = validate(name, value, hint, source)
+                value = validate(name, value, hint, source, defaults.get(name, ...))
                 in_config = name in PATHS and source != COMMAND_LINE
                 value = find_path(value, source) if in_config else value
             elif name in TRAINER_TYPES:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from trl import SFTTrainer
 
-from orpheus.batching import count_padded, length_batches
+from orpheus.batching import FEW_STEPS, count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
 from orpheus.memory import GIB, peak_memory
@@ -186,7 +186,7 @@ def print_batches(trainer: SpeechTrainer) -> None:
     else:
         how, positions = "padded to their longest row", count_padded(lengths, size, args.seed)
     check_schedule(args, steps)
-    if steps < 50 and args.max_steps <= 0:
+    if steps < FEW_STEPS and args.max_steps <= 0:
         print(f"warning  only {steps} optimiser steps: raise num_train_epochs or set max_steps")
     rows = size * args.gradient_accumulation_steps * WORLD_SIZE
     used = f"{100 * sum(lengths) / positions:.1f} % used"

@@ -13,7 +13,14 @@ from conftest import DEMO, script
 from running import settings_of
 
 import finetune
-from orpheus.batching import count_packed, length_batches, make_row, slots_used, split_rows
+from orpheus.batching import (
+    count_packed,
+    length_batches,
+    make_row,
+    slots_used,
+    split_rows,
+    steps_per_epoch,
+)
 from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.settings import read_settings
 from orpheus.tokens import ids_to_codes
@@ -118,6 +125,17 @@ def test_the_doctor_tells_of_batches_what_the_trainer_does(trainer_of, rows, cap
     lengths = [len(row["input_ids"]) for row in rows]
     used = slots_used(lengths, read_settings("data/demo/config.json", keys))
     assert f"{100 * used[batching]:.1f} % used; 2 rows a step; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batching", ["pack", "pad", "pad_to_max"])
+@pytest.mark.parametrize("accumulation", ["1", "3"])
+def test_the_doctor_counts_steps_as_the_trainer_does(trainer_of, rows, batching, accumulation):
+    keys = {"batching": batching, "per_device_train_batch_size": "2", "max_length": "256"}
+    keys |= {"gradient_accumulation_steps": accumulation, "max_steps": "-1"}
+    trainer = trainer_of(**keys, num_train_epochs="1")
+    settings = read_settings("data/demo/config.json", keys)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert trainer.total_steps == steps_per_epoch(lengths, settings) > 1
 
 
 def test_packed_rows_are_counted_as_trl_packs_them():

@@ -117,6 +117,12 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
     assert re.fullmatch(pattern + rf"ended \d/2   pace {number}   {samples}", check), check
 
 
+def test_too_few_clips_of_a_voice_are_warned_of_with_the_data(finished):
+    lines = finished[1].splitlines()
+    data = next(n for n, line in enumerate(lines) if line.startswith("data "))
+    assert lines[data + 1].startswith("warning  slt has 16 clips (Orpheus's README: ")
+
+
 # ---------------------------------------------------------------- batches
 
 

@@ -43,7 +43,7 @@ BAD = {
     "seed": ["-1", str(2**32), str(2**64)],
     "sample_steps": ["0", "1" + "0" * 12],
     "fit": ["0", "-1", "nan", "inf"],
-    "learning_rate": ["nan", "-1", "0", "inf"],
+    "learning_rate": ["nan", "-1", "0", "inf", "2", "2e4"],
     "num_train_epochs": ["0", "-3", "nan", "inf"],
     "max_steps": ["0", "-2"],
     "per_device_train_batch_size": ["0", "-1", "1000000000"],
@@ -86,6 +86,23 @@ def test_a_value_out_of_bounds_is_named(name, tmp_path):
             read_settings(config)
 
 
+def test_a_value_out_of_bounds_is_answered_with_the_default(tmp_path):
+    """As 2 for 2e-4. Not the default of config.json itself, nor one too long for a line."""
+    config = tmp_path / "mine.json"
+    config.write_text('{"learning_rate": 2}')
+    bound = "Input should be less than or equal to 1; the default is 0.0002"
+    for given in ((config, {}), (None, {"learning_rate": "2"})):
+        with pytest.raises(UserError, match=f'learning_rate is "?2"?: {bound}$'):
+            read_settings(*given)
+    config.write_text('{"learning_rate": 0.1}')
+    with pytest.raises(UserError, match=f"{bound}$"):
+        read_settings(config, {"learning_rate": "2"})
+    for name in ("adam_beta2", "sample_texts"):
+        with pytest.raises(UserError, match=f"^command line: {name} is ") as caught:
+            read_settings(None, {name: "2"})
+        assert "default" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
@@ -99,6 +116,7 @@ def test_a_value_out_of_bounds_is_named(name, tmp_path):
         ("voice", "null", None),
         ("overwrite", "True", True),
         ("seed", str(2**32 - 1), 2**32 - 1),
+        ("learning_rate", "1", 1.0),
     ],
 )
 def test_a_value_within_bounds(name, text, value):

@@ -181,6 +181,13 @@ def test_a_killed_run_is_followed_by_the_run_it_was_to_replace(run_copy):
         check_output(settings_of(output_dir=str(run_copy), resume="true"))
 
 
+def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
+    out = tmp_path / "anna"
+    assert check_output(settings_of(output_dir=str(out), resume="true")) is None
+    printed = f"warning  --resume found no complete checkpoint in {out}: training starts from the "
+    assert capsys.readouterr().out == f"{printed}beginning\n"
+
+
 def test_a_killed_run_with_a_checkpoint_is_kept(run_copy):
     set_aside(run_copy)
     os.rename(run_copy / PREVIOUS / "checkpoint-3", run_copy / "checkpoint-3")

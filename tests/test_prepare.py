@@ -121,6 +121,8 @@ def test_prepare_by_itself_reports(tmp_path):
     code, printed, errors = script("data/prepare.py", *words, "--output_dir", tmp_path)
     assert code == 0, errors
     assert "5 of 5 clips" in printed and "voice slt\n" in printed
+    verdict = "0.2 min of slt, 3 steps a pass; before you train, raise limit: slt has 5 clips "
+    assert printed.splitlines()[-1].startswith(f"verdict  {verdict}")
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["rows"] == 5 and report["voices"] == {"slt": 5}
     assert (tmp_path / "data_report.png").read_bytes()[:4] == b"\x89PNG"

@@ -9,6 +9,9 @@ import subprocess
 import soundfile
 from conftest import DEMO, ROOT, script
 
+from orpheus.doctor import FINDINGS
+from orpheus.scoring import CUT_OFF
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -85,6 +88,20 @@ def test_the_readme_s_table_has_the_keys_and_defaults_of_config_json():
                 float(value) == config[key]
             ), row
         assert keys and set(keys) <= config.keys(), row
+
+
+def test_remedies_for_a_wrong_sound_name_what_exists():
+    """Keys and findings, options of infer.py, and what is printed."""
+    section = README.split("## If it sounds wrong")[1].split("\n## ")[0]
+    config = json.loads((ROOT / "config.json").read_text())
+    help_text = script("infer.py", "--help")[1]
+    code = re.findall(r"`([^`]+)`", section)
+    options = {option for words in code for option in re.findall(r"--\w+", words)}
+    assert {"--best_of", "--wav"} <= options
+    assert all(f"{option} " in help_text or f"{option}\n" in help_text for option in options)
+    names = {words for words in code if re.fullmatch(r"[a-z_]+", words)}
+    assert names <= config.keys() | FINDINGS.keys() | {"best"}
+    assert "cut off at the limit" in section and CUT_OFF.startswith("cut off at the limit")
 
 
 def test_prepare_as_the_readme_has_it(tmp_path):
