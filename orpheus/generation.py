@@ -92,6 +92,7 @@ def generate_with_transformers(
         input_ids=batch.tokens,
         attention_mask=batch.mask[:, :length].long(),
         max_new_tokens=max(row.max_frames for row in rows) * SLOTS + 1,  # one for the end token
+        max_length=None,  # Unsloth's models have one, and transformers would warn of it
         repetition_penalty=settings.repetition_penalty,
         eos_token_id=ids.eos,
         pad_token_id=ids.eos,

@@ -175,7 +175,8 @@ def capture_cuda_graph(function: Callable, inputs: tuple[torch.Tensor, ...]) -> 
     Returns a function for inputs of the same shapes, whose results its next call overwrites.
     """
     buffers, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A thread that pins memory for the training's batches would break the default mode
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = function(*buffers)
 
     def replay(*inputs):

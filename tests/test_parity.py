@@ -18,8 +18,7 @@ def test_the_codes_of_a_slot_are_compared_by_their_log_probabilities(ids):
 
 @pytest.mark.parametrize(("noise", "passes"), [(0.02, True), (0.1, False)])
 def test_rounding_passes_and_other_weights_do_not(noise, passes, tokenizer, ids, monkeypatch):
-    """The divergence of noise of standard deviation s is s² / 2 for flat distributions, as here.
-    """
+    """The divergence of noise of standard deviation s is s² / 2 for flat distributions, as here."""
     from running import settings_of
 
     from orpheus import parity

@@ -48,6 +48,15 @@ def alone(row):
     return row | {"position_ids": torch.arange(row["input_ids"].shape[1])[None]}
 
 
-told = [sum(map(loss_of, (dict(b) for b in packed))), sum(loss_of(alone(row)) for row in rows)]
-mixed = [b | {"position_ids": torch.arange(b["input_ids"].shape[1])[None]} for b in packed]
-print(json.dumps([*told, sum(map(loss_of, mixed))]))
+def mixed(batch):
+    """The same batch without its boundaries: Unsloth's packed_seq_lengths, TRL's position_ids."""
+    batch = {name: value for name, value in batch.items() if name != "packed_seq_lengths"}
+    return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+
+losses = [
+    [loss_of(dict(batch)) for batch in packed],
+    [loss_of(alone(row)) for row in rows],
+    [loss_of(mixed(batch)) for batch in packed],
+]
+print(json.dumps([sum(each) for each in losses]))
