@@ -12,16 +12,21 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
+from orpheus.keys import TRAINER_TYPES
 from orpheus.runs import WORLD_SIZE
-from orpheus.settings import Settings, UserError, check_trainer_types
+from orpheus.settings import Settings, UserError, validate
 
 
 def resolve_settings(settings: Settings) -> Settings:
     """The settings with SFTConfig's keys in their types, and the precision decided.
 
-    Raises `UserError` for a value that SFTConfig does not take.
+    Only SFTConfig knows the types of keys that are in neither config.json nor TRAINER_TYPES. Raises
+    `UserError` for a value that it does not take.
     """
-    return resolve_precision(check_trainer_types(settings, get_type_hints(SFTConfig)))
+    hints, others = get_type_hints(SFTConfig), settings.model_extra.items()
+    others = {name: value for name, value in others if name not in TRAINER_TYPES}
+    values = {n: validate(n, value, hints[n], "settings") for n, value in others.items()}
+    return resolve_precision(settings.replace(**values))
 
 
 def resolve_precision(settings: Settings) -> Settings:
