@@ -13,6 +13,7 @@ from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
 from orpheus.keys import TRAINER_TYPES
+from orpheus.models import training_dtype
 from orpheus.runs import WORLD_SIZE
 from orpheus.settings import Settings, UserError, validate
 
@@ -50,9 +51,8 @@ def resolve_dtype(settings: Settings, arguments: SFTConfig) -> torch.dtype:
     Never left to a library: Unsloth would take bfloat16 wherever the machine has it. Full
     fine-tuning in fp16 keeps fp32 weights, because the gradient scaler needs fp32 gradients.
     """
-    if arguments.bf16:
-        return torch.bfloat16
-    return torch.float16 if arguments.fp16 and not settings.full_finetuning else torch.float32
+    dtype = training_dtype(arguments)
+    return torch.float32 if settings.full_finetuning and arguments.fp16 else dtype
 
 
 def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:

@@ -91,6 +91,16 @@ def check_adapter(model, folder: Path) -> None:
     check_fit(folder, wanted - held, {name for name in held - wanted if "lora_" in name})
 
 
+def training_dtype(keys) -> torch.dtype:
+    """The dtype of a training by `bf16` and `fp16` of its Settings or SFTConfig.
+
+    A `bf16` that is not decided yet, None, counts as true.
+    """
+    if keys.fp16:
+        return torch.float16
+    return torch.float32 if keys.bf16 is False else torch.bfloat16
+
+
 def choose_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype` where the machine computes in it. On a GPU, None is that of the stored weights.
 

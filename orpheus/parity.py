@@ -1,7 +1,5 @@
 """Whether two models speak the same: their greedy tokens, and their logits over the same speech."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -13,19 +11,12 @@ from orpheus.tokens import SLOTS, SpeechIds, codes_to_ids
 MIN_AGREEMENT = 0.98  # share of greedy tokens; sums in other dtypes decide close calls otherwise
 
 
-@dataclass
-class GreedySpeech:
-    """The sample texts as a model speaks them without sampling, and its logits for each."""
-
-    utterances: list[Utterance]
-    logits: list[torch.Tensor]  # (tokens of speech + 1, vocabulary) each
-
-
 def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> list[Utterance]:
     """The sample texts, at most five seconds of each, spoken without sampling."""
     greedy = settings.replace(temperature=0.0, max_seconds=min(5.0, settings.max_seconds))
     texts = settings.sample_texts or read_settings().sample_texts
-    utterances = [make_utterance(model, tokenizer, ids, text, greedy, voice) for text in texts]
+    prompt = model.config, tokenizer, ids
+    utterances = [make_utterance(*prompt, text, greedy, voice) for text in texts]
     generate_batch(model, utterances, ids, greedy)
     return utterances
 
@@ -41,17 +32,19 @@ def speech_logits(model, ids: SpeechIds, utterances: list[Utterance]) -> list[to
     return logits
 
 
-def speak_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice) -> GreedySpeech:
-    utterances = generate_greedy(model, tokenizer, ids, settings, voice)
-    return GreedySpeech(utterances, speech_logits(model, ids, utterances))
+def compare(
+    rows: list[Utterance], reference: list[torch.Tensor], model, tokenizer, ids, settings, voice
+) -> tuple[bool, str]:
+    """Whether a model would choose the greedy tokens of another, and a line of figures.
 
-
-def compare(reference: GreedySpeech, model, tokenizer, ids, settings, voice) -> tuple[bool, str]:
-    """Whether a model would choose the greedy tokens of `reference`, and a line of figures."""
-    rows, total = reference.utterances, sum(row.codes.size for row in reference.utterances)
+    Args:
+        rows: from `generate_greedy` of the other model.
+        reference: its `speech_logits` for these rows.
+    """
+    total = sum(row.codes.size for row in rows)
     others = generate_greedy(model, tokenizer, ids, settings, voice)
     logits = speech_logits(model, ids, rows)
-    pairs = zip(reference.logits, logits, strict=True)
+    pairs = zip(reference, logits, strict=True)
     difference = max(float((a - b).abs().max()) for a, b in pairs)
     pairs = zip(logits, rows, strict=True)
     first = sum(count_first_choices(part, row.codes, ids) for part, row in pairs)
