@@ -116,7 +116,7 @@ def make_sft_config(settings: Settings):
             greater_is_better=True,
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {error}") from None
 
 
 def load_model(settings: Settings, arguments):
@@ -224,7 +224,7 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
                 evaluator=evaluator,
             )
     except ValueError as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {error}") from None
     for parameter, data in trained:  # TRL casts a quantised model's LoRA to bf16; keep it in fp32
         parameter.data = data.to(parameter.device)
     for callback in (PrinterCallback, ProgressCallback):

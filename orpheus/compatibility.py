@@ -61,7 +61,6 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     optimizer = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimizer for word in ("8bit", "paged", "bnb"))
     workers = arguments.dataloader_num_workers
-    in_processes = arguments.dataloader_multiprocessing_context is not None
     refused = {
         'weights "8bit" need a GPU, or backend "transformers"': (
             settings.weights == "8bit" and unsloth and not gpu
@@ -86,7 +85,7 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
             arguments.use_liger_kernel and not find_spec("liger_kernel")
         ),
         "dataloader_multiprocessing_context needs dataloader_num_workers above 0": (
-            in_processes and not workers
+            arguments.dataloader_multiprocessing_context is not None and not workers
         ),
         "dataloader_persistent_workers needs dataloader_num_workers above 0": (
             arguments.dataloader_persistent_workers and not workers
@@ -133,8 +132,7 @@ def check_optimizer(arguments: SFTConfig) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
     except (ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"settings: optim or optim_args: {reason}") from None
+        raise UserError(f"settings: optim or optim_args: {error}") from None
     check_schedule(arguments, arguments.max_steps if arguments.max_steps > 0 else 100)
 
 
@@ -142,7 +140,6 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
     """`UserError` where there is no learning rate for the first, last or any warmup step."""
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=arguments.learning_rate)
     warmup, kwargs = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
-    name = f"lr_scheduler_type {arguments.lr_scheduler_type.value}"
     try:
         schedule = get_scheduler(
             arguments.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs
@@ -151,9 +148,10 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
         for schedule.last_epoch in (0, warmup - 1, steps - 1):
             schedule.step()
     except (ImportError, ValueError, TypeError, ArithmeticError) as error:
-        reason = f"{' '.join(str(error).split())}; change it, lr_scheduler_kwargs or warmup_steps"
+        name = f"lr_scheduler_type {arguments.lr_scheduler_type.value}"
         raise UserError(
-            f"settings: {name}, over {steps} steps of which {warmup} warm up: {reason}"
+            f"settings: {name}, over {steps} steps of which {warmup} warm up: {error}; change it, "
+            "lr_scheduler_kwargs or warmup_steps"
         ) from None
 
 

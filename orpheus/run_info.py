@@ -41,7 +41,10 @@ def load_run_info(
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
-    if patterns is MODEL_FILES and not is_model(folder) and not (folder / PREVIOUS).is_dir():
+    if not is_model(folder) and (folder / PREVIOUS).is_dir():
+        message = "the run that was to replace the one in it was killed"
+        raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
+    if not is_model(folder) and patterns is MODEL_FILES:
         missing = "no adapter or model in it (adapter_config.json or config.json)"
         raise UserError(f"{folder}: {missing}")
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
@@ -52,9 +55,6 @@ def load_run_info(
                 check_codec(settings.codec, home / SAVED_CONFIG)
             changes = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
             return RunInfo(settings.replace(**changes), folder, voices, pace, home)
-    if (folder / PREVIOUS).is_dir():
-        message = "the run that was to replace the one in it was killed"
-        raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
     return RunInfo(plain, folder)
 
 

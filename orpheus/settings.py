@@ -40,7 +40,8 @@ class UserError(ValueError):
     """A mistake that the user can correct: what, where and the remedy, in one line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
+        lines = map(str.strip, message.splitlines())  # a file's name or an error may have several
+        super().__init__(" ".join(line for line in lines if line))
 
 
 def out_of_memory() -> tuple:
