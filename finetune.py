@@ -248,8 +248,8 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     watched = runs.reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
     try:
-        with TrainingMonitor(settings) as monitor, StopOnSignal() as stop, watched:
-            for callback in (monitor, stop, RunRecorder(out, trainer)):
+        with StopOnSignal() as stop, watched:
+            for callback in (TrainingMonitor(settings), stop, RunRecorder(out, trainer)):
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
