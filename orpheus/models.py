@@ -164,8 +164,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
     config = bitsandbytes_config(weights, dtype)
     target = torch.float16 if merged else dtype
     keys = {"dtype": dtype if config else target, "quantization_config": config}
-    if torch.cuda.is_available() or merged:
-        keys["device_map"] = device()
+    keys["device_map"] = device()
     if merged or weights != "4bit" or not torch.cuda.is_available():
         keys["dequantize_to"] = target
     model = load_base(whole, **keys)

@@ -139,8 +139,6 @@ def set_aside(out: Path) -> None:
         target = out / MOVING / path.relative_to(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        with contextlib.suppress(OSError):  # samples and runs, if they are empty now
-            path.parent.rmdir()
     if (out / MOVING).is_dir():
         os.replace(out / MOVING, out / PREVIOUS)
 
