@@ -86,8 +86,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
     del model
     gc.collect()  # PEFT's reference cycles would keep it while the merged one is loaded
     save_merged(info, weights, out)
-    model, tokenizer = load_model(str(out), dtype=dtype)
-    passed, message = compare(rows, logits, model, tokenizer, ids, settings, voice)
+    passed, message = compare(rows, logits, load_model(str(out), dtype=dtype)[0], ids)
     if info.home:
         write_text(out / "README.md", merged_card(info, message))
     print(f"merged   {out}: {message}")
