@@ -256,9 +256,8 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
         if settings.fit is not False and trainer.state.global_step == 0:
             step_down(settings)
         step = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
-        raise UserError(
-            f"{step}; last checkpoint: {runs.last_checkpoint(out) or 'none yet'}"
-        ) from None
+        last = runs.last_checkpoint(out) or "none yet"
+        raise UserError(f"{step}; last checkpoint: {last}") from None
     state = trainer.state  # resuming made a new one
     if stop.requested and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {out}")
