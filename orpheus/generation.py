@@ -159,8 +159,8 @@ def synthesize(
     ids = read_speech_ids(tokenizer, codec.codebook_size)
 
     def make_candidates(part):
-        prompt = model.config, tokenizer, ids, part, settings, voice
-        return [make_utterance(*prompt, n) for n in range(settings.best_of)]
+        common = model.config, tokenizer, ids, part, settings, voice
+        return [make_utterance(*common, n) for n in range(settings.best_of)]
 
     def decode_part(row):
         if row.audio is not None:  # decoded already, for its scores

@@ -129,9 +129,7 @@ class Settings(BaseModel):
     # checks
     held_out: float = setting("Share of the texts that is not trained on but evaluated", ge=0, lt=1)
     sample_steps: int = setting(
-        "Steps between checks, which compute the held-out loss and speak sample_texts",
-        gt=0,
-        le=10**9,
+        "Steps between checks, which compute held-out loss and speak sample_texts", gt=0, le=10**9
     )
     sample_texts: list[str] = setting(
         "Texts that are spoken to output_dir/samples at every check and at the end"

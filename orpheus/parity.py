@@ -15,8 +15,8 @@ def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice)
     """The sample texts, at most five seconds of each, spoken without sampling."""
     greedy = settings.replace(temperature=0.0, max_seconds=min(5.0, settings.max_seconds))
     texts = settings.sample_texts or read_settings().sample_texts
-    prompt = model.config, tokenizer, ids
-    utterances = [make_utterance(*prompt, text, greedy, voice) for text in texts]
+    common = model.config, tokenizer, ids
+    utterances = [make_utterance(*common, text, greedy, voice) for text in texts]
     generate_batch(model, utterances, ids, greedy)
     return utterances
 
