@@ -24,9 +24,12 @@ def resolve_settings(settings: Settings) -> Settings:
     Only SFTConfig knows the types of keys that are in neither config.json nor TRAINER_TYPES. Raises
     `UserError` for a value that it does not take.
     """
-    hints, others = get_type_hints(SFTConfig), settings.model_extra.items()
-    others = {name: value for name, value in others if name not in TRAINER_TYPES}
-    values = {n: validate(n, value, hints[n], "settings") for n, value in others.items()}
+    hints = get_type_hints(SFTConfig)
+    values = {
+        name: validate(name, value, hints[name], "settings")
+        for name, value in settings.model_extra.items()
+        if name not in TRAINER_TYPES
+    }
     return resolve_precision(settings.replace(**values))
 
 

@@ -36,10 +36,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, without the usage, and no option is abbreviated."""
 
     def __init__(self, description: str, **keys):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, formatter_class=layout, allow_abbrev=False, **keys
-        )
+        keys |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **keys)
 
     def error(self, message: str):
         raise UserError(f"command line: {message}")
