@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from orpheus import hub, output, runs
+from orpheus.files import staging_folder
 from orpheus.options import read_command_line
 from orpheus.settings import Settings, UserError, quiet_libraries, read_json, run
 
@@ -27,12 +29,9 @@ def main() -> None:
         settings = compatibility.resolve_settings(settings)
         memory.print_plan(settings, memory.read_base(settings))
         return
-    from orpheus.output import output_lock
-    from orpheus.runs import RANK
-
-    if RANK:
+    if runs.RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
-    with output_lock(settings):
+    with output.output_lock(settings):
         fine_tune(settings, started)
 
 
@@ -45,7 +44,7 @@ def import_backend(settings: Settings) -> None:
 
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
-    from orpheus import clips, hub, output, runs, verdict
+    from orpheus import clips, verdict
 
     # 1. What the output folder and the dataset hold
     out, checkpoint = Path(settings.output_dir), output.check_output(settings)
@@ -64,7 +63,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 3. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
-    with runs.main_process_first():
+    with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
         rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
     verdict.warn_of_few_clips(report)
@@ -118,7 +117,7 @@ def make_sft_config(settings: Settings):
             greater_is_better=True,
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {error}") from None
 
 
 def load_model(settings: Settings, arguments):
@@ -126,20 +125,19 @@ def load_model(settings: Settings, arguments):
     from transformers.utils.logging import disable_progress_bar
 
     from orpheus.compatibility import check_loaded, keep_4bit_layout, resolve_dtype
-    from orpheus.hub import absolute_path_or_hub_id, as_user_error, check_weights
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     dtype = resolve_dtype(settings, arguments)
     disable_progress_bar()
     if os.path.isdir(settings.model):  # otherwise it is not downloaded yet
-        check_weights(Path(settings.model))
-    with as_user_error(Path(settings.model)), quiet_libraries():
+        hub.check_weights(Path(settings.model))
+    with hub.as_user_error(Path(settings.model)), quiet_libraries():
         model = load(settings, dtype)
     check_loaded(model, settings, dtype)
     keep_4bit_layout(model)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
-        config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
+        config.base_model_name_or_path = hub.absolute_path_or_hub_id(settings.model)
     return model
 
 
@@ -179,12 +177,11 @@ def load_with_transformers(settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from orpheus.hub import MODEL_FILES, fetch
     from orpheus.models import LINEAR_LAYERS, bitsandbytes_config, load_base
 
     quantization = bitsandbytes_config(settings.weights, dtype)
     model = load_base(
-        fetch(settings.model, MODEL_FILES),
+        hub.fetch(settings.model, hub.MODEL_FILES),
         dtype=dtype,
         quantization_config=quantization,
         device_map=settings.device_map,
@@ -228,7 +225,7 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
                 evaluator=evaluator,
             )
     except ValueError as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings: {error}") from None
     for parameter, data in trained:  # TRL casts a quantised model's LoRA to bf16; keep it in fp32
         parameter.data = data.to(parameter.device)
     for callback in (PrinterCallback, ProgressCallback):
@@ -243,7 +240,6 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
 
     from orpheus.callbacks import RunRecorder, StopOnSignal, TrainingMonitor
     from orpheus.memory import step_down
-    from orpheus.runs import last_checkpoint, reporting_full_disk, resume_command
 
     out = Path(settings.output_dir)
     before = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
@@ -251,41 +247,38 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
         print(f"{checkpoint} is at the last step already: nothing left to train")
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    watched = reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
+    watched = runs.reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
     try:
-        with TrainingMonitor(settings) as monitor, StopOnSignal() as stop, watched:
-            for callback in (monitor, stop, RunRecorder(out, trainer)):
+        with StopOnSignal() as stop, watched:
+            for callback in (TrainingMonitor(settings), stop, RunRecorder(out, trainer)):
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.cuda.OutOfMemoryError:
         if settings.fit is not False and trainer.state.global_step == 0:
             step_down(settings)
         step = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
-        raise UserError(f"{step}; last checkpoint: {last_checkpoint(out) or 'none yet'}") from None
+        last = runs.last_checkpoint(out) or "none yet"
+        raise UserError(f"{step}; last checkpoint: {last}") from None
     state = trainer.state  # resuming made a new one
     if stop.requested and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {out}")
-        print(f"continue with: {resume_command(settings)}")
+        print(f"continue with: {runs.resume_command(settings)}")
         sys.exit(130)
     return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
 
 def save_model(trainer, tokenizer, out: Path) -> None:
     """Saves the adapter (or the whole model) and the tokenizer: all of their files, or none."""
-    from orpheus.files import staging_folder
-    from orpheus.output import record_files
-    from orpheus.runs import RANK
-
     weights = None
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
-    if RANK:
+    if runs.RANK:
         return
     with staging_folder(out / ".adapter.part") as part:
         trainer.model.save_pretrained(str(part), state_dict=weights)
         tokenizer.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
-        record_files(out, *(path.name for path in part.iterdir()))
+        output.record_files(out, *(path.name for path in part.iterdir()))
         last = ("adapter_config.json", "config.json")  # where these are, the rest is
         for path in sorted(part.iterdir(), key=lambda path: path.name in last):
             os.replace(path, out / path.name)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from orpheus.checks import format_check
@@ -19,30 +18,12 @@ from orpheus.tokens import SAMPLE_RATE, SLOTS
 
 
 class TrainingMonitor(TrainerCallback):
-    """Prints a line for each logging step and each check, and sets when a check is due.
-
-    A context manager, since an exception skips `on_train_end`.
-    """
+    """Prints a line for each logging step and each check, and sets when a check is due."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """Removes the progress bar, so that the next line starts at the margin."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def on_train_begin(self, args, state, control, **_):
-        hidden = True if RANK else None  # None: shown on a terminal only
-        steps = {"total": state.max_steps, "initial": state.global_step}
-        self.bar = tqdm(**steps, unit="step", leave=False, disable=hidden)
 
     def on_step_end(self, args, state, control, **_):
-        self.bar.update()
         last = state.global_step >= state.max_steps
         due = last or state.global_step % self.settings.sample_steps == 0
         control.should_evaluate = due and not args.fsdp  # FSDP's ranks hold parts of the weights
@@ -51,18 +32,17 @@ class TrainingMonitor(TrainerCallback):
 
     def on_log(self, args, state, control, logs, model=None, **_):
         if "loss" in logs:
-            self.bar.write(format_step(logs, state))
+            print(format_step(logs, state))
         elif "eval_score" in logs:
-            self.bar.write(format_check(logs, state.global_step, self.settings))
+            print(format_check(logs, state.global_step, self.settings))
         for message in loss_warnings(logs, state, model.config.vocab_size):
-            self.bar.write(f"warning  step {state.global_step}: {message}")
+            print(f"warning  step {state.global_step}: {message}")
 
 
 def format_step(logs: dict, state) -> str:
     """The console's line for one logging step."""
     parts = [f"step     {state.global_step}/{state.max_steps}", f"loss {logs['loss']:.3f}"]
-    if "learning_rate" in logs:
-        parts.append(f"lr {logs['learning_rate']:.1e}".replace("e-0", "e-"))
+    parts.append(f"lr {logs['learning_rate']:.1e}".replace("e-0", "e-"))
     if "audio_hours" in logs:  # tokens are counted
         parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
         parts.append(f"{logs['audio_hours']:.2f} h heard")
@@ -132,7 +112,7 @@ class StopOnSignal(TrainerCallback):
             return
         self.requested = True
         message = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
-        write_unbuffered(2, "\n")  # below the progress bar
+        write_unbuffered(2, "\n")  # below the terminal's ^C
         write_unbuffered(1, "" if RANK else f"{message}\n")
 
     def on_step_end(self, args, state, control, **_):

@@ -2,18 +2,15 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 from orpheus.hub import as_user_error, is_hub_id
 from orpheus.runs import SAVED_REPORT
 from orpheus.settings import Settings, read_json, read_text
 
-LLAMA = "on top of Llama 3.2, whose community licence also applies"
-LICENCES = {
-    f"{owner}/orpheus-3b-0.1-{kind}": f"apache-2.0, {LLAMA}"
-    for owner in ("canopylabs", "unsloth")
-    for kind in ("ft", "pretrained")
-}
+ORPHEUS = re.compile(r"(canopylabs|unsloth)/orpheus-3b-0\.1-(ft|pretrained)")
+ORPHEUS_LICENCE = "apache-2.0, on top of Llama 3.2, whose community licence also applies"
 
 
 def base_name(settings: Settings) -> str:
@@ -27,7 +24,7 @@ def base_licence(settings: Settings) -> str | None:
 
     path = Path(settings.model) / "README.md"
     if not path.is_file():
-        return LICENCES.get(settings.model)
+        return ORPHEUS_LICENCE if ORPHEUS.fullmatch(settings.model) else None
     with as_user_error(path):
         return ModelCard.load(path).data.license
 

@@ -1,6 +1,5 @@
 """Checks of a model in training: its loss on held-out rows by slot, and how it speaks."""
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +23,22 @@ REFERENCES = 20  # recordings whose voice the samples are compared with
 POSITIONS = 256  # whose logits are held at once: those of a whole row would fill a small GPU
 
 
-def held_out_metrics(model, rows: list[dict], ids: SpeechIds, dtype=None) -> dict[str, float]:
+def held_out_metrics(
+    model, rows: list[dict], ids: SpeechIds, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Mean loss (nats) and accuracy over held-out rows: of all tokens, and by kind of token.
 
     Kinds are text, slots 0 to 6, and the end of speech.
 
     Args:
         rows: `input_ids` and `labels`, one-dimensional arrays; they are computed one by one.
-        dtype: the dtype to autocast to, as in training; None for none.
+        dtype: the dtype to autocast to, as in training; float32 for none.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = [*(f"slot{n}" for n in range(SLOTS)), "end", "text"]
     losses, hits, counts = np.zeros((3, len(kinds)))
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None),
-    ):
+    autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), autocast:
         for row in rows:
             labels = torch.from_numpy(row["labels"]).to(model.device)[1:]
             input_ids = torch.from_numpy(row["input_ids"]).to(model.device)[None, :-1]
@@ -88,10 +87,10 @@ class SampleEvaluator:
     def __post_init__(self):
         self.ids = read_speech_ids(self.tokenizer, self.codec.codebook_size)
         self.voice = next(iter(self.report.voices), None)
-        base = argparse.Namespace(config=read_config(self.settings))
+        config = read_config(self.settings)
         for text in self.settings.sample_texts:
             for part in parts_of(text, self.settings):
-                make_utterance(base, self.tokenizer, self.ids, part, self.settings, self.voice)
+                make_utterance(config, self.tokenizer, self.ids, part, self.settings, self.voice)
         self.judges = self.load_judges() if self.settings.judge_samples and not RANK else []
 
     def load_judges(self) -> list[Judge]:
@@ -106,7 +105,7 @@ class SampleEvaluator:
         recordings = [np.concatenate([*decode_stream(self.codec, c, seed=0)]) for c in codes]
         return load_judges("base" if model is True else model, recordings)
 
-    def __call__(self, model, step: int, dtype=None) -> tuple[dict[str, float], list]:
+    def __call__(self, model, step: int, dtype: torch.dtype) -> tuple[dict[str, float], list]:
         """(metrics, [(samples, whether the speech ended by itself), …]); writes the wavs.
 
         Neither the training RNG nor the model's mode is changed.

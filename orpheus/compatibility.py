@@ -12,16 +12,25 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
+from orpheus.keys import TRAINER_TYPES
+from orpheus.models import training_dtype
 from orpheus.runs import WORLD_SIZE
-from orpheus.settings import Settings, UserError, check_trainer_types
+from orpheus.settings import Settings, UserError, validate
 
 
 def resolve_settings(settings: Settings) -> Settings:
     """The settings with SFTConfig's keys in their types, and the precision decided.
 
-    Raises `UserError` for a value that SFTConfig does not take.
+    Only SFTConfig knows the types of keys that are in neither config.json nor TRAINER_TYPES. Raises
+    `UserError` for a value that it does not take.
     """
-    return resolve_precision(check_trainer_types(settings, get_type_hints(SFTConfig)))
+    hints = get_type_hints(SFTConfig)
+    values = {
+        name: validate(name, value, hints[name], "settings")
+        for name, value in settings.model_extra.items()
+        if name not in TRAINER_TYPES
+    }
+    return resolve_precision(settings.replace(**values))
 
 
 def resolve_precision(settings: Settings) -> Settings:
@@ -45,9 +54,8 @@ def resolve_dtype(settings: Settings, arguments: SFTConfig) -> torch.dtype:
     Never left to a library: Unsloth would take bfloat16 wherever the machine has it. Full
     fine-tuning in fp16 keeps fp32 weights, because the gradient scaler needs fp32 gradients.
     """
-    if arguments.bf16:
-        return torch.bfloat16
-    return torch.float16 if arguments.fp16 and not settings.full_finetuning else torch.float32
+    dtype = training_dtype(arguments)
+    return torch.float32 if settings.full_finetuning and arguments.fp16 else dtype
 
 
 def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
@@ -56,7 +64,6 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     optimizer = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optimizer for word in ("8bit", "paged", "bnb"))
     workers = arguments.dataloader_num_workers
-    in_processes = arguments.dataloader_multiprocessing_context is not None
     refused = {
         'weights "8bit" need a GPU, or backend "transformers"': (
             settings.weights == "8bit" and unsloth and not gpu
@@ -81,7 +88,7 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
             arguments.use_liger_kernel and not find_spec("liger_kernel")
         ),
         "dataloader_multiprocessing_context needs dataloader_num_workers above 0": (
-            in_processes and not workers
+            arguments.dataloader_multiprocessing_context is not None and not workers
         ),
         "dataloader_persistent_workers needs dataloader_num_workers above 0": (
             arguments.dataloader_persistent_workers and not workers
@@ -128,8 +135,7 @@ def check_optimizer(arguments: SFTConfig) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
     except (ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"settings: optim or optim_args: {reason}") from None
+        raise UserError(f"settings: optim or optim_args: {error}") from None
     check_schedule(arguments, arguments.max_steps if arguments.max_steps > 0 else 100)
 
 
@@ -137,7 +143,6 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
     """`UserError` where there is no learning rate for the first, last or any warmup step."""
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=arguments.learning_rate)
     warmup, kwargs = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
-    name = f"lr_scheduler_type {arguments.lr_scheduler_type.value}"
     try:
         schedule = get_scheduler(
             arguments.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs
@@ -146,9 +151,10 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
         for schedule.last_epoch in (0, warmup - 1, steps - 1):
             schedule.step()
     except (ImportError, ValueError, TypeError, ArithmeticError) as error:
-        reason = f"{' '.join(str(error).split())}; change it, lr_scheduler_kwargs or warmup_steps"
+        name = f"lr_scheduler_type {arguments.lr_scheduler_type.value}"
         raise UserError(
-            f"settings: {name}, over {steps} steps of which {warmup} warm up: {reason}"
+            f"settings: {name}, over {steps} steps of which {warmup} warm up: {error}; change it, "
+            "lr_scheduler_kwargs or warmup_steps"
         ) from None
 
 

@@ -37,12 +37,15 @@ from orpheus.tokens import (
 
 
 def make_utterance(
-    model, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice: str | None, candidate=0
+    config, tokenizer, ids: SpeechIds, text: str, settings: Settings, voice: str | None, candidate=0
 ) -> Utterance:
-    """Builds the prompt of `text`; raises `UserError` if no frame of speech fits behind it."""
+    """Builds the prompt of `text`; raises `UserError` if no frame of speech fits behind it.
+
+    `config` is the model's, which has the length of its context.
+    """
     prompt = prompt_ids(tokenizer, ids, text, voice)
     wanted = int(settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)  # frames
-    room = (model.config.max_position_embeddings - len(prompt) - 1) // SLOTS
+    room = (config.max_position_embeddings - len(prompt) - 1) // SLOTS
     if wanted < 1:
         fault = f"max_seconds {settings.max_seconds} is less than a frame of speech; raise it"
         raise UserError(f"{text[:40]!r}: {fault}")
@@ -157,8 +160,8 @@ def synthesize(
     ids = read_speech_ids(tokenizer, codec.codebook_size)
 
     def make_candidates(part):
-        numbers = range(settings.best_of)
-        return [make_utterance(model, tokenizer, ids, part, settings, voice, n) for n in numbers]
+        common = model.config, tokenizer, ids, part, settings, voice
+        return [make_utterance(*common, n) for n in range(settings.best_of)]
 
     def decode_part(row):
         if row.audio is not None:  # decoded already, for its scores

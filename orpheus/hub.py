@@ -41,10 +41,9 @@ def fetch(path: str, patterns: list[str]) -> Path:
     except errors.RepositoryNotFoundError:
         message = "no such folder here, and no such repository on the hub"
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
         message = (
-            f"no such folder here, and the hub cannot be reached; check the network, or give a "
-            f"downloaded folder ({reason})"
+            "no such folder here, and the hub cannot be reached; check the network, or give a "
+            f"downloaded folder ({str(error)[:200]})"
         )
     raise UserError(f"{path}: {message}")
 
@@ -121,10 +120,7 @@ def check_weights(folder: Path) -> None:
     if is_adapter(folder):
         return
     layers = {m[1] for m in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if m}
-    config = folder / "config.json"
-    claimed = read_json(config).get("num_hidden_layers")
-    if type(claimed) is not int:
-        raise UserError(f"{config}: num_hidden_layers is {claimed!r}; it must be a whole number")
+    claimed = read_json(folder / "config.json").get("num_hidden_layers")
     if claimed != len(layers):
-        fault = f"weights of {len(layers)} layers, and {claimed} in its config.json"
+        fault = f"weights of {len(layers)} layers, and {claimed!r} in its config.json"
         raise UserError(f"{folder}: {fault}; download or copy it again")

@@ -129,9 +129,7 @@ class Settings(BaseModel):
     # checks
     held_out: float = setting("Share of the texts that is not trained on but evaluated", ge=0, lt=1)
     sample_steps: int = setting(
-        "Steps between checks, which compute the held-out loss and speak sample_texts",
-        gt=0,
-        le=10**9,
+        "Steps between checks, which compute held-out loss and speak sample_texts", gt=0, le=10**9
     )
     sample_texts: list[str] = setting(
         "Texts that are spoken to output_dir/samples at every check and at the end"
@@ -227,32 +225,25 @@ ALIASES = {
     "r": "lora_r",
     "load_in_4bit": 'weights "4bit"',
 }
-# Keys of SFTConfig that finetune.py derives from other keys.
-DERIVED = {
-    "packing": "batching",
-    "padding_free": "batching",
-    "pad_to_multiple_of": "batching",
-    "use_cpu": "the machine",
-    "eval_strategy": "sample_steps",
-    "metric_for_best_model": "the checks",
-    "greater_is_better": "the checks",
-}
-# What to use instead of keys of SFTConfig that would have no effect here.
+# Keys of SFTConfig that finetune.py sets itself, or that would have no effect, and why.
 INSTEAD = {
+    "it follows from batching": "packing padding_free pad_to_multiple_of",
+    "a GPU is used if there is one": "use_cpu",
     "--resume continues from the last checkpoint in output_dir": "resume_from_checkpoint "
     "ignore_data_skip restore_callback_states_from_checkpoint",
     "finetune.py always trains and evaluates": "do_train do_eval do_predict",
     "`hf upload you/anna outputs/anna` publishes a finished run": "push_to_hub hub_token "
     "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
-    "sample_steps sets when a run is evaluated, held_out on what": "eval_steps eval_delay "
-    "eval_on_start eval_packing eval_do_concat_batches eval_accumulation_steps "
+    "sample_steps sets when a run is evaluated, held_out on what": "eval_strategy eval_steps "
+    "eval_delay eval_on_start eval_packing eval_do_concat_batches eval_accumulation_steps "
     "eval_use_gather_object batch_eval_metrics per_device_eval_batch_size prediction_loss_only "
     "include_for_metrics bf16_full_eval fp16_full_eval",
-    "the best checkpoint is always kept, and checks.csv names it": "load_best_model_at_end",
+    "the best checkpoint is always kept, and checks.csv names it": "load_best_model_at_end "
+    "metric_for_best_model greater_is_better",
     "data/prepare.py tokenises, orders and labels the rows": "dataset_text_field dataset_kwargs "
     "dataset_num_proc shuffle_dataset truncation_mode completion_only_loss assistant_only_loss "
     "chat_template_path eos_token pad_token train_sampling_strategy length_column_name",
     "weights and device_map set how the base is loaded": "model_init_kwargs trust_remote_code",
     "device_map, torchrun and fsdp use several GPUs": "parallelism_config",
 }
-WITHOUT_EFFECT = {name: instead for instead, names in INSTEAD.items() for name in names.split()}
+REFUSED = {name: instead for instead, names in INSTEAD.items() for name in names.split()}

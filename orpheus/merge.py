@@ -5,7 +5,6 @@ python -m orpheus.merge outputs/anna merged
 Exits with 1 if the merged model speaks otherwise than the adapter.
 """
 
-import argparse
 import gc
 import json
 import shutil
@@ -68,8 +67,8 @@ def merge(info, voice: str | None, out: Path) -> bool:
     """
     from orpheus.codec import load_codec
     from orpheus.models import device, load_model
-    from orpheus.parity import compare, speak_greedy
-    from orpheus.run_info import held_weights, training_dtype
+    from orpheus.parity import compare, generate_greedy, speech_logits
+    from orpheus.run_info import held_weights, speaking_dtype
     from orpheus.tokens import read_speech_ids
 
     if not is_adapter(info.folder):
@@ -79,15 +78,15 @@ def merge(info, voice: str | None, out: Path) -> bool:
     if info.home:
         merged_card(info, "")  # so that damage in what it is written from is found first
     weights, settings = held_weights(info), info.settings
-    dtype = training_dtype(info) if device() == "cuda" else None
+    dtype = speaking_dtype(info) if device() == "cuda" else None
     model, tokenizer = load_model(str(info.folder), weights, dtype=dtype)
     ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
-    adapter_speech = speak_greedy(model, tokenizer, ids, settings, voice)
+    rows = generate_greedy(model, tokenizer, ids, settings, voice)
+    logits = speech_logits(model, ids, rows)
     del model
     gc.collect()  # PEFT's reference cycles would keep it while the merged one is loaded
     save_merged(info, weights, out)
-    model, tokenizer = load_model(str(out), dtype=dtype)
-    passed, message = compare(adapter_speech, model, tokenizer, ids, settings, voice)
+    passed, message = compare(rows, logits, load_model(str(out), dtype=dtype)[0], ids)
     if info.home:
         write_text(out / "README.md", merged_card(info, message))
     print(f"merged   {out}: {message}")
@@ -97,11 +96,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="RUN", help="adapter or checkpoint of finetune.py")
     parser.add_argument("out", metavar="FOLDER", help="new folder for the merged model")
     add_run_options(parser, keys=("codec",))

@@ -91,6 +91,16 @@ def check_adapter(model, folder: Path) -> None:
     check_fit(folder, wanted - held, {name for name in held - wanted if "lora_" in name})
 
 
+def training_dtype(keys) -> torch.dtype:
+    """The dtype of a training by `bf16` and `fp16` of its Settings or SFTConfig.
+
+    A `bf16` that is not decided yet, None, counts as true.
+    """
+    if keys.fp16:
+        return torch.float16
+    return torch.float32 if keys.bf16 is False else torch.bfloat16
+
+
 def choose_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype` where the machine computes in it. On a GPU, None is that of the stored weights.
 
@@ -154,8 +164,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
     config = bitsandbytes_config(weights, dtype)
     target = torch.float16 if merged else dtype
     keys = {"dtype": dtype if config else target, "quantization_config": config}
-    if torch.cuda.is_available() or merged:
-        keys["device_map"] = device()
+    keys["device_map"] = device()
     if merged or weights != "4bit" or not torch.cuda.is_available():
         keys["dequantize_to"] = target
     model = load_base(whole, **keys)

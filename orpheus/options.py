@@ -33,7 +33,11 @@ def describe_keys() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage."""
+    """argparse, but a mistake is one line, without the usage, and no option is abbreviated."""
+
+    def __init__(self, description: str, **keys):
+        keys |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **keys)
 
     def error(self, message: str):
         raise UserError(f"command line: {message}")
@@ -41,12 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    parser = Parser(
-        description=description,
-        epilog=describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description, epilog=describe_keys())
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     known, rest = parser.parse_known_args()
     words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]

@@ -15,7 +15,7 @@ from orpheus.cards import base_name, card_sections, find_sample, model_card
 from orpheus.files import write_text
 from orpheus.hub import is_model
 from orpheus.runs import PREVIOUS, RANK, last_checkpoint
-from orpheus.settings import Settings, UserError, read_json
+from orpheus.settings import PATHS, Settings, UserError, read_json
 
 MANIFEST = "finetune_files.json"  # lists the files and folders that runs made in output_dir
 MOVING = ".previous_run.part"  # an earlier run that is being moved to PREVIOUS, or back
@@ -76,7 +76,7 @@ def lock_file(file) -> None:
 def check_location(settings: Settings) -> Path:
     """output_dir; `UserError` if it is or contains the dataset, the base or the codec."""
     out = Path(os.path.realpath(settings.output_dir))
-    for name in ("dataset", "model", "codec"):
+    for name in PATHS:
         path = getattr(settings, name)
         source = Path(os.path.realpath(path)) if os.path.exists(path) else None
         if source and out in (source, *source.parents):
@@ -105,14 +105,6 @@ def record_files(out: Path, *names: str) -> None:
     known = (str(path.relative_to(out)) for path in owned_files(out))
     text = json.dumps({"files": sorted({MANIFEST, *known, *names})}, indent=2) + "\n"
     write_text(out / MANIFEST, text)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -147,8 +139,6 @@ def set_aside(out: Path) -> None:
         target = out / MOVING / path.relative_to(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        with contextlib.suppress(OSError):  # samples and runs, if they are empty now
-            path.parent.rmdir()
     if (out / MOVING).is_dir():
         os.replace(out / MOVING, out / PREVIOUS)
 
@@ -163,7 +153,10 @@ def finish_replacement(out: Path) -> None:
             shutil.rmtree(out / PREVIOUS)
             return
         for path in owned_files(out):
-            remove(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         os.replace(out / PREVIOUS, out / MOVING)
     if (out / MOVING).is_dir():
         move_into(out / MOVING, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
-from orpheus.models import check_machine, device, load_model
+from orpheus.models import check_machine, device, load_model, training_dtype
 from orpheus.runs import PREVIOUS, SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import RUN_KEYS, Settings, UserError, read_json, read_settings
 
@@ -41,7 +41,10 @@ def load_run_info(
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
-    if patterns is MODEL_FILES and not is_model(folder) and not (folder / PREVIOUS).is_dir():
+    if not is_model(folder) and (folder / PREVIOUS).is_dir():
+        message = "the run that was to replace the one in it was killed"
+        raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
+    if not is_model(folder) and patterns is MODEL_FILES:
         missing = "no adapter or model in it (adapter_config.json or config.json)"
         raise UserError(f"{folder}: {missing}")
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
@@ -52,9 +55,6 @@ def load_run_info(
                 check_codec(settings.codec, home / SAVED_CONFIG)
             changes = {name: getattr(plain, name) for name in RUN_KEYS if name in chosen}
             return RunInfo(settings.replace(**changes), folder, voices, pace, home)
-    if (folder / PREVIOUS).is_dir():
-        message = "the run that was to replace the one in it was killed"
-        raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
     return RunInfo(plain, folder)
 
 
@@ -91,19 +91,17 @@ def held_weights(run: RunInfo) -> str:
     return run.settings.weights if run.home or device() == "cuda" else "16bit"
 
 
-def training_dtype(run: RunInfo) -> torch.dtype | None:
+def speaking_dtype(run: RunInfo) -> torch.dtype | None:
     """The dtype that a run was trained in; without a run, bfloat16 on a CPU and None on a GPU."""
-    if not run.home:
-        return None if device() == "cuda" else torch.bfloat16
-    if run.settings.fp16:
-        return torch.float16
-    return torch.float32 if run.settings.bf16 is False else torch.bfloat16
+    if run.home:
+        return training_dtype(run.settings)
+    return None if device() == "cuda" else torch.bfloat16
 
 
 def load_run(run: RunInfo):
     """(model, tokenizer) of a run, in the precision of its training; prints which that is."""
     weights = held_weights(run)
-    model, tokenizer = load_model(str(run.folder), weights, dtype=training_dtype(run))
+    model, tokenizer = load_model(str(run.folder), weights, dtype=speaking_dtype(run))
     notes = {
         "16bit": "",
         "4bit": "; 4-bit weights",

@@ -11,27 +11,18 @@ from pathlib import Path
 
 from orpheus.files import write_text
 from orpheus.hub import absolute_path_or_hub_id, check_weights
-from orpheus.settings import SPEAKING, Settings, UserError, read_json
+from orpheus.settings import PATHS, SPEAKING, Settings, UserError, read_json
 
 SAVED_CONFIG = "finetune_config.json"  # the resolved settings of a run, beside its adapter
 SAVED_REPORT = "data_report.json"  # what the run was trained on: its voices, among others
 PREVIOUS = ".previous_run"  # where finetune.py --overwrite keeps a run until the new one saves
-RANK, WORLD_SIZE = (
-    int(os.environ.get("RANK", 0)),
-    int(os.environ.get("WORLD_SIZE", 1)),
-)  # by torchrun
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, and by accelerate
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # On resume only the run length, logging, saving and sampling keys may change.
 CHANGEABLE = {"max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to"}
-CHANGEABLE |= {
-    "cache_dir",
-    "sample_steps",
-    "sample_texts",
-    "judge_samples",
-    "plan",
-    "fit",
-    *SPEAKING,
-}
-CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_")
+CHANGEABLE |= {"cache_dir", "sample_steps", "sample_texts", "judge_samples", "plan", "fit"}
+CHANGEABLE |= set(SPEAKING)
+CHANGEABLE_PREFIXES = ("logging_", "save_")
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
 
 
@@ -62,28 +53,15 @@ def python_command() -> str:
 
 
 def resume_command(settings: Settings) -> str:
-    ranks = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(WORLD_SIZE)]
-        if WORLD_SIZE > 1
-        else []
-    )
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORLD_SIZE)]
+    ranks = ranks if WORLD_SIZE > 1 else []
     resume = [] if settings.resume else ["--resume"]
     return shlex.join([python_command(), *ranks, *sys.argv, *resume])
 
 
-def main_process_first():
-    """A context in which the first rank runs before the others: they find what it has written."""
-    from accelerate import PartialState
-
-    return PartialState().main_process_first() if WORLD_SIZE > 1 else contextlib.nullcontext()
-
-
 def resolve_paths(settings: Settings) -> dict:
     """The flat settings as they are saved, with paths that hold from any folder."""
-    paths = {
-        name: absolute_path_or_hub_id(getattr(settings, name))
-        for name in ("model", "codec", "dataset")
-    }
+    paths = {name: absolute_path_or_hub_id(getattr(settings, name)) for name in PATHS}
     return settings.flat() | paths | {"overwrite": False, "resume": False}
 
 

@@ -98,10 +98,8 @@ def judge_words(whisper: str, recordings: list) -> Judge:
     try:
         model = WhisperModel(whisper, compute_type="int8")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--whisper {whisper}: neither a folder nor a size that can be downloaded: {reason}"
-        ) from None
+        fault = f"neither a folder nor a size that can be downloaded: {first_reason(error)}"
+        raise UserError(f"--whisper {whisper}: {fault}") from None
 
     def judge(audio, text):
         padded = np.pad(resample_to_16_khz(audio), 8_000)  # half a second of silence at each end

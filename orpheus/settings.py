@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import textwrap
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from orpheus.keys import ALIASES, DERIVED, TRAINER_TYPES, WITHOUT_EFFECT, Settings
+from orpheus.keys import ALIASES, REFUSED, TRAINER_TYPES, Settings
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -27,17 +28,20 @@ SPEAKING = ("temperature", "top_p", "repetition_penalty", "max_seconds", "speak_
 SPEAKING += ("best_of", "cuda_graph", "language")
 RUN_KEYS = ("codec", "seed", *SPEAKING)  # that infer.py takes
 PATHS = ("model", "codec", "dataset")  # in a config they may be relative to its folder
-# Where the class and the bases of TRL's SFTConfig are defined.
-SFTCONFIG_SOURCES = ("trl/trainer/sft_config.py", "trl/trainer/base_config.py")
-SFTCONFIG_SOURCES += ("transformers/training_args.py",)
-SFTCONFIG_CLASSES = ("SFTConfig", "_BaseConfig", "TrainingArguments")
+# TRL's SFTConfig and its bases, by the files that define them.
+SFTCONFIG_SOURCES = {
+    "trl/trainer/sft_config.py": "SFTConfig",
+    "trl/trainer/base_config.py": "_BaseConfig",
+    "transformers/training_args.py": "TrainingArguments",
+}
 
 
 class UserError(ValueError):
     """A mistake that the user can correct: what, where and the remedy, in one line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # a file's name may hold anything
+        lines = map(str.strip, message.splitlines())  # a file's name or an error may have several
+        super().__init__(" ".join(line for line in lines if line))
 
 
 def out_of_memory() -> tuple:
@@ -51,22 +55,21 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+        return
     except BrokenPipeError:  # the reader is gone, as in `… | head -1`: end as other tools do
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(f"error: {error}; `make` installs what is needed", file=sys.stderr)
-        sys.exit(2)
-    except out_of_memory():
-        remedy = "README, Out of memory, says what to change in which order"
-        print(f"error: the GPU's memory is full: {remedy}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        message = f"{error}; `make` installs what is needed"
+    except out_of_memory():
+        message = "the GPU's memory is full: README, Out of memory, says what to change first"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -142,11 +145,11 @@ def trainer_keys() -> set[str]:
     Importing the class would take seconds, and unsloth has to be imported before it.
     """
     names = set()
-    for source in SFTCONFIG_SOURCES:
+    for source, class_name in SFTCONFIG_SOURCES.items():
         package, _, path = source.partition("/")
         folder = Path(find_spec(package).submodule_search_locations[0])
         for node in ast.parse((folder / path).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name in SFTCONFIG_CLASSES:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
                 fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
                 names |= {field.target.id for field in fields}
     return {name for name in names if not name.startswith("_")}
@@ -154,12 +157,8 @@ def trainer_keys() -> set[str]:
 
 def check_name(name: str, source: str) -> None:
     """`UserError` for a key that neither this project nor SFTConfig has, or that is not taken."""
-    if name in DERIVED:
-        reason = f"is set by finetune.py itself (it follows from {DERIVED[name]}); leave it out"
-        raise UserError(f"{source}: {name} {reason}")
-    if name in WITHOUT_EFFECT:
-        instead = WITHOUT_EFFECT[name]
-        raise UserError(f"{source}: {name} has no effect, leave it out: {instead}")
+    if name in REFUSED:
+        raise UserError(f"{source}: {name} cannot be set, leave it out: {REFUSED[name]}")
     known = [*Settings.model_fields, *sorted(trainer_keys())]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -174,27 +173,38 @@ def check_regular(path: str | Path) -> None:
         raise UserError(f"{path}: cannot be read: not a regular file")
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; `UserError` if it cannot be read, or has another encoding."""
+    check_regular(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "UTF-16" if utf_16 else f"another encoding ({error})"
+        raise UserError(
+            f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` if it cannot be read, is none, or repeats a key."""
 
     def unique(pairs):
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise UserError(f"{path}: the key {twice[:80]!r} is there twice; remove one")
         return values
 
-    check_regular(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        values = json.loads(read_text(path), object_pairs_hook=unique)
+    except UserError:
+        raise
     except RecursionError:
         raise UserError(f"{path}: not JSON of keys and values: nested too deep") from None
-    except ValueError as error:  # bad syntax, bad UTF-8, a number of thousands of digits
-        if isinstance(error, UserError):
-            raise
+    except ValueError as error:  # bad syntax, or a number of thousands of digits
         raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be one JSON object of keys and values")
@@ -238,32 +248,6 @@ def read_settings(
     if missing := [name for name in Settings.model_fields if name not in values]:
         raise UserError(f"{layers[0][0]}: lacks {', '.join(missing)}; it must contain every key")
     return Settings.model_construct(**values)
-
-
-def check_trainer_types(settings: Settings, hints: dict) -> Settings:
-    """The settings with values of the types that SFTConfig gives its keys.
-
-    `hints` are get_type_hints(SFTConfig): only they know the types of keys that are in neither
-    config.json nor TRAINER_TYPES. Raises `UserError`.
-    """
-    others = [name for name in settings.model_extra if name not in TRAINER_TYPES]
-    values = {n: validate(n, settings.model_extra[n], hints[n], "settings") for n in others}
-    return settings.replace(**values)
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; `UserError` if it cannot be read, or has another encoding."""
-    check_regular(path)
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
-        kind = "UTF-16" if utf_16 else f"another encoding ({error})"
-        raise UserError(
-            f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def first_reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ from orpheus.batching import FEW_STEPS, count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
 from orpheus.memory import GIB, peak_memory
+from orpheus.models import training_dtype
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
@@ -138,8 +139,7 @@ class SpeechTrainer(SFTTrainer):
 
     def evaluate(self, *_, **__):
         started = time.perf_counter()
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        metrics, samples = {}, []
+        dtype, metrics, samples = training_dtype(self.args), {}, []
         if not RANK:
             metrics, samples = self.evaluator(self.model, self.state.global_step, dtype)
         metrics = broadcast_object_list([metrics])[0]

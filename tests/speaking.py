@@ -36,7 +36,7 @@ def demo_settings(**changes):
 
 def utterances(model, tokenizer, ids, settings, texts=TEXTS, voices=VOICES):
     return [
-        make_utterance(model, tokenizer, ids, text, settings, voice)
+        make_utterance(model.config, tokenizer, ids, text, settings, voice)
         for text, voice in zip(texts, voices, strict=True)
     ]
 

@@ -27,7 +27,7 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         (["--gradient_checkpointing", "unsloth"], "set it to true"),
         (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit needs a GPU"),
         (["--fp16", "true"], "fp16 needs a GPU"),
-        (["--packing", "true"], "packing is set by finetune.py itself"),
+        (["--packing", "true"], "packing cannot be set, leave it out: it follows from batching"),
     ]
     for words, line in cases:
         words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]

@@ -39,7 +39,7 @@ def seconds_a_word():
 
 
 def generate_texts(model, tokenizer, ids, texts, settings, voice):
-    rows = [make_utterance(model, tokenizer, ids, text, settings, voice) for text in texts]
+    rows = [make_utterance(model.config, tokenizer, ids, text, settings, voice) for text in texts]
     generate_batch(model, rows, ids, settings)
     return rows
 

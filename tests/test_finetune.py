@@ -246,7 +246,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
         ([*DEMO, "--model", "some/model"], "no GPU found"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
-        ([*DEMO, "--eval_strategy", "steps"], "eval_strategy is set by finetune.py itself"),
+        ([*DEMO, "--eval_strategy", "steps"], "eval_strategy cannot be set, leave it out"),
         ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
         ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "is the model"),
         ([*DEMO, "--codec", tmp_path / "none"], "no such folder"),

@@ -78,7 +78,7 @@ def test_codes_at_a_high_temperature_are_legal(base, tokenizer, ids):
 
 def test_text_longer_than_the_context_is_refused(base, tokenizer, ids):
     with pytest.raises(UserError, match="no room for a frame"):
-        make_utterance(base, tokenizer, ids, "seven " * 3000, demo_settings(), None)
+        make_utterance(base.config, tokenizer, ids, "seven " * 3000, demo_settings(), None)
 
 
 # ---------------------------------------------------------------- streams
@@ -201,7 +201,7 @@ def test_mistakes_in_speaking_are_one_line(tmp_path, monkeypatch):
 def candidates(model, tokenizer, ids):
     """candidates(text, settings): three of them."""
     return lambda text, settings: [
-        make_utterance(model, tokenizer, ids, text, settings, "rms", n) for n in range(3)
+        make_utterance(model.config, tokenizer, ids, text, settings, "rms", n) for n in range(3)
     ]
 
 

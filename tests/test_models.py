@@ -153,7 +153,7 @@ def test_weights_that_are_not_numbers_are_named(adapter, tokenizer, ids):
     save_file(weights, adapter / ADAPTER, {"format": "pt"})
     run = load_run_info(str(adapter), {})
     model, _ = load_run(run)
-    row = make_utterance(model, tokenizer, ids, "seven", run.settings, "slt")
+    row = make_utterance(model.config, tokenizer, ids, "seven", run.settings, "slt")
     with pytest.raises(UserError, match="computes NaN"):
         generate_batch(model, [row], ids, run.settings)
 

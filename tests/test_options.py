@@ -19,7 +19,7 @@ def test_help_and_mistakes_in_keys_need_no_heavy_imports(name):
     mistakes = {
         ("--learning_rate", "nan"): "error: command line: learning_rate is",
         ("--adam_beta_2", "0.9"): "no key is named 'adam_beta_2'; the nearest is 'adam_beta2'",
-        ("--eval_steps", "5"): "error: command line: eval_steps has no effect, leave it out:",
+        ("--eval_steps", "5"): "error: command line: eval_steps cannot be set, leave it out:",
         ("--help",): "",
     }
     for words, line in mistakes.items():

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from running import settings_of
 
-from orpheus.parity import MAX_DIVERGENCE, GreedySpeech, code_log_probs, compare, speak_greedy
+from orpheus import parity
+from orpheus.models import load_model
 from orpheus.tokens import SLOTS
 
 
 def test_the_codes_of_a_slot_are_compared_by_their_log_probabilities(ids):
     logits = torch.randn(2 * SLOTS + 1, ids.audio + SLOTS * ids.codebook_size)
-    found = code_log_probs(logits, ids)
+    found = parity.code_log_probs(logits, ids)
     for token in range(2 * SLOTS):
         start = ids.audio + ids.codebook_size * (token % SLOTS)
         slot = logits[token, start : start + ids.codebook_size]
@@ -19,20 +21,17 @@ def test_the_codes_of_a_slot_are_compared_by_their_log_probabilities(ids):
 @pytest.mark.parametrize(("noise", "passes"), [(0.02, True), (0.1, False)])
 def test_rounding_passes_and_other_weights_do_not(noise, passes, tokenizer, ids, monkeypatch):
     """The divergence of noise of standard deviation s is s² / 2 for flat distributions, as here."""
-    from running import settings_of
 
     from orpheus import parity
-    from orpheus.models import load_model
 
     model, _ = load_model("data/demo/base")
     settings = settings_of(max_seconds="0.5", sample_texts='["one two"]')
-    reference = speak_greedy(model, tokenizer, ids, settings, "rms")
+    rows = parity.generate_greedy(model, tokenizer, ids, settings, "rms")
     torch.manual_seed(0)
-    flat = [torch.zeros_like(part) for part in reference.logits]
+    flat = [torch.zeros_like(part) for part in parity.speech_logits(model, ids, rows)]
     noisy = [part + noise * torch.randn_like(part) for part in flat]
     monkeypatch.setattr(parity, "speech_logits", lambda *_: noisy)
-    flat = GreedySpeech(reference.utterances, flat)
-    passed, message = compare(flat, model, tokenizer, ids, settings, "rms")
-    assert passed == passes == (noise**2 / 2 < MAX_DIVERGENCE)
+    passed, message = parity.compare(rows, flat, model, ids)
+    assert passed == passes == (noise**2 / 2 < parity.MAX_DIVERGENCE)
     divergence = float(message.split("adapter ")[1].split()[0])
     assert divergence == pytest.approx(noise**2 / 2, rel=0.1)

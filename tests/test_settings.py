@@ -71,7 +71,8 @@ def test_wrong_values_are_named(tmp_path, values, line):
         (b'{"a":' * 100_000, "nested too deep"),
         (b'{"limit": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (b'{"limit": 1, "limit": 2}', "'limit' is there twice"),
-        (b'{"voice": "\xff"}', "not JSON"),
+        (b'{"voice": "\xff"}', "cannot be read as UTF-8"),
+        (b"\xff", "cannot be read as UTF-8"),
         (b'{"voice": "a\x00"}', "not JSON"),
         (b'{"voice": "a\\u0000"}', "voice holds a NUL byte"),
         (b'{"voice": "\\udcff"}', "voice is"),
@@ -114,7 +115,7 @@ def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
     assert read_settings(config).dataset == "clips"
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff", '{"lora_r": 8,}'])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_r": 8,}'])
 def test_a_config_that_is_no_json_object(tmp_path, text):
     config = tmp_path / "mine.json"
     config.write_text(text, encoding="latin-1")

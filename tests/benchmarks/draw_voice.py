@@ -31,7 +31,7 @@ def main() -> None:
     recording = read_audio(ROOT / "data/numbers" / row["file_name"])[0]
     model, tokenizer = load_model(str(MODEL))
     ids = read_speech_ids(tokenizer, codec.codebook_size)
-    utterance = make_utterance(model, tokenizer, ids, row["text"], settings, row["speaker"])
+    utterance = make_utterance(model.config, tokenizer, ids, row["text"], settings, row["speaker"])
     generate_batch(model, [utterance], ids, settings)
     sounds = {
         "recording": recording,

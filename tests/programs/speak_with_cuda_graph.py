@@ -21,6 +21,6 @@ else:
     model = model.float()
 ids = read_speech_ids(tokenizer, 256)
 texts = "one two", "seven", "three nine nine four"
-rows = [make_utterance(model, tokenizer, ids, text, settings, "rms") for text in texts]
+rows = [make_utterance(model.config, tokenizer, ids, text, settings, "rms") for text in texts]
 generate_batch(model, rows, ids, settings)
 print(json.dumps([[row.end, row.codes.tolist()] for row in rows]))
