@@ -30,11 +30,7 @@ STREAM_TARGETS = ("-", "pcm")  # names of --out that write to standard output
 
 def read_arguments() -> argparse.Namespace:
     """The command line; `UserError` for options that do not go together."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="what to say; each text becomes a wav")
     words = "texts, one a line; or a metadata.csv, with whose recordings --score compares"

@@ -51,11 +51,7 @@ PICTURE_ROWS, ROW_SECONDS = 6, 30
 
 
 def read_options() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recordings", nargs="+", type=Path, help="wav, flac, mp3, ogg or opus")
     parser.add_argument("--out", required=True, type=Path, help="folder for the dataset")
     parser.add_argument("--text", type=Path, help="what was read aloud; default: Whisper's words")

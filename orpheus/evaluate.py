@@ -175,11 +175,7 @@ def evaluate(arguments: argparse.Namespace) -> Path:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     words = "run to evaluate (config.json's), then other models: checkpoints, merged folders, …"
     parser.add_argument("--model", metavar="…", action="append", help=words)
     words = "folder of wavs that another program made of texts.txt; may be given several times"

@@ -5,7 +5,6 @@ python -m orpheus.merge outputs/anna merged
 Exits with 1 if the merged model does not speak the adapter's greedy tokens.
 """
 
-import argparse
 import gc
 import json
 import shutil
@@ -97,11 +96,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="RUN", help="adapter or checkpoint of finetune.py")
     parser.add_argument("out", metavar="FOLDER", help="new folder for the merged model")
     add_run_options(parser, keys=("codec",))

@@ -1,13 +1,12 @@
 """Command lines: settings as options; what infer.py, orpheus.page and orpheus.merge share."""
 
 import argparse
-import csv
-import io
 import json
 import textwrap
 from pathlib import Path
 from typing import get_args
 
+from orpheus.clips import read_manifest
 from orpheus.hub import absolute_path_or_hub_id
 from orpheus.keys import GROUPS, Settings
 from orpheus.settings import (
@@ -33,7 +32,11 @@ def describe_keys() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage."""
+    """argparse, but a mistake is one line, without the usage; `description` is printed as it is."""
+
+    def __init__(self, description: str, epilog: str | None = None):
+        form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, epilog=epilog, **form)
 
     def error(self, message: str):
         raise UserError(f"command line: {message}")
@@ -41,12 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    parser = Parser(
-        description=description,
-        epilog=describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description, describe_keys())
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     known, rest = parser.parse_known_args()
     words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -107,23 +105,9 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return given | ({"codec": absolute_path_or_hub_id(given["codec"])} if "codec" in given else {})
 
 
-def read_table(path: str) -> list[dict[str, str]]:
-    """Rows with a file_name and a text, separated by whatever the header is separated by."""
-    text = read_text(path)
-    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
-    table = csv.DictReader(io.StringIO(text), delimiter=separator)
-    try:
-        table.fieldnames = [
-            name.strip().lower().replace(" ", "_") for name in table.fieldnames or ()
-        ]
-        rows = list(table)
-    except csv.Error as error:
-        raise UserError(f"{path}: not a table that can be read: {error}") from None
-    if not all(row.get("file_name") and row.get("text") for row in rows):
-        raise UserError(
-            f"{path}: every row needs a text and a file_name, columns of the first line"
-        )
-    return rows
+# For a table whose columns have their usual names, with recordings anywhere.
+ANY_TABLE = dict.fromkeys(("audio_column", "text_column", "voice_column"), "null")
+ANY_TABLE |= {"absolute_paths": "true"}
 
 
 def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path]]:
@@ -137,9 +121,12 @@ def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path
     if suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{source}: give a metadata.csv, or a .txt of one text a line")
     if suffix in (".csv", ".tsv"):
-        rows = read_table(source)
-        texts = [row["text"] for row in rows]
-        recordings = [Path(source).parent / row["file_name"] for row in rows]
+        clips = list(read_manifest(Path(source), read_settings(overrides=ANY_TABLE)))
+        for clip in clips:
+            if clip.error or not (clip.text and clip.audio):
+                fault = clip.error or "it needs a text and a file_name, columns of the first line"
+                raise UserError(f"{source}: {clip.source}: {fault}")
+        texts, recordings = [clip.text for clip in clips], [clip.audio for clip in clips]
     elif file:
         texts = [line for line in read_text(source).splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):

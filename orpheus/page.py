@@ -97,11 +97,7 @@ def make_page(texts: list[str], recordings: list[Path], arguments, judges) -> st
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="texts, one a line; or a metadata.csv")
     words = "adapter, checkpoint, merged folder or hub id; may be given several times"
     parser.add_argument("--model", metavar="…", action="append", help=words)

@@ -93,4 +93,4 @@ def test_a_table_with_a_cell_that_is_too_long(tmp_path, monkeypatch):
     table = tmp_path / "lines.csv"
     table.write_text("file_name,text\na.wav," + "a" * 200_000 + "\n")
     line = one_line(infer.main, monkeypatch, "--file", table)
-    assert line.startswith(f"{table}: not a table") and "131072" in line
+    assert line.startswith(f"{table} line 2: not a csv table") and "131072" in line
