@@ -35,11 +35,6 @@ from orpheus.tokens import (
     read_codes,
 )
 
-# A part of the cache's key. These words name the fields of an earlier layout; as long as an entry
-# holds the same, they must stay, or every clip would be encoded anew.
-CACHE_FORMAT = ("where", "voice", "text", "digest", "rate", "channels", "seconds", "silence")
-CACHE_FORMAT += ("level", "clipped", "offset", "tokens")
-
 
 @dataclass
 class EncodedClip:
@@ -75,7 +70,7 @@ def open_cache(settings: Settings) -> Path | None:
         return None
     make_folder(settings.cache_dir, "cache_dir")
     trimming = settings.keep_silence, settings.silence_db
-    digest = hashlib.sha256(repr((trimming, CACHE_FORMAT)).encode())
+    digest = hashlib.sha256(repr((trimming, Sound._fields)).encode())
     folder = fetch(settings.codec, CODEC_FILES)
     try:
         for name in CODEC_FILES:

@@ -1,12 +1,12 @@
 """Tables of text, csv, tsv, LJSpeech's and JSON lines → rows by column."""
 
 import csv
-import difflib
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +69,6 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, str | N
     raise UserError(f"{path}: the first line is no header with known columns ({columns}); {remedy}")
 
 
-def similarity(text: str, other: str) -> float:
-    """How alike two texts are, from 0 to 1."""
-    return difflib.SequenceMatcher(None, text, other, autojunk=False).ratio()
-
-
 def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str | None]:
     """Rows of `id|text` or `id|text|normalized text` without a header, and a note.
 
@@ -90,7 +85,8 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str 
         return rows, None
     chosen = settings.text_column
     if chosen is None:
-        ratios = [similarity(a.lower(), b.lower()) for a, b in pairs[:200]]
+        pairs = [(a.lower(), b.lower()) for a, b in pairs[:200]]
+        ratios = [SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
         if np.mean(ratios) < 0.5:
             fault = "the third column does not resemble the second, so it may be voices or texts"
             remedy += ", or set --text_column to text (the second) or normalized_text (the third)"
