@@ -11,7 +11,6 @@ writes 24 kHz FLAC clips at one level. Killed at any moment, the same command go
 import argparse
 import csv
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -159,11 +158,10 @@ def clip_file(name: str, number: int) -> str:
 
 
 def write_table(path: Path, columns: tuple, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    with atomic_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_tables(results: dict[str, dict], voice: str, out: Path) -> None:
@@ -232,9 +230,8 @@ def print_summary(results: list[dict], out: Path, spent: float) -> None:
     for reason, lost in rejected:
         print(f"rejected {len(lost)} ({sum(lost):.0f} s): {reason}")
     print(f"time     {spent:.0f} s, {3600 * hours / spent:.1f} × real time")
-    print(
-        f"wrote    {out}/metadata.csv, rejected.csv, cuts.png; next: python data/prepare.py {out}"
-    )
+    files = f"{out}/metadata.csv, rejected.csv, cuts.png"
+    print(f"wrote    {files}; next: python data/prepare.py {out}")
 
 
 def cut_all(recordings: dict, options, script: str | None) -> dict[str, dict]:

@@ -75,12 +75,10 @@ def open_cache(settings: Settings) -> Path | None:
     try:
         for name in CODEC_FILES:
             digest.update((folder / name).read_bytes())
-        cache = Path(settings.cache_dir, digest.hexdigest()[:16])
-        cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = "set --cache_dir, or --codec to a SNAC codec's folder"
+        remedy = "set --codec to a SNAC codec's folder"
         raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from None
-    return cache
+    return Path(settings.cache_dir, digest.hexdigest()[:16])
 
 
 def find_cache_file(audio: Path | bytes, cache: Path | None) -> Path | None:
@@ -106,17 +104,15 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
     try:
         values = json.loads(path.read_bytes())
         codes = read_codes(values.pop("codes"), codebook_size)
-        if {name: type(value) for name, value in values.items()} != Sound.__annotations__:
-            return None
         sound = Sound(**values)
-        frames = sound.frames
-    except (OSError, ValueError, OverflowError, RecursionError):
+        typed = {name: type(value) for name, value in values.items()} == Sound.__annotations__
+        finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
+        enough = min(sound.frames, max_frames) <= len(codes) <= sound.frames
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError):
         return None
-    except (AttributeError, KeyError, TypeError):  # JSON, but no object with a list of codes
+    except (TypeError, ValueError):  # JSON of another shape, or none
         return None
-    finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
-    enough = min(frames, max_frames) <= len(codes) <= frames
-    return EncodedClip(sound, codes, cached=True) if finite and enough else None
+    return EncodedClip(sound, codes, cached=True) if typed and finite and enough else None
 
 
 # ---------------------------------------------------------------- clips

@@ -152,17 +152,17 @@ def spoken(
     folder = folder / f"{name}-{fingerprint(info, voice)}"
     ended = read_json(folder / "ended.json") if (folder / "ended.json").is_file() else {}
     model = None
+    names = {line.text: hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines}
     for seed in range(info.settings.seed, info.settings.seed + seeds):
-        names = [hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines]
-        paths = [folder / f"{seed}-{name}.wav" for name in names]
-        missing = [path for path in paths if path.name not in ended or not path.is_file()]
+        paths = {text: folder / f"{seed}-{name}.wav" for text, name in names.items()}
+        missing = [t for t, path in paths.items() if path.name not in ended or not path.is_file()]
         if missing:
             model = model or load_run(info)
-            texts = [lines[paths.index(path)].text for path in missing]
             settings = info.settings.replace(seed=seed)
-            speech = synthesize(texts, *model, codec, settings, voice, info.pace)
-        for line, path in zip(lines, paths, strict=True):
-            if path in missing:
+            speech = synthesize(missing, *model, codec, settings, voice, info.pace)
+        for line in lines:
+            path = paths[line.text]
+            if line.text in missing:
                 rows = save_speech(speech, path, keep=False, quiet=True)[1]
                 ended[path.name] = all(row.end == BY_ITSELF for row in rows)
                 write_text(folder / "ended.json", json.dumps(ended, indent=1))
