@@ -16,6 +16,7 @@ from orpheus.settings import Settings, UserError, first_reason, read_text
 from orpheus.tables import (
     AUDIO_COLUMNS,
     TEXT_COLUMNS,
+    TOKEN_COLUMNS,
     VOICE_COLUMNS,
     column_key,
     read_json_rows,
@@ -254,8 +255,7 @@ def clip_of_row(
         return Clip(source, audio, text, voice)
     if row.get(columns["tokens"]) is None:
         raise ClipError(f"no {columns['tokens']} in this row")
-    names = ("codes",) if columns["tokens"] == "codes" else ("input_ids", "labels")
-    return Clip(source, audio, text, voice, {name: row[name] for name in names if name in row})
+    return Clip(source, audio, text, voice, {n: row[n] for n in TOKEN_COLUMNS if n in row})
 
 
 def check_text(value: Any, column: str | None, is_voice: bool = False) -> str | None:

@@ -147,8 +147,9 @@ def load_clip(
 
 def load_pretokenized(columns: dict, ids: SpeechIds) -> EncodedClip:
     """A clip that was tokenised elsewhere; `UserError` for codes or ids that are not Orpheus's."""
-    row = None if "codes" in columns else check_row(columns, ids)
-    if row:
+    row = None
+    if "input_ids" in columns:
+        row = check_row(columns, ids)
         speech = row["input_ids"].tolist()
         codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
         if not len(codes):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,12 +60,8 @@ def choose_lines(info, voice, arguments, notes: list[str]) -> tuple[list[Line], 
             notes.append(f"The run's recordings cannot be read: {error}.")
     if arguments.file:
         texts, recordings = read_texts([], arguments.file)
-        recordings = recordings or [None] * len(texts)
-        lines = [Line(t, "given", r) for t, r in zip(texts, recordings, strict=True)]
-        corpus.references = corpus.references or [
-            line.recording for line in lines if line.recording
-        ]
-        return lines, corpus
+        corpus.references = corpus.references or recordings
+        return [Line(t, "given", r) for t, r in zip_longest(texts, recordings)], corpus
     held_out = spread(corpus.held_out, arguments.texts)
     if not any(line.recording for line in held_out):
         notes.append("No recording is held out: there is no row of recordings, and no floor.")
