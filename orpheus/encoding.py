@@ -24,16 +24,7 @@ from orpheus.files import make_folder, write_text
 from orpheus.hub import fetch
 from orpheus.models import device
 from orpheus.settings import Settings, UserError, read_json
-from orpheus.tokens import (
-    FRAME_SAMPLES,
-    SAMPLE_RATE,
-    SLOTS,
-    SpeechIds,
-    check_labels,
-    check_row,
-    ids_to_codes,
-    read_codes,
-)
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, SpeechIds, check_row, read_codes
 
 
 @dataclass
@@ -147,16 +138,10 @@ def load_clip(
 
 def load_pretokenized(columns: dict, ids: SpeechIds) -> EncodedClip:
     """A clip that was tokenised elsewhere; `UserError` for codes or ids that are not Orpheus's."""
-    row = None
     if "input_ids" in columns:
-        row = check_row(columns, ids)
-        speech = row["input_ids"].tolist()
-        codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
-        if not len(codes):
-            raise UserError("no frame between its SOS and EOS")
-        check_labels(**row)
+        row, codes = check_row(columns, ids)
     else:
-        codes = read_codes(columns["codes"], ids.codebook_size)
+        row, codes = None, read_codes(columns["codes"], ids.codebook_size)
     digest = hashlib.sha256(codes.tobytes()).hexdigest()
     sound = Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
     return EncodedClip(sound, codes, row=row)

@@ -23,14 +23,7 @@ from tqdm.contrib import DummyTqdmFile
 from orpheus.comparison import CODEC, make_rows, save_table
 from orpheus.files import make_folder, write_text
 from orpheus.hub import MODEL_FILES, fetch
-from orpheus.options import (
-    Parser,
-    add_run_options,
-    add_whisper_option,
-    overrides,
-    parse_options,
-    read_texts,
-)
+from orpheus.options import Parser, overrides, read_texts
 from orpheus.output import MANIFEST, record_files, save_card
 from orpheus.settings import RUN_KEYS, UserError, read_text, run
 from orpheus.speakers import (
@@ -184,9 +177,9 @@ def read_arguments() -> argparse.Namespace:
     words = "how often each model says each text (3)"
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help=words)
     parser.add_argument("--out", metavar="FOLDER", help="folder (the run's evaluation/)")
-    add_whisper_option(parser)
-    add_run_options(parser, [name for name in RUN_KEYS if name != "best_of"])
-    arguments = parse_options(parser)
+    parser.add_whisper_option()
+    parser.add_run_options([name for name in RUN_KEYS if name != "best_of"])
+    arguments = parser.parse_options()
     for name in ("texts", "seeds"):
         if getattr(arguments, name) < 1:
             raise UserError(f"command line: --{name} must be 1 or more")

@@ -41,6 +41,41 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"command line: {message}")
 
+    def add_run_options(self, keys=RUN_KEYS) -> None:
+        """Adds --voice, --config, and settings that replace those of the run."""
+        self.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
+        self.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+        for name in keys:
+            field = Settings.model_fields[name]
+            switch = field.annotation is bool
+            kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
+            words = f"{field.description} (the run's)"
+            self.add_argument(f"--{name}", help=words, **kind)
+
+    def add_scoring_options(self) -> None:
+        words = "print scores by every judge that is installed"
+        self.add_argument("--score", action="store_true", help=words)
+        self.add_whisper_option()
+
+    def add_whisper_option(self) -> None:
+        words = "faster-whisper's model: its size or folder (base)"
+        self.add_argument("--whisper", metavar="…", help=words)
+
+    def parse_options(self) -> argparse.Namespace:
+        """The command line; `UserError` for an empty value, and for mistakes in --config's file."""
+        arguments = self.parse_args()
+        for name, value in vars(arguments).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and name != "texts" and not text.strip():
+                    remedy = "give a value, or leave it out"
+                    raise UserError(f"command line: --{name} is empty; {remedy}")
+            check_strings(name if name == "texts" else f"--{name}", value, "command line")
+        if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
+            raise UserError("command line: --whisper needs --score")
+        if arguments.config:
+            read_settings(arguments.config)
+        return arguments
+
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
@@ -58,44 +93,6 @@ def read_command_line(description: str) -> Settings:
             raise UserError(f"command line: {name}: write keys as --key value")
         overrides[name[2:]] = "true" if bare else words.pop(0)
     return read_settings(known.config, overrides)
-
-
-def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
-    """Adds --voice, --config, and settings that replace those of the run."""
-    parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
-    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
-    for name in keys:
-        field = Settings.model_fields[name]
-        switch = field.annotation is bool
-        kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
-        words = f"{field.description} (the run's)"
-        parser.add_argument(f"--{name}", help=words, **kind)
-
-
-def add_scoring_options(parser: Parser) -> None:
-    words = "print scores by every judge that is installed"
-    parser.add_argument("--score", action="store_true", help=words)
-    add_whisper_option(parser)
-
-
-def add_whisper_option(parser: Parser) -> None:
-    words = "faster-whisper's model: its size or folder (base)"
-    parser.add_argument("--whisper", metavar="…", help=words)
-
-
-def parse_options(parser: Parser) -> argparse.Namespace:
-    """The command line; `UserError` for an empty value, and for mistakes in the file --config."""
-    arguments = parser.parse_args()
-    for name, value in vars(arguments).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and name != "texts" and not text.strip():
-                raise UserError(f"command line: --{name} is empty; give a value, or leave it out")
-        check_strings(name if name == "texts" else f"--{name}", value, "command line")
-    if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
-        raise UserError("command line: --whisper needs --score")
-    if arguments.config:
-        read_settings(arguments.config)
-    return arguments
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, str]:
