@@ -79,8 +79,8 @@ def open_audio(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
         raise ClipError(f"{name}: {error}", error.reason) from None
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
-        fault = f"not audio that libsndfile reads: {reason}"
-        raise ClipError(f"{name}: {fault}", "unreadable") from None
+        fault = f"{name}: not audio that libsndfile reads: {reason}"
+        raise ClipError(fault, "unreadable") from None
 
 
 def check_whole(declared: int, held: int, sound: soundfile.SoundFile) -> None:
@@ -88,7 +88,7 @@ def check_whole(declared: int, held: int, sound: soundfile.SoundFile) -> None:
     rate = sound.samplerate
     if declared - held > rate / 10:
         sizes = f"the header says {declared / rate:.1f} s, the file holds {held / rate:.1f} s"
-        raise ClipError(f"cut short: {sizes}", "cut short")
+        raise ClipError(f"cut short: {sizes}; copy it again", "cut short")
 
 
 def read_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
@@ -103,7 +103,7 @@ def read_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
             block = sound.read(size, dtype="float32", always_2d=True).mean(axis=1)
         except soundfile.LibsndfileError as error:
             fault = f"the header says {sound.frames / sound.samplerate:.1f} s: {error.error_string}"
-            raise ClipError(f"cut short or damaged: {fault}", "cut short") from None
+            raise ClipError(f"cut short or damaged: {fault}; copy it again", "cut short") from None
         last = len(block) < size
         if last:
             check_whole(sound.frames, sound.tell(), sound)
@@ -124,8 +124,7 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
     with open_audio(source) as sound:
         rate = sound.samplerate
         if sound.frames > MAX_SECONDS * rate:
-            fault = f"{sound.frames / rate:.0f} s long; cut it into sentences"
-            raise ClipError(fault, "too long")
+            raise ClipError(f"{sound.frames / rate:.0f} s long; cut it into sentences", "too long")
         audio = soxr.resample(np.concatenate(list(read_blocks(sound))), rate, SAMPLE_RATE)
         if not len(audio):
             raise ClipError("no samples in it", "unreadable")

@@ -122,7 +122,7 @@ def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path
         for clip in clips:
             if clip.error or not (clip.text and clip.audio):
                 fault = clip.error or "it needs a text and a file_name, columns of the first line"
-                raise UserError(f"{source}: {clip.source}: {fault}")
+                raise UserError(f"{Path(source).with_name(clip.source)}: {fault}")
         texts, recordings = [clip.text for clip in clips], [clip.audio for clip in clips]
     elif file:
         texts = [line for line in read_text(source).splitlines() if line.strip()]

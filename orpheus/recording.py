@@ -23,7 +23,7 @@ LOUDNESS, PEAK = -20.0, -1.0  # LUFS integrated, dBFS: what a recording is broug
 
 
 def check_recording(path: Path) -> float:
-    """Seconds of a recording; `ClipError` if it is none that can be read in blocks."""
+    """Seconds of a recording; `ClipError` if it cannot be read."""
     with open_audio(path) as sound:
         if not sound.frames:
             raise ClipError("no samples in it", "unreadable")
