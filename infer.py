@@ -13,14 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from orpheus.options import (
-    Parser,
-    add_run_options,
-    add_scoring_options,
-    overrides,
-    parse_options,
-    read_texts,
-)
+from orpheus.options import Parser, overrides, read_texts
 from orpheus.settings import UserError, run
 
 INPUTS = ("texts", "file", "wav", "tokens")
@@ -42,9 +35,9 @@ def read_arguments() -> argparse.Namespace:
     words = "wav, or folder for several texts (out.wav, out/); streams also: -, pcm"
     add("--out", metavar="…", help=words)
     add("--stream", action="store_true", help="write the audio while it is generated")
-    add_scoring_options(parser)
-    add_run_options(parser)
-    arguments = parse_options(parser)
+    parser.add_scoring_options()
+    parser.add_run_options()
+    arguments = parser.parse_options()
     check_options(arguments)
     arguments.model = arguments.model[0] if arguments.model else None
     return arguments

@@ -11,12 +11,12 @@ writes 24 kHz FLAC clips at one level. Killed at any moment, the same command go
 import argparse
 import csv
 import hashlib
-import io
+import itertools
 import json
 import re
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -145,60 +145,53 @@ def load_finished(name: str, out: Path) -> dict | None:
     return result | {"segments": [Segment(*fields) for fields in result["segments"]]}
 
 
-def clip_names(name: str, segments: list[Segment]) -> list[str]:
-    """The file of each segment in the dataset's folder; empty for the rejected."""
-    numbers = np.cumsum([not segment.reason for segment in segments])
-    pairs = zip(segments, numbers, strict=True)
-    return ["" if s.reason else f"clips/{name}_{number:04}.flac" for s, number in pairs]
-
-
 def write_clips(name: str, path: Path, segments: list[Segment], gain: float, out: Path) -> None:
-    kept = [segment for segment in segments if not segment.reason]
-    spans = [(segment.start, segment.end) for segment in kept]
-    files = filter(None, clip_names(name, segments))
-    for file, audio in zip(files, read_spans(path, SAMPLE_RATE, spans), strict=True):
-        with audio_file(out / file) as write:
+    spans = [(segment.start, segment.end) for segment in segments if not segment.reason]
+    for n, audio in enumerate(read_spans(path, SAMPLE_RATE, spans), 1):
+        with audio_file(out / clip_file(name, n)) as write:
             write(audio * gain)
 
 
+def clip_file(name: str, number: int) -> str:
+    """The file of a recording's clip in the dataset's folder."""
+    return f"clips/{name}_{number:04}.flac"
+
+
 def write_table(path: Path, columns: tuple, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    with atomic_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_tables(results: dict[str, dict], voice: str, out: Path) -> None:
     """metadata.csv of the clips and rejected.csv of the rest, as far as recordings are done."""
     kept, rejected = [], []
     for name, result in results.items():
-        for segment, file in zip(
-            result["segments"], clip_names(name, result["segments"]), strict=True
-        ):
-            row = segment._asdict() | {"file_name": file, "voice": voice}
-            row |= {"source": result["source"], "cer": "" if segment.cer is None else segment.cer}
-            numbers = {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
-            (rejected if segment.reason else kept).append(row | numbers)
+        numbers = itertools.count(1)
+        for segment in result["segments"]:
+            row = {"voice": voice, "source": result["source"], **segment._asdict()}
+            row |= {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
+            if segment.reason:
+                rejected.append(row)
+            else:
+                kept.append(row | {"file_name": clip_file(name, next(numbers))})
     write_table(out / "metadata.csv", COLUMNS, kept)
     write_table(out / "rejected.csv", REJECTED_COLUMNS, rejected)
 
 
 def draw_cuts(path: Path, result: dict, out: Path) -> None:
     """The waveform of a recording's first minutes: clips green with their texts, the rest red."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["text.parse_math"] = False  # a text may hold $
+    rcParams["text.parse_math"] = False  # a text may hold $
     rows = min(PICTURE_ROWS, int(result["seconds"] // ROW_SECONDS) + 1)
-    figure, axes = pyplot.subplots(
-        rows, 1, figsize=(16, 1.8 * rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(16, 1.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, squeeze=False)[:, 0]
     spans = [(ROW_SECONDS * n, ROW_SECONDS * (n + 1)) for n in range(rows)]
     sounds = read_spans(path, SPEECH_RATE, spans)
-    for axis, (first, last), audio in zip(axes[:, 0], spans, sounds, strict=True):
+    for axis, (first, last), audio in zip(axes, spans, sounds, strict=True):
         peaks = np.pad(audio, (0, -len(audio) % 160)).reshape(-1, 160) * result["gain"]
         times = first + np.arange(len(peaks)) / 100
         axis.fill_between(times, peaks.min(axis=1), peaks.max(axis=1), color="0.3", linewidth=0)
@@ -211,35 +204,57 @@ def draw_cuts(path: Path, result: dict, out: Path) -> None:
             label = segment.reason or segment.text
             room = int((min(segment.end, last) - max(segment.start, first)) * 7)
             axis.text(max(segment.start, first) + 0.1, 1.1, label[:room], fontsize=8, clip_on=True)
-    axes[0, 0].set_title(f"{result['source']}: clips green, rejected red")
-    axes[-1, 0].set_xlabel("seconds")
+    axes[0].set_title(f"{result['source']}: clips green, rejected red")
+    axes[-1].set_xlabel("seconds")
     with atomic_file(out / "cuts.png") as part:
         figure.savefig(part, dpi=80, format="png")
-    pyplot.close(figure)
 
 
-def print_summary(results: dict[str, dict], out: Path, spent: float) -> None:
-    for result in results.values():
+def print_summary(results: list[dict], out: Path, spent: float) -> None:
+    for result in results:
         kept = [segment for segment in result["segments"] if not segment.reason]
         level = f"{result['loudness']:.1f} LUFS, gain {20 * np.log10(result['gain']):+.1f} dB"
         heard = f"{result['speech'] / 60:.1f} of {result['seconds'] / 60:.1f} minutes are speech"
         print(f"{result['source']}: {level}, {result['language']}, {heard}, {len(kept)} clips")
-    segments = [segment for result in results.values() for segment in result["segments"]]
-    lengths = [s.end - s.start for s in segments if not s.reason]
-    rejected = [s for s in segments if s.reason]
-    hours = sum(result["seconds"] for result in results.values()) / 3600
-    if not lengths:
-        reasons = Counter(s.reason for s in rejected).most_common(1) or [("no speech", 0)]
-        raise UserError(f"{out}: no clip could be kept: {reasons[0][0]}; see rejected.csv there")
-    mean = f"{min(lengths):.1f} to {max(lengths):.1f} s, {np.mean(lengths):.1f} on average"
-    print(f"kept     {sum(lengths) / 3600:.3f} of {hours:.3f} hours: {len(lengths)} clips, {mean}")
-    for reason, count in Counter(s.reason for s in rejected).most_common():
-        lost = sum(s.end - s.start for s in rejected if s.reason == reason)
-        print(f"rejected {count} ({lost:.0f} s): {reason}")
+    lengths = defaultdict(list)  # seconds of the segments, by reason to reject them
+    for segment in (segment for result in results for segment in result["segments"]):
+        lengths[segment.reason].append(segment.end - segment.start)
+    kept = lengths.pop("", [])
+    rejected = sorted(lengths.items(), key=lambda item: -len(item[1]))
+    if not kept:
+        reason = rejected[0][0] if rejected else "no speech"
+        raise UserError(f"{out}: no clip could be kept: {reason}; see rejected.csv there")
+    hours = sum(result["seconds"] for result in results) / 3600
+    mean = f"{min(kept):.1f} to {max(kept):.1f} s, {np.mean(kept):.1f} on average"
+    print(f"kept     {sum(kept) / 3600:.3f} of {hours:.3f} hours: {len(kept)} clips, {mean}")
+    for reason, lost in rejected:
+        print(f"rejected {len(lost)} ({sum(lost):.0f} s): {reason}")
     print(f"time     {spent:.0f} s, {3600 * hours / spent:.1f} × real time")
-    print(
-        f"wrote    {out}/metadata.csv, rejected.csv, cuts.png; next: python data/prepare.py {out}"
-    )
+    files = f"{out}/metadata.csv, rejected.csv, cuts.png"
+    print(f"wrote    {files}; next: python data/prepare.py {out}")
+
+
+def cut_all(recordings: dict, options, script: str | None) -> dict[str, dict]:
+    """Cuts the recordings, except those that an earlier run finished; returns all results."""
+    from tqdm import tqdm
+
+    results, tools, done = {}, None, 0.0
+    total = sum(seconds for _, seconds in recordings.values()) / 3600
+    form = "{l_bar}{bar}| {n:.2f} of {total:.2f} hours [{elapsed}<{remaining}]"
+    with tqdm(total=total, bar_format=form, disable=None) as bar:
+        for name, (path, seconds) in recordings.items():
+
+            def show(at, start=done):
+                bar.update(start + at / 3600 - bar.n)
+
+            results[name] = load_finished(name, options.out)
+            if results[name] is None:
+                tools = tools or load_tools(options)
+                results[name] = cut_recording(name, path, seconds, options, script, tools, show)
+            show(seconds)
+            done += seconds / 3600
+            write_tables(results, options.voice, options.out)
+    return results
 
 
 def main() -> None:
@@ -250,38 +265,10 @@ def main() -> None:
         raise UserError(f"{options.text}: no words in it")
     recordings = check_recordings(options.recordings)
     open_folder(options, recordings, script)
-    results = {name: load_finished(name, options.out) for name in recordings}
     begun = time.monotonic()
-    cut_all(recordings, results, options, script)
-    path, _ = next(iter(recordings.values()))
-    draw_cuts(path, next(iter(results.values())), options.out)
+    results = list(cut_all(recordings, options, script).values())
+    draw_cuts(options.recordings[0], results[0], options.out)
     print_summary(results, options.out, time.monotonic() - begun)
-
-
-def cut_all(recordings: dict, results: dict, options, script: str | None) -> None:
-    """Cuts the recordings that have no result yet; their results go into `results`."""
-    from tqdm import tqdm
-
-    tools = None if all(results.values()) else load_tools(options)
-    total = sum(seconds for _, seconds in recordings.values()) / 3600
-    form = "{l_bar}{bar}| {n:.2f} of {total:.2f} hours [{elapsed}<{remaining}]"
-    done = 0.0
-    with tqdm(total=total, bar_format=form, disable=None) as bar:
-        for name, (path, seconds) in recordings.items():
-            start = done
-
-            def show(at, start=start):
-                bar.update(start + at / 3600 - bar.n)
-
-            if results[name] is None:
-                results[name] = cut_recording(name, path, seconds, options, script, tools, show)
-            done += seconds / 3600
-            show(seconds)
-            write_tables(
-                {name: result for name, result in results.items() if result},
-                options.voice,
-                options.out,
-            )
 
 
 if __name__ == "__main__":

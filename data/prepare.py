@@ -12,11 +12,8 @@ import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from orpheus.audio import Sound
 from orpheus.batching import make_row, row_text, slots_used, split_rows, steps_per_epoch
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.doctor import Measures, Report, check_leave_out, draw_report
@@ -48,12 +45,12 @@ def make_rows(
     for clip, encoded in encode_clips(clips, settings, ids, codec):
         report.clips += 1
         try:
-            row, measures = build_row(clip, encoded, tokenizer, ids, settings)
+            row, measures, length = build_row(clip, encoded, tokenizer, ids, settings)
         except UserError as error:
             report.add_left_out(clip.source, error)
             continue
         report.cached += encoded.cached
-        if check_length(row, measures, report, ids, settings):
+        if check_length(row, measures, length, report, ids, settings.max_length):
             report.measures.append(measures)
             rows.append(row)
     if rows:
@@ -72,45 +69,40 @@ def make_rows(
 
 def build_row(
     clip: Clip, encoded, tokenizer, ids: SpeechIds, settings: Settings
-) -> tuple[dict, Measures]:
-    """The row of an `EncodedClip`, or the error that is in its place; and its measures."""
+) -> tuple[dict, Measures, int]:
+    """The row of an `EncodedClip`, or the error that is in its place; its measures and its length.
+
+    The length is in tokens, and that of the whole row where too_long "truncate" cuts it.
+    """
     if isinstance(encoded, UserError):
         raise encoded
     text, voice = row_text(clip, settings)
     row = encoded.row
     if row:
+        length = len(row["input_ids"])
         text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
     else:
         prompt = prompt_ids(tokenizer, ids, text, voice)
+        length = len(prompt) + SLOTS * encoded.sound.frames + 2
         row = make_row(prompt, encoded.codes, ids, settings)
     measures = Measures(clip.source, voice, text, encoded.sound, len(row["input_ids"]))
-    return row | {"text": text, "voice": voice}, measures
+    return row | {"text": text, "voice": voice}, measures, length
 
 
 def check_length(
-    row: dict, measures: Measures, report: Report, ids: SpeechIds, settings: Settings
+    row: dict, measures: Measures, length: int, report: Report, ids: SpeechIds, max_length: int
 ) -> bool:
     """Whether a row is trained on. One that is cut or dropped for its length is reported."""
-    input_ids, limit = row["input_ids"], settings.max_length
-    length = full_length(input_ids, measures.sound, ids, limit)
     report.lengths.append(length)
-    if length <= limit:
+    if length <= max_length:
         return True
-    has_speech = input_ids[-1] != ids.sos  # a prompt may fill the row by itself
-    truncated = ids.eos not in input_ids and has_speech and len(input_ids) <= limit
+    # A truncated row has no end token. A prompt may fill it by itself: then there is no speech.
+    truncated = ids.eos not in row["input_ids"] and row["input_ids"][-1] != ids.sos
     clips = report.truncated if truncated else report.dropped
     clips.append(f"{measures.source}: {length:,} tokens, {measures.sound.seconds:.1f} s")
     if not truncated:
         report.reasons["too long"] += 1
     return truncated
-
-
-def full_length(input_ids: np.ndarray, sound: Sound, ids: SpeechIds, max_length: int) -> int:
-    """Tokens of a row if nothing were cut off: its prompt, the frames of its sound, two ends."""
-    if ids.eos in input_ids and len(input_ids) <= max_length:
-        return len(input_ids)
-    prompt = int(np.argmax(input_ids == ids.sos)) + 1
-    return max(len(input_ids), prompt + SLOTS * sound.frames + 2)
 
 
 def check_any_left(rows: list[dict], report: Report, settings: Settings) -> None:

@@ -18,9 +18,10 @@ from orpheus.files import atomic_file
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE
 
-MAX_SECONDS = 600  # of one recording
+MAX_SECONDS = 600  # of a clip
+BLOCK_SECONDS = 60  # of a recording that are read at once
 MAX_PEAK = 10  # times full scale; a recording above that was saved with the wrong scale
-NEED_FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".wma")  # libsndfile does not read them
+NEED_FFMPEG = (".m4a", ".m4b", ".mp4", ".aac", ".webm", ".wma")  # libsndfile does not read them
 
 
 class ClipError(UserError):
@@ -47,64 +48,87 @@ def wav_data_bytes(file: BinaryIO) -> tuple[int, int] | None:
     return None
 
 
-def read_samples(file: BinaryIO, name: str | Path) -> tuple[np.ndarray, int, int]:
-    """Reads an open audio file: (samples,) mono at its own rate, the rate, the number of channels.
+@contextlib.contextmanager
+def open_audio(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
+    """Opens a recording in any format of libsndfile, from a file or its bytes.
 
-    Raises `ClipError` for a file that holds less audio than its header declares, as after a
-    download that broke off.
+    Raises `ClipError` for one that cannot be read, and for a wav that holds less audio than its
+    header declares, as after a download that broke off. Names the recording in any `ClipError` that
+    is raised while it is open.
     """
-    declared, held = wav_data_bytes(file) or (0, 0)
-    file.seek(0)
-    with soundfile.SoundFile(file) as sound:
-        rate, channels, frames = sound.samplerate, sound.channels, sound.frames
-        if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-            fault = "its header does not say how long it is; convert it to wav"
-            raise ClipError(f"{name}: {fault}", "unreadable")
-        if frames > MAX_SECONDS * rate:
-            fault = f"{frames / rate:.0f} s long; cut it into sentences"
-            raise ClipError(f"{name}: {fault}", "too long")
+    if isinstance(source, Path) and not os.path.isfile(source):
+        kind = "folder" if os.path.isdir(source) else "pipe or a device"
+        fault = f"is a {kind}, not an audio file" if os.path.exists(source) else "does not exist"
+        raise ClipError(f"{source} {fault}", "no such file")
+    name = "its audio" if isinstance(source, bytes) else source
+    try:
+        if isinstance(source, Path) and source.suffix.lower() in NEED_FFMPEG:
+            remedy = f"ffmpeg -i {source.name} {source.with_suffix('.flac').name}"
+            raise ClipError(f"cannot be read here; convert it: {remedy}", "unreadable")
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            declared, held = wav_data_bytes(file) or (0, 0)
+            file.seek(0)
+            with soundfile.SoundFile(file) as sound:
+                if sound.frames == 2**63 - 1:  # a FLAC that was written into a pipe
+                    fault = "its header does not say how long it is; convert it to wav"
+                    raise ClipError(fault, "unreadable")
+                if declared > held > 0:
+                    check_whole(round(sound.frames * declared / held), sound.frames, sound)
+                yield sound
+    except ClipError as error:
+        raise ClipError(f"{name}: {error}", error.reason) from None
+    except (soundfile.LibsndfileError, OSError) as error:
+        reason = getattr(error, "error_string", None) or error.strerror
+        fault = f"{name}: not audio that libsndfile reads: {reason}"
+        raise ClipError(fault, "unreadable") from None
+
+
+def check_whole(declared: int, held: int, sound: soundfile.SoundFile) -> None:
+    """`ClipError` if a file holds fewer samples than its header declares, by over 0.1 s."""
+    rate = sound.samplerate
+    if declared - held > rate / 10:
+        sizes = f"the header says {declared / rate:.1f} s, the file holds {held / rate:.1f} s"
+        raise ClipError(f"cut short: {sizes}; copy it again", "cut short")
+
+
+def read_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """Yields an open recording a minute at a time: (samples,) mono; the last block is shorter.
+
+    Raises `ClipError` where it is cut short or damaged, and for samples that are not numbers or far
+    over full scale.
+    """
+    size, last = BLOCK_SECONDS * sound.samplerate, False
+    while not last:
         try:
-            audio = sound.read(dtype="float32", always_2d=True).mean(axis=1)
+            block = sound.read(size, dtype="float32", always_2d=True).mean(axis=1)
         except soundfile.LibsndfileError as error:
-            fault = f"cut short or damaged: the header says {frames / rate:.1f} s"
-            raise ClipError(f"{name}: {fault}: {error.error_string}", "cut short") from None
-    frames = round(len(audio) * declared / held) if declared > held > 0 else frames
-    if frames - len(audio) > rate / 10:
-        sizes = f"the header says {frames / rate:.1f} s, the file holds {len(audio) / rate:.1f} s"
-        raise ClipError(f"{name}: cut short: {sizes}", "cut short")
-    return audio, rate, channels
+            fault = f"the header says {sound.frames / sound.samplerate:.1f} s: {error.error_string}"
+            raise ClipError(f"cut short or damaged: {fault}; copy it again", "cut short") from None
+        last = len(block) < size
+        if last:
+            check_whole(sound.frames, sound.tell(), sound)
+        if not np.isfinite(block).all():
+            raise ClipError("samples that are not numbers (NaN or infinite)", "unreadable")
+        if (peak := np.abs(block).max(initial=0)) > MAX_PEAK:
+            fault = f"samples of up to {peak:.3g}, far over full scale (1.0); scale it down"
+            raise ClipError(fault, "far over full scale")
+        yield block
 
 
 def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
-    """Reads a recording in any format of libsndfile, from a file or its bytes.
+    """Reads a clip's recording, from a file or its bytes.
 
     Returns (samples,) at 24 kHz, mono, float32; the recording's own rate and number of channels.
     Raises `ClipError` for a recording that cannot be used, with what to do about it.
     """
-    name = "its audio" if isinstance(source, bytes) else source
-    if isinstance(source, Path) and not os.path.isfile(source):
-        fault = "is a folder, not an audio file" if os.path.isdir(source) else "does not exist"
-        raise ClipError(f"{name} {fault}", "no such file")
-    if isinstance(source, Path) and source.suffix.lower() in NEED_FFMPEG:
-        wav = source.with_suffix(".wav").name
-        fault = f"cannot be read here; convert it: ffmpeg -i {source.name} {wav}"
-        raise ClipError(f"{name}: {fault}", "unreadable")
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            audio, rate, channels = read_samples(file, name)
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = getattr(error, "error_string", None) or error.strerror
-        fault = f"not audio that libsndfile reads: {reason}"
-        raise ClipError(f"{name}: {fault}", "unreadable") from None
-    if not np.isfinite(audio).all():
-        raise ClipError(f"{name}: samples that are not numbers (NaN or infinite)", "unreadable")
-    if (peak := np.abs(audio).max(initial=0)) > MAX_PEAK:
-        fault = f"samples of up to {peak:.3g}, far over full scale (1.0)"
-        raise ClipError(f"{name}: {fault}; scale it down", "far over full scale")
-    audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    if not len(audio):
-        raise ClipError(f"{name}: no samples in it", "unreadable")
-    return audio, rate, channels
+    with open_audio(source) as sound:
+        rate = sound.samplerate
+        if sound.frames > MAX_SECONDS * rate:
+            raise ClipError(f"{sound.frames / rate:.0f} s long; cut it into sentences", "too long")
+        audio = soxr.resample(np.concatenate(list(read_blocks(sound))), rate, SAMPLE_RATE)
+        if not len(audio):
+            raise ClipError("no samples in it", "unreadable")
+    return audio, rate, sound.channels
 
 
 class Sound(NamedTuple):

@@ -13,14 +13,7 @@ from typing import Any, NamedTuple
 from orpheus.audio import NEED_FFMPEG, ClipError
 from orpheus.hub import is_hub_id
 from orpheus.settings import Settings, UserError, first_reason, read_text
-from orpheus.tables import (
-    AUDIO_COLUMNS,
-    TEXT_COLUMNS,
-    VOICE_COLUMNS,
-    column_key,
-    read_json_rows,
-    read_table,
-)
+from orpheus.tables import TOKEN_COLUMNS, find_columns, read_json_rows, read_table
 
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
@@ -202,17 +195,7 @@ def clips_of_rows(
 
     `table` names the rows in messages; `home` is the folder of the audio files, if it is local.
     """
-    columns, found = list(columns), {}
-    tokens = next((name for name in ("input_ids", "codes") if name in columns), None)
-    if tokens != "input_ids":
-        found["text"] = find_column(columns, settings.text_column, TEXT_COLUMNS, table)
-    if tokens is None:
-        found["audio"] = find_column(columns, settings.audio_column, AUDIO_COLUMNS, table)
-    voice = settings.voice_column
-    if voice or not {column_key(name) for name in columns}.isdisjoint(VOICE_COLUMNS):
-        found["voice"] = find_column(columns, voice, VOICE_COLUMNS, table)
-    if tokens:
-        found["tokens"] = tokens
+    found = find_columns(table, list(columns), settings)
 
     def read_row(number: int, row: dict) -> Clip:
         source = f"{printable(table.name)} row {number}"
@@ -222,18 +205,6 @@ def clips_of_rows(
             return Clip(source, error=error)
 
     return itertools.starmap(read_row, rows)
-
-
-def find_column(columns, wanted: str | None, names: tuple[str, ...], table: Path) -> str:
-    """The column that a key names, or the first of the conventional names that is there."""
-    keys = {column_key(name): name for name in columns}
-    for name in (wanted,) if wanted else names:
-        if name in columns:
-            return name
-        if column_key(name) in keys:
-            return keys[column_key(name)]
-    there = ", ".join(sorted(map(str, columns)))
-    raise UserError(f"{table}: no column {wanted or ' or '.join(names)}; there are: {there}")
 
 
 def clip_of_row(
@@ -254,8 +225,7 @@ def clip_of_row(
         return Clip(source, audio, text, voice)
     if row.get(columns["tokens"]) is None:
         raise ClipError(f"no {columns['tokens']} in this row")
-    names = ("codes",) if columns["tokens"] == "codes" else ("input_ids", "labels")
-    return Clip(source, audio, text, voice, {name: row[name] for name in names if name in row})
+    return Clip(source, audio, text, voice, {n: row[n] for n in TOKEN_COLUMNS if n in row})
 
 
 def check_text(value: Any, column: str | None, is_voice: bool = False) -> str | None:

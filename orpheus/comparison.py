@@ -150,19 +150,16 @@ def save_table(folder: Path, title: str, notes: list[str], results: dict) -> Non
 
 def draw_rows(rows: list[dict], title: str, path: Path) -> None:
     """Draws a panel for each score."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
+    rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
     names = [name for name in COLUMNS if any(name in row["figures"] for row in rows)]
     across = min(len(names), 4)
     down = -(-len(names) // across)
     size = 2.4 * across + 2.5, (0.3 * len(rows) + 0.8) * down + 0.5
-    figure, panels = pyplot.subplots(
-        down, across, figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False)
     for panel in panels.flat[len(names) :]:
         panel.set_visible(False)
     for name, panel in zip(names, panels.flat, strict=False):
@@ -173,7 +170,6 @@ def draw_rows(rows: list[dict], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     with atomic_file(path) as part:
         figure.savefig(part, dpi=100, format="png")
-    pyplot.close(figure)
 
 
 def draw_score(panel, name: str, rows: list[dict]) -> None:

@@ -277,13 +277,12 @@ def check_leave_out(settings: Settings) -> None:
 
 def draw_report(report: Report, path: Path) -> None:
     """Draws how long the clips are, and their seconds over their characters by voice."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.hist([clip.sound.seconds for clip in report.measures], bins=40)
     left.set(xlabel="seconds", ylabel="clips", title=f"{report.dataset}: length of clips")
     for voice in report.voices or [""]:
@@ -295,4 +294,3 @@ def draw_report(report: Report, path: Path) -> None:
         right.legend()
     with atomic_file(path) as part:
         figure.savefig(part, dpi=100, format="png")
-    pyplot.close(figure)

@@ -24,21 +24,7 @@ from orpheus.files import make_folder, write_text
 from orpheus.hub import fetch
 from orpheus.models import device
 from orpheus.settings import Settings, UserError, read_json
-from orpheus.tokens import (
-    FRAME_SAMPLES,
-    SAMPLE_RATE,
-    SLOTS,
-    SpeechIds,
-    check_labels,
-    check_row,
-    ids_to_codes,
-    read_codes,
-)
-
-# A part of the cache's key. These words name the fields of an earlier layout; as long as an entry
-# holds the same, they must stay, or every clip would be encoded anew.
-CACHE_FORMAT = ("where", "voice", "text", "digest", "rate", "channels", "seconds", "silence")
-CACHE_FORMAT += ("level", "clipped", "offset", "tokens")
+from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, SpeechIds, check_row, read_codes
 
 
 @dataclass
@@ -75,17 +61,15 @@ def open_cache(settings: Settings) -> Path | None:
         return None
     make_folder(settings.cache_dir, "cache_dir")
     trimming = settings.keep_silence, settings.silence_db
-    digest = hashlib.sha256(repr((trimming, CACHE_FORMAT)).encode())
+    digest = hashlib.sha256(repr((trimming, Sound._fields)).encode())
     folder = fetch(settings.codec, CODEC_FILES)
     try:
         for name in CODEC_FILES:
             digest.update((folder / name).read_bytes())
-        cache = Path(settings.cache_dir, digest.hexdigest()[:16])
-        cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = "set --cache_dir, or --codec to a SNAC codec's folder"
+        remedy = "set --codec to a SNAC codec's folder"
         raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from None
-    return cache
+    return Path(settings.cache_dir, digest.hexdigest()[:16])
 
 
 def find_cache_file(audio: Path | bytes, cache: Path | None) -> Path | None:
@@ -111,17 +95,15 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
     try:
         values = json.loads(path.read_bytes())
         codes = read_codes(values.pop("codes"), codebook_size)
-        if {name: type(value) for name, value in values.items()} != Sound.__annotations__:
-            return None
         sound = Sound(**values)
-        frames = sound.frames
-    except (OSError, ValueError, OverflowError, RecursionError):
+        typed = {name: type(value) for name, value in values.items()} == Sound.__annotations__
+        finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
+        enough = min(sound.frames, max_frames) <= len(codes) <= sound.frames
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError):
         return None
-    except (AttributeError, KeyError, TypeError):  # JSON, but no object with a list of codes
+    except (TypeError, ValueError):  # JSON of another shape, or none
         return None
-    finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
-    enough = min(frames, max_frames) <= len(codes) <= frames
-    return EncodedClip(sound, codes, cached=True) if finite and enough else None
+    return EncodedClip(sound, codes, cached=True) if typed and finite and enough else None
 
 
 # ---------------------------------------------------------------- clips
@@ -156,15 +138,10 @@ def load_clip(
 
 def load_pretokenized(columns: dict, ids: SpeechIds) -> EncodedClip:
     """A clip that was tokenised elsewhere; `UserError` for codes or ids that are not Orpheus's."""
-    row = None if "codes" in columns else check_row(columns, ids)
-    if row:
-        speech = row["input_ids"].tolist()
-        codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
-        if not len(codes):
-            raise UserError("no frame between its SOS and EOS")
-        check_labels(**row)
+    if "input_ids" in columns:
+        row, codes = check_row(columns, ids)
     else:
-        codes = read_codes(columns["codes"], ids.codebook_size)
+        row, codes = None, read_codes(columns["codes"], ids.codebook_size)
     digest = hashlib.sha256(codes.tobytes()).hexdigest()
     sound = Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
     return EncodedClip(sound, codes, row=row)

@@ -12,110 +12,18 @@ second call speaks only what is new.
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from orpheus.comparison import CODEC, make_rows, save_table
+from orpheus.comparison import make_rows, save_table
 from orpheus.files import make_folder, write_text
-from orpheus.hub import MODEL_FILES, fetch
-from orpheus.options import (
-    Parser,
-    add_run_options,
-    add_whisper_option,
-    overrides,
-    parse_options,
-    read_texts,
-)
+from orpheus.options import Parser, overrides
 from orpheus.output import MANIFEST, record_files, save_card
 from orpheus.settings import RUN_KEYS, UserError, read_text, run
-from orpheus.speakers import (
-    Corpus,
-    Line,
-    Speaker,
-    decoded,
-    read_corpus,
-    read_general,
-    read_wavs,
-    recorded,
-    spoken,
-    spread,
-)
-
-
-def choose_lines(info, voice, arguments, notes: list[str]) -> tuple[list[Line], Corpus]:
-    """The lines to say, and the corpus; `notes` gets what it lacks.
-
-    Texts of --file take the place of the others.
-    """
-    corpus = Corpus()
-    if info.home:
-        try:
-            corpus = read_corpus(info, voice)
-        except UserError as error:
-            notes.append(f"The run's recordings cannot be read: {error}.")
-    if arguments.file:
-        texts, recordings = read_texts([], arguments.file)
-        recordings = recordings or [None] * len(texts)
-        lines = [Line(t, "given", r) for t, r in zip(texts, recordings, strict=True)]
-        corpus.references = corpus.references or [
-            line.recording for line in lines if line.recording
-        ]
-        return lines, corpus
-    held_out = spread(corpus.held_out, arguments.texts)
-    if not any(line.recording for line in held_out):
-        notes.append("No recording is held out: there is no row of recordings, and no floor.")
-    if (language := info.settings.language) == "en":
-        return held_out + read_general(corpus.tags), corpus
-    notes.append(f"The general texts are English, the voice's language is {language}: left out.")
-    return held_out, corpus
-
-
-def list_recorded(lines, corpus: Corpus, settings, codec) -> list[Speaker]:
-    """Speakers without a model: the recordings, the same through the codec, and another voice."""
-    recordings = [line for line in lines if line.recording]
-    if not recordings:
-        return []
-    count = len(recordings)
-    speakers = [
-        Speaker("recordings", count, recorded(recordings, settings)),
-        Speaker(CODEC, count, decoded(recordings, settings, codec)),
-    ]
-    if corpus.others:
-        name, others = next(iter(corpus.others.items()))
-        others = [line._replace(kind=recordings[0].kind) for line in spread(others, count)]
-        speakers.append(Speaker(f"another voice: {name}", len(others), recorded(others, settings)))
-    return speakers
-
-
-def list_models(info, voice, lines, codec, arguments, out: Path, notes: list[str]) -> list[Speaker]:
-    """Speakers of the lines: the base, the models of --model, and the folders of --wavs."""
-    from orpheus.run_info import choose_voice, load_run_info
-
-    models = [("fine-tune" if info.home else str(info.folder), info, voice)]
-    if info.home:
-        try:
-            base = fetch(info.settings.model, MODEL_FILES)
-            models.insert(0, ("base", dataclasses.replace(info, folder=base), voice))
-        except UserError as error:
-            notes.append(f"There is no row of the base: {error}.")
-    for model in (arguments.model or ())[1:]:
-        other = load_run_info(model, overrides(arguments), config=arguments.config)
-        other.settings = other.settings.replace(best_of=1)
-        models.append((model, other, choose_voice(arguments.voice or voice, other)))
-    speakers = []
-    for name, model, model_voice in models:
-        sounds = spoken(model, model_voice, lines, arguments.seeds, codec, out / "spoken")
-        speakers.append(Speaker(name, len(lines) * arguments.seeds, sounds))
-    for folder in arguments.wavs or ():
-        count = sum((Path(folder) / f"{n + 1:03}.wav").is_file() for n in range(len(lines)))
-        if not count:
-            raise UserError(f"{folder}: no 001.wav …, one for each line of {out / 'texts.txt'}")
-        speakers.append(Speaker(folder, count, read_wavs(lines, Path(folder))))
-    return speakers
+from orpheus.speakers import Speaker, choose_lines, list_models, list_recorded
 
 
 def measure_speakers(speakers: list[Speaker], pace: float | None, judges) -> list[dict]:
@@ -187,9 +95,9 @@ def read_arguments() -> argparse.Namespace:
     words = "how often each model says each text (3)"
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help=words)
     parser.add_argument("--out", metavar="FOLDER", help="folder (the run's evaluation/)")
-    add_whisper_option(parser)
-    add_run_options(parser, [name for name in RUN_KEYS if name != "best_of"])
-    arguments = parse_options(parser)
+    parser.add_whisper_option()
+    parser.add_run_options([name for name in RUN_KEYS if name != "best_of"])
+    arguments = parser.parse_options()
     for name in ("texts", "seeds"):
         if getattr(arguments, name) < 1:
             raise UserError(f"command line: --{name} must be 1 or more")

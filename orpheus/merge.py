@@ -14,7 +14,7 @@ from pathlib import Path
 from orpheus.cards import base_name, card_sections, find_sample, model_card
 from orpheus.files import atomic_folder, write_text
 from orpheus.hub import is_adapter
-from orpheus.options import Parser, add_run_options, overrides, parse_options
+from orpheus.options import Parser, overrides
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError, run
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", metavar="RUN", help="adapter or checkpoint of finetune.py")
     parser.add_argument("out", metavar="FOLDER", help="new folder for the merged model")
-    add_run_options(parser, keys=("codec",))
-    arguments = parse_options(parser)
+    parser.add_run_options(keys=("codec",))
+    arguments = parser.parse_options()
     from orpheus.run_info import choose_voice, load_run_info
 
     info = load_run_info(arguments.model, overrides(arguments), config=arguments.config)

@@ -1,13 +1,12 @@
 """Command lines: settings as options; what infer.py, orpheus.page and orpheus.merge share."""
 
 import argparse
-import csv
-import io
 import json
 import textwrap
 from pathlib import Path
 from typing import get_args
 
+from orpheus.clips import read_manifest
 from orpheus.hub import absolute_path_or_hub_id
 from orpheus.keys import GROUPS, Settings
 from orpheus.settings import (
@@ -42,6 +41,41 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"command line: {message}")
 
+    def add_run_options(self, keys=RUN_KEYS) -> None:
+        """Adds --voice, --config, and settings that replace those of the run."""
+        self.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
+        self.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+        for name in keys:
+            field = Settings.model_fields[name]
+            switch = field.annotation is bool
+            kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
+            words = f"{field.description} (the run's)"
+            self.add_argument(f"--{name}", help=words, **kind)
+
+    def add_scoring_options(self) -> None:
+        words = "print scores by every judge that is installed"
+        self.add_argument("--score", action="store_true", help=words)
+        self.add_whisper_option()
+
+    def add_whisper_option(self) -> None:
+        words = "faster-whisper's model: its size or folder (base)"
+        self.add_argument("--whisper", metavar="…", help=words)
+
+    def parse_options(self) -> argparse.Namespace:
+        """The command line; `UserError` for an empty value, and for mistakes in --config's file."""
+        arguments = self.parse_args()
+        for name, value in vars(arguments).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and name != "texts" and not text.strip():
+                    remedy = "give a value, or leave it out"
+                    raise UserError(f"command line: --{name} is empty; {remedy}")
+            check_strings(name if name == "texts" else f"--{name}", value, "command line")
+        if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
+            raise UserError("command line: --whisper needs --score")
+        if arguments.config:
+            read_settings(arguments.config)
+        return arguments
+
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
@@ -61,44 +95,6 @@ def read_command_line(description: str) -> Settings:
     return read_settings(known.config, overrides)
 
 
-def add_run_options(parser: Parser, keys=RUN_KEYS) -> None:
-    """Adds --voice, --config, and settings that replace those of the run."""
-    parser.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
-    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
-    for name in keys:
-        field = Settings.model_fields[name]
-        switch = field.annotation is bool
-        kind = {"action": "store_const", "const": "true"} if switch else {"metavar": "…"}
-        words = f"{field.description} (the run's)"
-        parser.add_argument(f"--{name}", help=words, **kind)
-
-
-def add_scoring_options(parser: Parser) -> None:
-    words = "print scores by every judge that is installed"
-    parser.add_argument("--score", action="store_true", help=words)
-    add_whisper_option(parser)
-
-
-def add_whisper_option(parser: Parser) -> None:
-    words = "faster-whisper's model: its size or folder (base)"
-    parser.add_argument("--whisper", metavar="…", help=words)
-
-
-def parse_options(parser: Parser) -> argparse.Namespace:
-    """The command line; `UserError` for an empty value, and for mistakes in the file --config."""
-    arguments = parser.parse_args()
-    for name, value in vars(arguments).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and name != "texts" and not text.strip():
-                raise UserError(f"command line: --{name} is empty; give a value, or leave it out")
-        check_strings(name if name == "texts" else f"--{name}", value, "command line")
-    if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
-        raise UserError("command line: --whisper needs --score")
-    if arguments.config:
-        read_settings(arguments.config)
-    return arguments
-
-
 def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     """The settings of a run that the command line gives, as `load_run_info` takes them."""
     given = {name: getattr(arguments, name, None) for name in RUN_KEYS}
@@ -106,23 +102,9 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return given | ({"codec": absolute_path_or_hub_id(given["codec"])} if "codec" in given else {})
 
 
-def read_table(path: str) -> list[dict[str, str]]:
-    """Rows with a file_name and a text, separated by whatever the header is separated by."""
-    text = read_text(path)
-    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
-    table = csv.DictReader(io.StringIO(text), delimiter=separator)
-    try:
-        table.fieldnames = [
-            name.strip().lower().replace(" ", "_") for name in table.fieldnames or ()
-        ]
-        rows = list(table)
-    except csv.Error as error:
-        raise UserError(f"{path}: not a table that can be read: {error}") from None
-    if not all(row.get("file_name") and row.get("text") for row in rows):
-        raise UserError(
-            f"{path}: every row needs a text and a file_name, columns of the first line"
-        )
-    return rows
+# For a table whose columns have their usual names, with recordings anywhere.
+ANY_TABLE = dict.fromkeys(("audio_column", "text_column", "voice_column"), "null")
+ANY_TABLE |= {"absolute_paths": "true"}
 
 
 def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path]]:
@@ -136,9 +118,12 @@ def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path
     if suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{source}: give a metadata.csv, or a .txt of one text a line")
     if suffix in (".csv", ".tsv"):
-        rows = read_table(source)
-        texts = [row["text"] for row in rows]
-        recordings = [Path(source).parent / row["file_name"] for row in rows]
+        clips = list(read_manifest(Path(source), read_settings(overrides=ANY_TABLE)))
+        for clip in clips:
+            if clip.error or not (clip.text and clip.audio):
+                fault = clip.error or "it needs a text and a file_name, columns of the first line"
+                raise UserError(f"{Path(source).with_name(clip.source)}: {fault}")
+        texts, recordings = [clip.text for clip in clips], [clip.audio for clip in clips]
     elif file:
         texts = [line for line in read_text(source).splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):

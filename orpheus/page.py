@@ -16,14 +16,7 @@ import numpy as np
 
 from orpheus.audio import read_audio, to_int16, wav_header
 from orpheus.files import atomic_file
-from orpheus.options import (
-    Parser,
-    add_run_options,
-    add_scoring_options,
-    overrides,
-    parse_options,
-    read_texts,
-)
+from orpheus.options import Parser, overrides, read_texts
 from orpheus.settings import read_text, run
 from orpheus.tokens import SAMPLE_RATE
 
@@ -104,9 +97,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FOLDER", default="page", help="folder (page)")
     words = "shuffle the columns of each line and hide their names until a click"
     parser.add_argument("--blind", action="store_true", help=words)
-    add_scoring_options(parser)
-    add_run_options(parser)
-    return parse_options(parser)
+    parser.add_scoring_options()
+    parser.add_run_options()
+    return parser.parse_options()
 
 
 def main() -> None:

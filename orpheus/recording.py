@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import soxr
 
 from orpheus.align import Word
-from orpheus.audio import MAX_PEAK, NEED_FFMPEG, wav_data_bytes
-from orpheus.settings import UserError, check_regular, first_reason
+from orpheus.audio import BLOCK_SECONDS, ClipError, open_audio, read_blocks
+from orpheus.settings import UserError, first_reason
 from orpheus.tokens import SAMPLE_RATE
 
 SPEECH_RATE = 16_000  # Hz, what Silero and Whisper take
@@ -22,62 +23,28 @@ LOUDNESS, PEAK = -20.0, -1.0  # LUFS integrated, dBFS: what a recording is broug
 
 
 def check_recording(path: Path) -> float:
-    """Seconds of a recording; `UserError` if it is none that can be read in blocks."""
-    import soundfile
-
-    if not path.is_file():
-        check_regular(path)
-        raise UserError(f"{path}: does not exist")
-    if path.suffix.lower() in (*NEED_FFMPEG, ".m4b"):
-        remedy = f"ffmpeg -i {path.name} {path.with_suffix('.flac').name} makes it a flac"
-        raise UserError(f"{path}: not read here; {remedy}")
-    try:
-        with path.open("rb") as file:
-            declared, held = wav_data_bytes(file) or (0, 0)
-        with soundfile.SoundFile(path) as sound:
-            rate, frames = sound.samplerate, sound.frames
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = getattr(error, "error_string", None) or error.strerror
-        raise UserError(f"{path}: not audio that libsndfile reads: {reason}") from None
-    if frames == 2**63 - 1:  # a FLAC that was written into a pipe
-        raise UserError(f"{path}: its header does not say how long it is; make it a wav")
-    if declared > held:
-        sizes = f"the header says {declared:,} bytes of sound, the file holds {held:,}"
-        raise UserError(f"{path}: cut short: {sizes}; copy it again")
-    if not frames:
-        raise UserError(f"{path}: no samples in it")
-    return frames / rate
+    """Seconds of a recording; `ClipError` if it cannot be read."""
+    with open_audio(path) as sound:
+        if not sound.frames:
+            raise ClipError("no samples in it", "unreadable")
+        return sound.frames / sound.samplerate
 
 
-def read_blocks(path: Path, rate: int) -> Iterator[np.ndarray]:
+def resampled_blocks(path: Path, rate: int) -> Iterator[np.ndarray]:
     """Yields a recording a minute at a time: (samples,) mono at `rate`.
 
-    Raises `UserError` for a recording that is shorter than its header says, or whose samples are
-    not numbers or far over full scale.
+    Raises `ClipError` as `read_blocks` does.
     """
-    import soundfile
-    import soxr
-
-    try:
-        with soundfile.SoundFile(path) as sound:
-            resampler = soxr.ResampleStream(sound.samplerate, rate, 1)
-            size, last = 60 * sound.samplerate, False
-            while not last:
-                block = sound.read(size, dtype="float32", always_2d=True).mean(axis=1)
-                last = len(block) < size
-                if not np.abs(block).max(initial=0) <= MAX_PEAK:  # NaN compares false
-                    fault = "samples that are not numbers, or far over full scale (1.0)"
-                    raise UserError(f"{path}: {fault}; export it again")
-                if last and sound.frames - sound.tell() > sound.samplerate / 10:
-                    raise soundfile.LibsndfileError(0, "it ends before its header says")
-                yield resampler.resample_chunk(block, last=last)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cut short or damaged: {error}; copy it again") from None
+    with open_audio(path) as sound:
+        resampler = soxr.ResampleStream(sound.samplerate, rate, 1)
+        for block in read_blocks(sound):
+            last = len(block) < BLOCK_SECONDS * sound.samplerate
+            yield resampler.resample_chunk(block, last=last)
 
 
 def read_spans(path: Path, rate: int, spans: Iterable) -> Iterator[np.ndarray]:
     """Yields the samples, mono at `rate`, of each (start, end); the starts ascend."""
-    blocks, buffer, offset = read_blocks(path, rate), np.empty(0, np.float32), 0
+    blocks, buffer, offset = resampled_blocks(path, rate), np.empty(0, np.float32), 0
     for start, end in spans:
         first, last = round(start * rate), round(end * rate)
         while offset + len(buffer) < last and (block := next(blocks, None)) is not None:
@@ -104,7 +71,7 @@ def measure_level(path: Path) -> tuple[float, float]:
     10 LU below their mean.
     """
     blocks, peak = [], 0.0
-    for audio in read_blocks(path, SAMPLE_RATE):
+    for audio in resampled_blocks(path, SAMPLE_RATE):
         blocks += block_loudness(audio)
         peak = max(peak, float(np.abs(audio).max(initial=0)))
     power = 10 ** (np.array([level for level in blocks if level >= -70]) / 10)

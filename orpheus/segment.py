@@ -40,7 +40,9 @@ def find_speech(probabilities: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """
     changes = np.flatnonzero(np.diff(np.pad(probabilities >= QUIET, 1))).reshape(-1, 2)
     runs = [run for run in changes if probabilities[slice(*run)].max() >= SPEECH]
-    runs = np.array(advance_starts(runs, levels)).reshape(-1, 2) * STEP / SPEECH_RATE
+    if not runs:
+        return np.empty((0, 2))
+    runs = np.array(advance_starts(runs, levels)) * STEP / SPEECH_RATE
     runs = join_runs(runs, runs[1:, 0] - runs[:-1, 1] < SHORTEST_PAUSE)
     return runs[runs[:, 1] - runs[:, 0] > 0.1]  # shorter: a click
 
@@ -50,8 +52,6 @@ def advance_starts(runs: list, levels: np.ndarray) -> list[tuple[int, int]]:
 
     After silence or music Silero was seen to notice a voice up to 0.3 s late.
     """
-    if not runs:
-        return []
     usual = np.median(np.concatenate([levels[slice(*run)] for run in runs]))
     advanced, last = [], 0
     for start, end in runs:
@@ -64,8 +64,6 @@ def advance_starts(runs: list, levels: np.ndarray) -> list[tuple[int, int]]:
 
 def join_runs(runs: np.ndarray, joined: np.ndarray) -> np.ndarray:
     """The runs with those after which `joined` is true made one with the next."""
-    if not len(runs):
-        return runs
     starts, ends = runs[np.r_[True, ~joined], 0], runs[np.r_[~joined, True], 1]
     return np.stack([starts, ends], axis=1)
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ import numpy as np
 from orpheus.audio import measure_clip, read_audio
 from orpheus.batching import row_text
 from orpheus.clips import read_clips
+from orpheus.comparison import CODEC
 from orpheus.files import write_text
-from orpheus.hub import find_base, is_adapter
+from orpheus.hub import MODEL_FILES, fetch, find_base, is_adapter
+from orpheus.options import overrides, read_texts
 from orpheus.runs import SAVED_REPORT
-from orpheus.settings import SPEAKING, read_json, read_text
+from orpheus.settings import SPEAKING, UserError, read_json, read_text
 from orpheus.tokens import TAG
 
 TEXTS = Path(__file__).with_name("evaluation_texts.txt")
@@ -100,6 +103,30 @@ def spread(lines: list, count: int) -> list:
     return [lines[n * len(lines) // count] for n in range(count)] if len(lines) > count else lines
 
 
+def choose_lines(info, voice, arguments, notes: list[str]) -> tuple[list[Line], Corpus]:
+    """The lines to say, and the corpus; `notes` gets what it lacks.
+
+    Texts of --file take the place of the others.
+    """
+    corpus = Corpus()
+    if info.home:
+        try:
+            corpus = read_corpus(info, voice)
+        except UserError as error:
+            notes.append(f"The run's recordings cannot be read: {error}.")
+    if arguments.file:
+        texts, recordings = read_texts([], arguments.file)
+        corpus.references = corpus.references or recordings
+        return [Line(t, "given", r) for t, r in zip_longest(texts, recordings)], corpus
+    held_out = spread(corpus.held_out, arguments.texts)
+    if not any(line.recording for line in held_out):
+        notes.append("No recording is held out: there is no row of recordings, and no floor.")
+    if (language := info.settings.language) == "en":
+        return held_out + read_general(corpus.tags), corpus
+    notes.append(f"The general texts are English, the voice's language is {language}: left out.")
+    return held_out, corpus
+
+
 # ---------------------------------------------------------------- speakers
 
 
@@ -152,18 +179,62 @@ def spoken(
     folder = folder / f"{name}-{fingerprint(info, voice)}"
     ended = read_json(folder / "ended.json") if (folder / "ended.json").is_file() else {}
     model = None
+    names = {line.text: hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines}
     for seed in range(info.settings.seed, info.settings.seed + seeds):
-        names = [hashlib.sha256(line.text.encode()).hexdigest()[:12] for line in lines]
-        paths = [folder / f"{seed}-{name}.wav" for name in names]
-        missing = [path for path in paths if path.name not in ended or not path.is_file()]
+        paths = {text: folder / f"{seed}-{name}.wav" for text, name in names.items()}
+        missing = [t for t, path in paths.items() if path.name not in ended or not path.is_file()]
         if missing:
             model = model or load_run(info)
-            texts = [lines[paths.index(path)].text for path in missing]
             settings = info.settings.replace(seed=seed)
-            speech = synthesize(texts, *model, codec, settings, voice, info.pace)
-        for line, path in zip(lines, paths, strict=True):
-            if path in missing:
+            speech = synthesize(missing, *model, codec, settings, voice, info.pace)
+        for line in lines:
+            path = paths[line.text]
+            if line.text in missing:
                 rows = save_speech(speech, path, keep=False, quiet=True)[1]
                 ended[path.name] = all(row.end == BY_ITSELF for row in rows)
                 write_text(folder / "ended.json", json.dumps(ended, indent=1))
             yield Sound(line, read_audio(path)[0], seed, ended[path.name])
+
+
+def list_recorded(lines, corpus: Corpus, settings, codec) -> list[Speaker]:
+    """Speakers without a model: the recordings, the same through the codec, and another voice."""
+    recordings = [line for line in lines if line.recording]
+    if not recordings:
+        return []
+    count = len(recordings)
+    speakers = [
+        Speaker("recordings", count, recorded(recordings, settings)),
+        Speaker(CODEC, count, decoded(recordings, settings, codec)),
+    ]
+    if corpus.others:
+        name, others = next(iter(corpus.others.items()))
+        others = [line._replace(kind=recordings[0].kind) for line in spread(others, count)]
+        speakers.append(Speaker(f"another voice: {name}", len(others), recorded(others, settings)))
+    return speakers
+
+
+def list_models(info, voice, lines, codec, arguments, out: Path, notes: list[str]) -> list[Speaker]:
+    """Speakers of the lines: the base, the models of --model, and the folders of --wavs."""
+    from orpheus.run_info import choose_voice, load_run_info
+
+    models = [("fine-tune" if info.home else str(info.folder), info, voice)]
+    if info.home:
+        try:
+            base = fetch(info.settings.model, MODEL_FILES)
+            models.insert(0, ("base", dataclasses.replace(info, folder=base), voice))
+        except UserError as error:
+            notes.append(f"There is no row of the base: {error}.")
+    for model in (arguments.model or ())[1:]:
+        other = load_run_info(model, overrides(arguments), config=arguments.config)
+        other.settings = other.settings.replace(best_of=1)
+        models.append((model, other, choose_voice(arguments.voice or voice, other)))
+    speakers = []
+    for name, model, model_voice in models:
+        sounds = spoken(model, model_voice, lines, arguments.seeds, codec, out / "spoken")
+        speakers.append(Speaker(name, len(lines) * arguments.seeds, sounds))
+    for folder in arguments.wavs or ():
+        count = sum((Path(folder) / f"{n + 1:03}.wav").is_file() for n in range(len(lines)))
+        if not count:
+            raise UserError(f"{folder}: no 001.wav …, one for each line of {out / 'texts.txt'}")
+        speakers.append(Speaker(folder, count, read_wavs(lines, Path(folder))))
+    return speakers

@@ -1,12 +1,12 @@
 """Tables of text, csv, tsv, LJSpeech's and JSON lines → rows by column."""
 
 import csv
-import difflib
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +69,6 @@ def read_table(path: Path, text: str, settings: Settings) -> tuple[list, str | N
     raise UserError(f"{path}: the first line is no header with known columns ({columns}); {remedy}")
 
 
-def similarity(text: str, other: str) -> float:
-    """How alike two texts are, from 0 to 1."""
-    return difflib.SequenceMatcher(None, text, other, autojunk=False).ratio()
-
-
 def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str | None]:
     """Rows of `id|text` or `id|text|normalized text` without a header, and a note.
 
@@ -90,7 +85,8 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str 
         return rows, None
     chosen = settings.text_column
     if chosen is None:
-        ratios = [similarity(a.lower(), b.lower()) for a, b in pairs[:200]]
+        pairs = [(a.lower(), b.lower()) for a, b in pairs[:200]]
+        ratios = [SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
         if np.mean(ratios) < 0.5:
             fault = "the third column does not resemble the second, so it may be voices or texts"
             remedy += ", or set --text_column to text (the second) or normalized_text (the third)"
@@ -139,3 +135,32 @@ def check_header(path: Path, columns: list[str]) -> None:
     names = [column_key(name) for name in columns if name.strip()]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{path}: two columns are named {twice}; rename one of them")
+
+
+def find_columns(table: Path, columns: list, settings: Settings) -> dict[str, str]:
+    """Which of the columns have the `text`, the `audio`, the `voice` and the `tokens`, if any do.
+
+    Raises `UserError` for a table without a column that it needs.
+    """
+    found = {}
+    tokens = next((name for name in ("input_ids", "codes") if name in columns), None)
+    if tokens != "input_ids":
+        found["text"] = find_column(columns, settings.text_column, TEXT_COLUMNS, table)
+    if tokens is None:
+        found["audio"] = find_column(columns, settings.audio_column, AUDIO_COLUMNS, table)
+    voice = settings.voice_column
+    if voice or not {column_key(name) for name in columns}.isdisjoint(VOICE_COLUMNS):
+        found["voice"] = find_column(columns, voice, VOICE_COLUMNS, table)
+    return found | ({"tokens": tokens} if tokens else {})
+
+
+def find_column(columns, wanted: str | None, names: tuple[str, ...], table: Path) -> str:
+    """The column that a key names, or the first of the conventional names that is there."""
+    keys = {column_key(name): name for name in columns}
+    for name in (wanted,) if wanted else names:
+        if name in columns:
+            return name
+        if column_key(name) in keys:
+            return keys[column_key(name)]
+    there = ", ".join(sorted(map(str, columns)))
+    raise UserError(f"{table}: no column {wanted or ' or '.join(names)}; there are: {there}")

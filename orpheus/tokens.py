@@ -236,11 +236,12 @@ def read_codes(codes, codebook_size: int) -> np.ndarray:
     return codes
 
 
-def check_row(columns: dict, ids: SpeechIds) -> dict[str, np.ndarray]:
+def check_row(columns: dict, ids: SpeechIds) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Converts the columns `input_ids` and `labels` of a pre-tokenised row to arrays.
 
-    Without labels, the loss is computed on all ids after SOS. Raises `UserError` for columns that
-    are not lists of token ids of equal length, and for a row without SOS or EOS.
+    Without labels, the loss is computed on all ids after SOS. Returns the row and its (frames, 7)
+    codes. Raises `UserError` for columns that are not lists of token ids of equal length, for a row
+    without SOS, whole frames and EOS, and for labels that train something else or nothing.
     """
     try:
         input_ids = whole_numbers(columns["input_ids"]).reshape(-1)
@@ -260,7 +261,12 @@ def check_row(columns: dict, ids: SpeechIds) -> dict[str, np.ndarray]:
         labels = np.where(prompt, -100, input_ids)
     if len(labels) != len(input_ids):
         raise UserError(f"{len(labels)} labels for {len(input_ids)} input_ids")
-    return {"input_ids": input_ids, "labels": labels}
+    speech = input_ids.tolist()
+    codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
+    if not len(codes):
+        raise UserError("no frame between its SOS and EOS")
+    check_labels(input_ids, labels)
+    return {"input_ids": input_ids, "labels": labels}, codes
 
 
 def check_labels(input_ids: np.ndarray, labels: np.ndarray) -> None:

@@ -9,10 +9,9 @@ from test_scoring import mock_judges
 import orpheus.evaluate
 import orpheus.scoring
 import orpheus.speakers
-from orpheus.evaluate import list_recorded
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import read_settings
-from orpheus.speakers import Corpus, Line
+from orpheus.speakers import Corpus, Line, list_recorded
 
 
 @pytest.fixture

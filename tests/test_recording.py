@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from orpheus.recording import (
     choose_gain,
     detect_speech,
     measure_level,
-    read_blocks,
     read_spans,
+    resampled_blocks,
     transcribe,
 )
 from orpheus.settings import UserError
@@ -40,7 +41,7 @@ def rms_loudness(audio):
 @pytest.mark.parametrize("seconds", [0.5, 60, 130.37])
 def test_blocks_are_the_whole_recording_resampled(tmp_path, seconds):
     path = noise(tmp_path / "a.wav", seconds, 16_000, channels=2)
-    blocks = list(read_blocks(path, 24_000))
+    blocks = list(resampled_blocks(path, 24_000))
     whole = soxr.resample(soundfile.read(path, dtype="float32")[0].mean(axis=1), 16_000, 24_000)
     assert max(map(len, blocks)) <= 61 * 24_000
     joined = np.concatenate(blocks)
@@ -51,13 +52,13 @@ def test_blocks_are_the_whole_recording_resampled(tmp_path, seconds):
 @pytest.mark.parametrize("form", ["a.flac", "a.mp3", "a.ogg"])
 def test_compressed_recordings_are_as_long_as_they_say(tmp_path, form):
     path = noise(tmp_path / form, 70)
-    length = sum(map(len, read_blocks(path, SPEECH_RATE))) / SPEECH_RATE
+    length = sum(map(len, resampled_blocks(path, SPEECH_RATE))) / SPEECH_RATE
     assert abs(length - check_recording(path)) < 0.1 and abs(length - 70) < 0.1
 
 
 def test_spans_may_lie_anywhere_and_overlap(tmp_path):
     path = noise(tmp_path / "a.wav", 150, SPEECH_RATE)
-    whole = np.concatenate(list(read_blocks(path, SPEECH_RATE)))
+    whole = np.concatenate(list(resampled_blocks(path, SPEECH_RATE)))
     spans = [(0, 1), (0.5, 61), (61, 61.5), (130, 140), (149, 155)]
     for (start, end), audio in zip(spans, read_spans(path, SPEECH_RATE, spans), strict=True):
         assert (audio == whole[round(start * SPEECH_RATE) : round(end * SPEECH_RATE)]).all()
@@ -65,7 +66,7 @@ def test_spans_may_lie_anywhere_and_overlap(tmp_path):
 
 def test_the_detector_sees_every_step_once_after_a_lead(tmp_path):
     path = noise(tmp_path / "a.wav", 130.3, SPEECH_RATE)
-    whole = np.concatenate(list(read_blocks(path, SPEECH_RATE)))
+    whole = np.concatenate(list(resampled_blocks(path, SPEECH_RATE)))
     sizes = []
 
     def first_samples(audio):
@@ -130,12 +131,14 @@ def test_bad_recordings_are_one_line(tmp_path):
     def fault(path, read=True):
         with pytest.raises(UserError) as caught:
             check_recording(path)
-            list(read_blocks(path, SPEECH_RATE))
+            list(resampled_blocks(path, SPEECH_RATE))
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
         return str(caught.value)
 
     assert "does not exist" in fault(tmp_path / "none.wav")
-    assert "not a regular file" in fault(tmp_path)
+    assert "is a folder, not an audio file" in fault(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device, not an audio file" in fault(tmp_path / "pipe")
     (tmp_path / "a.m4a").write_bytes(b"0000ftypM4A ")
     assert "ffmpeg -i a.m4a a.flac" in fault(tmp_path / "a.m4a")
     (tmp_path / "a.wav").write_text("no sound")
