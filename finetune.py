@@ -17,7 +17,14 @@ from pathlib import Path
 from orpheus import hub, output, runs
 from orpheus.files import staging_folder
 from orpheus.options import read_command_line
-from orpheus.settings import Settings, UserError, quiet_libraries, read_json, run
+from orpheus.settings import (
+    Settings,
+    UserError,
+    is_out_of_memory,
+    quiet_libraries,
+    read_json,
+    run,
+)
 
 
 def main() -> None:
@@ -236,7 +243,6 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
 
 def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     """Trains to the end, and returns the tokens seen. A signal makes it save and exit with 130."""
-    import torch
 
     from orpheus.callbacks import RunRecorder, StopOnSignal, TrainingMonitor
     from orpheus.memory import step_down
@@ -253,7 +259,9 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
             for callback in (TrainingMonitor(settings), stop, RunRecorder(out, trainer)):
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if settings.fit is not False and trainer.state.global_step == 0:
             step_down(settings)
         step = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"

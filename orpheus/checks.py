@@ -12,6 +12,7 @@ from orpheus.doctor import Report
 from orpheus.files import write_text
 from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
+from orpheus.models import training_dtype
 from orpheus.output import record_files
 from orpheus.runs import RANK
 from orpheus.scoring import Judge, load_judges
@@ -105,7 +106,7 @@ class SampleEvaluator:
         recordings = [np.concatenate([*decode_stream(self.codec, c, seed=0)]) for c in codes]
         return load_judges("base" if model is True else model, recordings)
 
-    def __call__(self, model, step: int, dtype: torch.dtype) -> tuple[dict[str, float], list]:
+    def __call__(self, model, step: int) -> tuple[dict[str, float], list]:
         """(metrics, [(samples, whether the speech ended by itself), …]); writes the wavs.
 
         Neither the training RNG nor the model's mode is changed.
@@ -114,8 +115,12 @@ class SampleEvaluator:
         folder = sample_folder(settings, step)
         paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        dtype = training_dtype(settings)
+        # All weights in bf16 with norms in fp32, as Unsloth trains them, need it to speak at all
+        mixed = settings.full_finetuning and dtype == torch.bfloat16
+        autocast = torch.autocast(model.device.type, dtype, enabled=mixed)
         set_mode(model, settings, "inference")
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), autocast:
             loaded = model, self.tokenizer, self.codec
             samples = speak(texts, paths, *loaded, settings, self.voice, quiet=True)
             scores = self.judge(samples)

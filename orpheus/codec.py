@@ -1,5 +1,6 @@
 """SNAC: loading, encoding, decoding, and decoding in pieces."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from pickle import UnpicklingError
@@ -63,6 +64,17 @@ def snake(alpha: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 LOOKAHEAD = 4864
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inference in float32 throughout, whatever the caller's autocast.
+
+    cuDNN's convolutions would use TF32, which changes codes from one batch to another.
+    """
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), exact:
+        yield
+
+
 def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:
     """Encodes clips of (samples,) at 24 kHz to codes of (frames, 7), frames = ⌈samples / 2048⌉.
 
@@ -74,7 +86,7 @@ def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:
     for row, clip in zip(batch, clips, strict=True):
         row[0, : len(clip)] = clip
     device = next(codec.parameters()).device
-    with torch.inference_mode():
+    with full_precision(device):
         latents = codec.encoder(torch.from_numpy(batch).to(device))[..., : 4 * max(frames)]
         _, levels = codec.quantizer(latents)
     codes = levels_to_slots([level.cpu().numpy() for level in levels])  # (clips, frames, 7)
@@ -88,8 +100,8 @@ def decode(codec: SNAC, codes: np.ndarray) -> np.ndarray:
     """
     device = next(codec.parameters()).device
     levels = slots_to_levels(torch.as_tensor(np.asarray(codes), device=device)[None])
-    with torch.inference_mode():
-        return codec.decode(levels)[0, 0].float().cpu().numpy()
+    with full_precision(device):
+        return codec.decode(levels)[0, 0].cpu().numpy()
 
 
 CONTEXT = 3  # frames on each side that a frame's samples depend on: the decoder looks 2.5 ahead

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from orpheus.settings import UserError, first_reason, out_of_memory, read_json
+from orpheus.settings import UserError, first_reason, is_out_of_memory, read_json
 
 TOKENIZER_FILES = ["*.json", "tokenizer*", "*.jinja"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
@@ -67,9 +67,11 @@ def as_user_error(path: Path):
     damaged += (NameError, OSError, RuntimeError, TypeError, re.error)
     try:
         yield
-    except (UserError, *out_of_memory()):
+    except UserError:
         raise
     except (*damaged, ValueError, StrictDataclassError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: does not load: {first_reason(error)}") from None
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library has no class of its own

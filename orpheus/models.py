@@ -21,6 +21,10 @@ from orpheus.hub import (
 )
 from orpheus.settings import UserError, read_json
 
+# cuDNN's attention, which torch 2.11 and newer prefer on Hopper, gives NaN gradients for some
+# masks (github.com/pytorch/pytorch/issues/196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -174,4 +178,8 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
             model = PeftModel.from_pretrained(model, str(folder))
             check_adapter(model, folder)
             model = model.merge_and_unload() if merged else model
+    if torch.cuda.is_available():  # in which training's autocast computed; PEFT keeps it in fp32
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
     return model.eval(), tokenizer

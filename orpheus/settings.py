@@ -44,10 +44,13 @@ class UserError(ValueError):
         super().__init__(" ".join(line for line in lines if line))
 
 
-def out_of_memory() -> tuple:
-    """What a full GPU raises; nothing, as long as torch is not imported."""
-    torch = sys.modules.get("torch")
-    return (torch.cuda.OutOfMemoryError,) if torch else ()
+# Said by torch, by cuBLAS and by Unsloth's loss, in errors whose only common class is RuntimeError
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "negligible GPU memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU's memory is full."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def run(main):
@@ -66,7 +69,9 @@ def run(main):
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"{error}; `make` installs what is needed"
-    except out_of_memory():
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         message = "the GPU's memory is full: README, Out of memory, says what to change first"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

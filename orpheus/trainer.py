@@ -16,7 +16,6 @@ from orpheus.batching import FEW_STEPS, count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
 from orpheus.memory import GIB, peak_memory
-from orpheus.models import training_dtype
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
@@ -51,7 +50,7 @@ class SpeechTrainer(SFTTrainer):
 
     Args:
         train_dataset: a Dataset of `input_ids` and `labels` (-100 where there is no loss).
-        evaluator: `evaluator(model, step, dtype)` returns (metrics, samples), in place of TRL's
+        evaluator: `evaluator(model, step)` returns (metrics, samples), in place of TRL's
             evaluation loop. See `orpheus.checks.SampleEvaluator`.
     """
 
@@ -139,9 +138,9 @@ class SpeechTrainer(SFTTrainer):
 
     def evaluate(self, *_, **__):
         started = time.perf_counter()
-        dtype, metrics, samples = training_dtype(self.args), {}, []
+        metrics, samples = {}, []
         if not RANK:
-            metrics, samples = self.evaluator(self.model, self.state.global_step, dtype)
+            metrics, samples = self.evaluator(self.model, self.state.global_step)
         metrics = broadcast_object_list([metrics])[0]
         self.check_seconds += time.perf_counter() - started
         self.model.eval()  # TRL files what is logged now under evaluation

@@ -10,7 +10,7 @@ from running import run_here, same_file, settings_of
 import orpheus.checks
 from data import prepare
 from orpheus.audio import Sound
-from orpheus.checks import held_out_metrics, speech_metrics
+from orpheus.checks import SampleEvaluator, held_out_metrics, speech_metrics
 from orpheus.clips import read_clips
 from orpheus.doctor import Measures, Report
 from orpheus.models import load_model, load_tokenizer
@@ -75,6 +75,21 @@ def test_listening_changes_nothing(tmp_path, monkeypatch):
     assert same_file(tmp_path / "often" / name, tmp_path / "once" / name)
     folders = sorted(p.name for p in (tmp_path / "often/samples").iterdir())
     assert folders == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_full_finetuning_in_bf16_is_checked_with_norms_in_fp32(tmp_path, tokenizer, codec):
+    """Unsloth keeps them so, and computes under autocast in its own forward, which we pass by."""
+    keys = {"full_finetuning": "true", "weights": "16bit", "bf16": "true", "max_seconds": "0.3"}
+    keys |= {"backend": "transformers", "sample_texts": '["two"]', "output_dir": str(tmp_path)}
+    settings = settings_of(limit="8", **keys)
+    rows, _, report = prepare.make_rows(read_clips(settings), settings, tokenizer, codec)
+    model = load_model("data/demo/base")[0].bfloat16()
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    evaluator = SampleEvaluator(tokenizer, codec, settings, report, rows[:2], rows)
+    metrics, ((audio, _),) = evaluator(model, 1)
+    assert metrics["eval_loss"] > 0 and len(audio) == 3 * 2048
 
 
 def test_a_check_leaves_4_bit_weights_as_they_are_on_any_cpu(tmp_path, monkeypatch):

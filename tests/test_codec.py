@@ -231,3 +231,15 @@ def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
     (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         load_codec(str(codec))
+
+
+def test_the_codec_computes_in_full_precision_under_autocast(codec):
+    """As during a check of a model whose own weights need it."""
+    draw = np.random.default_rng(0)
+    codes, audio = draw.integers(0, 256, (4, 7)), draw.normal(0, 0.1, 9000).astype(np.float32)
+    torch.manual_seed(0)
+    decoded, encoded = decode(codec, codes), encode(codec, [audio])[0]
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(decode(codec, codes), decoded)
+        assert np.array_equal(encode(codec, [audio])[0], encoded)

@@ -196,7 +196,7 @@ WORDS += ["--held_out", "0", "--sample_texts", "[]", "--max_steps", "2"]
 
 
 def full(*_, **__):
-    raise torch.cuda.OutOfMemoryError("out of memory")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
 def run(monkeypatch, out, *words):

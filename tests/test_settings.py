@@ -145,6 +145,31 @@ def test_a_missing_package_is_one_line(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Unsloth: No or negligible GPU memory available for fused cross entropy.",
+    ],
+)
+def test_a_full_gpu_is_one_line(message, capsys):
+    def main():
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit, match="2"):
+        orpheus.settings.run(main)
+    assert "error: the GPU's memory is full" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_taken_for_a_full_gpu():
+    def main():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        orpheus.settings.run(main)
+
+
 def test_a_closed_pipe_ends_quietly():
     program = "from orpheus.settings import run; run(lambda: [print('x' * 999) for _ in range(99)])"
     command = f"{sys.executable} -c {json.dumps(program)} | head -1; echo ${{PIPESTATUS[0]}}"

@@ -157,7 +157,9 @@ def measure(lines: list[dict]) -> Iterator[dict]:
             settings = resolve_settings(read_settings(None, line["settings"]))
         try:
             yield line | measure_training(model, tokenizer, ids, settings, line)
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not orpheus.settings.is_out_of_memory(error):
+                raise
             yield line | {"error": f"out of memory: {str(error).splitlines()[0][:120]}"}
 
 
