@@ -243,7 +243,6 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
 
 def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     """Trains to the end, and returns the tokens seen. A signal makes it save and exit with 130."""
-
     from orpheus.callbacks import RunRecorder, StopOnSignal, TrainingMonitor
     from orpheus.memory import step_down
 
