@@ -70,9 +70,9 @@ def make_rows(
 def build_row(
     clip: Clip, encoded, tokenizer, ids: SpeechIds, settings: Settings
 ) -> tuple[dict, Measures, int]:
-    """The row of an `EncodedClip`, or the error that is in its place; its measures and its length.
+    """The row of an `EncodedClip`, its measures, and its length in tokens before it may be cut.
 
-    The length is in tokens, and that of the whole row where too_long "truncate" cuts it.
+    Raises the `UserError` that may be in a clip's place.
     """
     if isinstance(encoded, UserError):
         raise encoded

@@ -68,12 +68,14 @@ def open_audio(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             declared, held = wav_data_bytes(file) or (0, 0)
             file.seek(0)
-            with soundfile.SoundFile(file) as sound:
+            # libsndfile tells some mp3s by their suffix alone; a name need not be valid UTF-8
+            opened = file if isinstance(source, bytes) else os.fsencode(source)
+            with soundfile.SoundFile(opened) as sound:
                 if sound.frames == 2**63 - 1:  # a FLAC that was written into a pipe
                     fault = "its header does not say how long it is; convert it to wav"
                     raise ClipError(fault, "unreadable")
                 if declared > held > 0:
-                    check_whole(round(sound.frames * declared / held), sound.frames, sound)
+                    check_complete(round(sound.frames * declared / held), sound.frames, sound)
                 yield sound
     except ClipError as error:
         raise ClipError(f"{name}: {error}", error.reason) from None
@@ -83,7 +85,7 @@ def open_audio(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
         raise ClipError(fault, "unreadable") from None
 
 
-def check_whole(declared: int, held: int, sound: soundfile.SoundFile) -> None:
+def check_complete(declared: int, held: int, sound: soundfile.SoundFile) -> None:
     """`ClipError` if a file holds fewer samples than its header declares, by over 0.1 s."""
     rate = sound.samplerate
     if declared - held > rate / 10:
@@ -91,13 +93,13 @@ def check_whole(declared: int, held: int, sound: soundfile.SoundFile) -> None:
         raise ClipError(f"cut short: {sizes}; copy it again", "cut short")
 
 
-def read_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Yields an open recording a minute at a time: (samples,) mono; the last block is shorter.
+def read_blocks(sound: soundfile.SoundFile, seconds: int = BLOCK_SECONDS) -> Iterator[np.ndarray]:
+    """Yields an open recording in blocks of (samples,), mono; the last one is shorter.
 
     Raises `ClipError` where it is cut short or damaged, and for samples that are not numbers or far
     over full scale.
     """
-    size, last = BLOCK_SECONDS * sound.samplerate, False
+    size, last = seconds * sound.samplerate, False
     while not last:
         try:
             block = sound.read(size, dtype="float32", always_2d=True).mean(axis=1)
@@ -106,7 +108,7 @@ def read_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
             raise ClipError(f"cut short or damaged: {fault}; copy it again", "cut short") from None
         last = len(block) < size
         if last:
-            check_whole(sound.frames, sound.tell(), sound)
+            check_complete(sound.frames, sound.tell(), sound)
         if not np.isfinite(block).all():
             raise ClipError("samples that are not numbers (NaN or infinite)", "unreadable")
         if (peak := np.abs(block).max(initial=0)) > MAX_PEAK:
@@ -125,7 +127,9 @@ def read_audio(source: Path | bytes) -> tuple[np.ndarray, int, int]:
         rate = sound.samplerate
         if sound.frames > MAX_SECONDS * rate:
             raise ClipError(f"{sound.frames / rate:.0f} s long; cut it into sentences", "too long")
-        audio = soxr.resample(np.concatenate(list(read_blocks(sound))), rate, SAMPLE_RATE)
+        # As one block: soundfile seeks between blocks, which hides damage in the middle of a file
+        whole = np.concatenate(list(read_blocks(sound, MAX_SECONDS)))
+        audio = soxr.resample(whole, rate, SAMPLE_RATE)
         if not len(audio):
             raise ClipError("no samples in it", "unreadable")
     return audio, rate, sound.channels

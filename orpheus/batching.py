@@ -8,7 +8,7 @@ import numpy as np
 from orpheus.settings import Settings
 from orpheus.tokens import SLOTS, SpeechIds, codes_to_ids
 
-FEW_STEPS = 50  # a run of fewer optimiser steps is warned of: a choice
+FEW_STEPS = 50  # a run of fewer optimiser steps prints a warning; our choice
 
 
 def row_text(clip, settings: Settings) -> tuple[str, str]:

@@ -116,13 +116,15 @@ class SampleEvaluator:
         paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         dtype = training_dtype(settings)
-        # All weights in bf16 with norms in fp32, as Unsloth trains them, need it to speak at all
+        # Unsloth's full fine-tuning has norms in fp32 and the rest in bf16: without autocast such a
+        # model cannot generate
         mixed = settings.full_finetuning and dtype == torch.bfloat16
         autocast = torch.autocast(model.device.type, dtype, enabled=mixed)
         set_mode(model, settings, "inference")
-        with torch.random.fork_rng(devices), autocast:
+        with torch.random.fork_rng(devices):
             loaded = model, self.tokenizer, self.codec
-            samples = speak(texts, paths, *loaded, settings, self.voice, quiet=True)
+            with autocast:
+                samples = speak(texts, paths, *loaded, settings, self.voice, quiet=True)
             scores = self.judge(samples)
         metrics = held_out_metrics(model, self.held_out, self.ids, dtype)
         set_mode(model, settings, "training")

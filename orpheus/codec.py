@@ -68,11 +68,19 @@ LOOKAHEAD = 4864
 def full_precision(device: torch.device) -> Iterator[None]:
     """Inference in float32 throughout, whatever the caller's autocast.
 
-    cuDNN's convolutions would use TF32, which changes codes from one batch to another.
+    A GPU's convolutions would use TF32, which changes codes from one batch to another.
     """
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False), exact:
-        yield
+    gpu = device.type == "cuda"
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if gpu else ()
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = "ieee"
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
 
 
 def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:

@@ -225,8 +225,8 @@ ALIASES = {
     "r": "lora_r",
     "load_in_4bit": 'weights "4bit"',
 }
-# Keys of SFTConfig that finetune.py sets itself, or that would have no effect, and why.
-INSTEAD = {
+# Why keys of SFTConfig cannot be set: finetune.py sets them itself, or they would have no effect.
+REASONS = {
     "it follows from batching": "packing padding_free pad_to_multiple_of",
     "a GPU is used if there is one": "use_cpu",
     "--resume continues from the last checkpoint in output_dir": "resume_from_checkpoint "
@@ -246,4 +246,4 @@ INSTEAD = {
     "weights and device_map set how the base is loaded": "model_init_kwargs trust_remote_code",
     "device_map, torchrun and fsdp use several GPUs": "parallelism_config",
 }
-REFUSED = {name: instead for instead, names in INSTEAD.items() for name in names.split()}
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}

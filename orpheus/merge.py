@@ -2,7 +2,7 @@
 
 python -m orpheus.merge outputs/anna merged
 
-Exits with 1 if the merged model speaks otherwise than the adapter.
+Exits with 1 if the merged model gives codes other probabilities than the adapter.
 """
 
 import gc
@@ -67,7 +67,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
     """
     from orpheus.codec import load_codec
     from orpheus.models import device, load_model
-    from orpheus.parity import compare, generate_greedy, speech_logits
+    from orpheus.parity import compare, generate_greedy, speech_log_probs
     from orpheus.run_info import held_weights, speaking_dtype
     from orpheus.tokens import read_speech_ids
 
@@ -82,11 +82,11 @@ def merge(info, voice: str | None, out: Path) -> bool:
     model, tokenizer = load_model(str(info.folder), weights, dtype=dtype)
     ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     rows = generate_greedy(model, tokenizer, ids, settings, voice)
-    logits = speech_logits(model, ids, rows)
+    reference = speech_log_probs(model, ids, rows)
     del model
     gc.collect()  # PEFT's reference cycles would keep it while the merged one is loaded
     save_merged(info, weights, out)
-    passed, message = compare(rows, logits, load_model(str(out), dtype=dtype)[0], ids)
+    passed, message = compare(rows, reference, load_model(str(out), dtype=dtype)[0], ids)
     if info.home:
         write_text(out / "README.md", merged_card(info, message))
     print(f"merged   {out}: {message}")

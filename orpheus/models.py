@@ -178,7 +178,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
             model = PeftModel.from_pretrained(model, str(folder))
             check_adapter(model, folder)
             model = model.merge_and_unload() if merged else model
-    if torch.cuda.is_available():  # in which training's autocast computed; PEFT keeps it in fp32
+    if torch.cuda.is_available():  # PEFT loads a LoRA in fp32; autocast trained it in `dtype`
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)

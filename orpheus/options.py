@@ -102,7 +102,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return given | ({"codec": absolute_path_or_hub_id(given["codec"])} if "codec" in given else {})
 
 
-# For a table whose columns have their usual names, with recordings anywhere.
+# Reads a table with columns of the usual names, and recordings in any folder.
 ANY_TABLE = dict.fromkeys(("audio_column", "text_column", "voice_column"), "null")
 ANY_TABLE |= {"absolute_paths": "true"}
 

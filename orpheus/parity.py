@@ -1,4 +1,4 @@
-"""Whether two models speak the same: the probabilities that they give to the same speech."""
+"""Compares two models by the probabilities that they give to the codes of the same speech."""
 
 import torch
 
@@ -22,27 +22,28 @@ def generate_greedy(model, tokenizer, ids: SpeechIds, settings: Settings, voice)
     return utterances
 
 
-def speech_logits(model, ids: SpeechIds, utterances: list[Utterance]) -> list[torch.Tensor]:
-    """(tokens + 1, vocabulary) logits of a model for each utterance, whichever model spoke it."""
-    logits = []
+def speech_log_probs(model, ids: SpeechIds, utterances: list[Utterance]) -> torch.Tensor:
+    """(tokens, codebook_size) log-probabilities that a model gives the codes of each token's slot.
+
+    The tokens are those of all utterances, whichever model spoke them.
+    """
+    log_probs = []
     for row in utterances:
         tokens = [*row.prompt, *codes_to_ids(row.codes, ids).tolist()]
         with torch.no_grad():
-            output = model(input_ids=torch.tensor([tokens], device=model.device)).logits
-        logits.append(output[0, len(row.prompt) - 1 :].float().cpu())
-    return logits
+            logits = model(input_ids=torch.tensor([tokens], device=model.device)).logits
+        log_probs.append(code_log_probs(logits[0, len(row.prompt) - 1 : -1].float().cpu(), ids))
+    return torch.cat(log_probs)
 
 
 def code_log_probs(logits: torch.Tensor, ids: SpeechIds) -> torch.Tensor:
-    """(tokens + 1, vocabulary) logits → (tokens, codebook_size) log-probabilities of the codes that
-    the slot of each token can take.
-    """
-    starts = ids.audio + ids.codebook_size * torch.arange(len(logits) - 1)[:, None].remainder(SLOTS)
-    return logits[:-1].gather(1, starts + torch.arange(ids.codebook_size)).log_softmax(-1)
+    """Whole frames' (tokens, vocabulary) logits → (tokens, codebook_size) log-probabilities."""
+    starts = ids.audio + ids.codebook_size * torch.arange(len(logits))[:, None].remainder(SLOTS)
+    return logits.gather(1, starts + torch.arange(ids.codebook_size)).log_softmax(-1)
 
 
 def compare(
-    rows: list[Utterance], reference: list[torch.Tensor], model, ids: SpeechIds
+    rows: list[Utterance], reference: torch.Tensor, model, ids: SpeechIds
 ) -> tuple[bool, str]:
     """Whether a model gives codes the same probabilities as an adapter, and a line of figures.
 
@@ -52,14 +53,11 @@ def compare(
 
     Args:
         rows: from `generate_greedy` of the adapter.
-        reference: its `speech_logits` for these rows.
+        reference: its `speech_log_probs` for these rows.
     """
-    expected, found = (
-        torch.cat([code_log_probs(part, ids) for part in logits])
-        for logits in (reference, speech_logits(model, ids, rows))
-    )
-    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    same = int((expected.argmax(-1) == found.argmax(-1)).sum())
+    found = speech_log_probs(model, ids, rows)
+    divergence = float((reference.exp() * (reference - found)).sum(-1).mean())
+    same = int((reference.argmax(-1) == found.argmax(-1)).sum())
     message = (
         f"KL divergence from the adapter {divergence:.5f} nats per code; {same} of {len(found)} "
         f"first choices on {len(rows)} texts are the same"

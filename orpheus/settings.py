@@ -47,8 +47,9 @@ class UserError(ValueError):
         super().__init__(" ".join(line for line in lines if line))
 
 
-# Said by torch, by cuBLAS and by Unsloth's loss, in errors whose only common class is RuntimeError
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "negligible GPU memory")
+# Parts of the messages of torch, cuBLAS and cuDNN, and Unsloth's loss, whose errors have only
+# RuntimeError in common.
+OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "negligible GPU memory")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -58,6 +59,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(main):
     """Calls `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log or a pipe shows each line at once
     try:
         main()
         sys.stdout.flush()

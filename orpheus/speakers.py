@@ -166,7 +166,9 @@ def fingerprint(info, voice: str | None) -> str:
 def spoken(
     info, voice: str | None, lines: list[Line], seeds: int, codec, folder: Path
 ) -> Iterator[Sound]:
-    """The lines as a model speaks them, with each seed. What `folder` holds is not spoken again.
+    """Lines of different texts as a model speaks them, with each seed.
+
+    What `folder` holds is not spoken again.
 
     The model is loaded once the first sound is missing. ended.json lists the wavs that are whole,
     and whether the model ended them by itself.

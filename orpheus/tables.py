@@ -89,7 +89,7 @@ def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str 
         ratios = [SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
         if np.mean(ratios) < 0.5:
             fault = "the third column does not resemble the second, so it may be voices or texts"
-            remedy += ", or set --text_column to text (the second) or normalized_text (the third)"
+            remedy += "; a dataset takes --text_column text (the second) or normalized_text"
             raise UserError(f"{path}: {fault}; {remedy}")
         chosen = "normalized_text"
         rows = [(n, {k: row[k] for k in row if k != "text"}) for n, row in rows]

@@ -1,4 +1,4 @@
-"""Whether a dataset will do: the doctor's verdict, and a training run's warning of too few clips.
+"""Whether a dataset is ready to train on: the doctor's verdict, and a run's warning of few clips.
 
 The README of github.com/canopyai/Orpheus-TTS has, under "Finetune Model": "You should start to see
 high quality results after ~50 examples but for best results, aim for 300 examples/speaker". It
@@ -17,7 +17,7 @@ LOOK_FIRST = 0.1  # share of clips left out, or with findings, that comes before
 
 
 def measure_voices(report: Report) -> dict[str, tuple[int, float]]:
-    """(clips, seconds) of each voice, of the clips that are kept; "" is of those without a name."""
+    """(clips, seconds) of each voice's kept clips; those without a voice name are under ""."""
     lengths = defaultdict(list)
     for clip in report.measures:
         lengths[clip.voice].append(clip.sound.seconds)
@@ -40,8 +40,8 @@ def describe_few_clips(report: Report) -> str:
 
 def warn_of_few_clips(report: Report) -> None:
     """Prints a training run's warning of voices with too few clips."""
-    if few := describe_few_clips(report):
-        print(f"warning  {few}")
+    if shortage := describe_few_clips(report):
+        print(f"warning  {shortage}")
 
 
 def count_suspects(report: Report) -> tuple[int, str]:
@@ -61,7 +61,8 @@ def describe_size(report: Report) -> str:
     )
     if len(minutes) > 4:
         size = f"{len(minutes)} voices of {min(minutes.values()):.1f} min or more"
-    return f"{size}, {report.steps_per_epoch} steps a pass"
+    steps = report.steps_per_epoch
+    return f"{size}, {steps} step{'s' if steps > 1 else ''} a pass"
 
 
 def give_verdict(report: Report, settings: Settings) -> str:
@@ -69,13 +70,14 @@ def give_verdict(report: Report, settings: Settings) -> str:
     suspects, names = count_suspects(report)
     intended = sum(report.reasons[name.replace("_", " ")] for name in settings.leave_out)
     left_out = report.reasons.total() - intended
-    few, first = describe_few_clips(report), []
+    shortage, first = describe_few_clips(report), []
     if left_out > LOOK_FIRST * report.clips:
         first.append(f"see why {left_out} of {report.clips} clips are left out")
     if suspects > LOOK_FIRST * len(report.measures):
         first.append(f"look at {suspects} with findings ({names})")
-    if few:
-        first.append(f"{'raise limit' if report.clips == settings.limit else 'get more'}: {few}")
+    if shortage:
+        remedy = "raise limit" if report.clips == settings.limit else "get more"
+        first.append(f"{remedy}: {shortage}")
     size = describe_size(report)
     if first:
         return f"{size}; before you train, {' and '.join(first)}"

@@ -129,3 +129,20 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_mp3_that_libsndfile_tells_by_its_suffix_alone(tmp_path):
+    path = tmp_path / "a.mp3"
+    path.write_bytes(bytes(3000) + sound_of(format="MP3"))
+    audio, _, _ = read_audio(path)
+    assert abs(len(audio) - 48_000) < 4_800
+
+
+def test_damage_in_the_middle_of_a_long_clip_is_noticed(tmp_path):
+    """Read in blocks, what is lost behind it would be made up by reading a part twice."""
+    data = bytearray(sound_of(80.0, format="OGG"))
+    middle = len(data) // 2
+    data[middle : middle + 9000] = bytes(9000)
+    (tmp_path / "a.ogg").write_bytes(data)
+    with pytest.raises(UserError, match="cut short"):
+        read_audio(tmp_path / "a.ogg")

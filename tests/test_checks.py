@@ -88,8 +88,10 @@ def test_full_finetuning_in_bf16_is_checked_with_norms_in_fp32(tmp_path, tokeniz
         if "Norm" in type(module).__name__:
             module.float()
     evaluator = SampleEvaluator(tokenizer, codec, settings, report, rows[:2], rows)
+    evaluator.judges = [lambda audio, text: {"autocast": torch.is_autocast_enabled("cpu")}]
     metrics, ((audio, _),) = evaluator(model, 1)
     assert metrics["eval_loss"] > 0 and len(audio) == 3 * 2048
+    assert metrics["eval_autocast"] == 0  # judges compute as they were trained
 
 
 def test_a_check_leaves_4_bit_weights_as_they_are_on_any_cpu(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from orpheus.cards import find_sample
 from orpheus.generation import SlotProcessor
 from orpheus.merge import merge
 from orpheus.models import load_model
-from orpheus.parity import generate_greedy, speech_logits
+from orpheus.parity import generate_greedy, speech_log_probs
 from orpheus.run_info import load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import UserError
@@ -59,8 +59,8 @@ def test_a_4_bit_run_is_merged_into_the_weights_that_it_was_trained_over(tmp_pat
     merged, tokenizer = load_model(str(out))
     ids, row = greedy_row(trained, tokenizer, run)
     full_precision, _ = load_model(str(adapter))
-    (wanted,), (found,), (other,) = (
-        speech_logits(model, ids, [row]) for model in (trained, merged, full_precision)
+    wanted, found, other = (
+        speech_log_probs(model, ids, [row]) for model in (trained, merged, full_precision)
     )
     assert (found - wanted).abs().max() < 0.1 < 0.5 < (other - wanted).abs().max()
     printed = capsys.readouterr().out

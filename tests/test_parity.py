@@ -10,7 +10,7 @@ from orpheus.tokens import SLOTS
 
 
 def test_the_codes_of_a_slot_are_compared_by_their_log_probabilities(ids):
-    logits = torch.randn(2 * SLOTS + 1, ids.audio + SLOTS * ids.codebook_size)
+    logits = torch.randn(2 * SLOTS, ids.audio + SLOTS * ids.codebook_size)
     found = parity.code_log_probs(logits, ids)
     for token in range(2 * SLOTS):
         start = ids.audio + ids.codebook_size * (token % SLOTS)
@@ -28,10 +28,10 @@ def test_rounding_passes_and_other_weights_do_not(noise, passes, tokenizer, ids,
     settings = settings_of(max_seconds="0.5", sample_texts='["one two"]')
     rows = parity.generate_greedy(model, tokenizer, ids, settings, "rms")
     torch.manual_seed(0)
-    flat = [torch.zeros_like(part) for part in parity.speech_logits(model, ids, rows)]
-    noisy = [part + noise * torch.randn_like(part) for part in flat]
-    monkeypatch.setattr(parity, "speech_logits", lambda *_: noisy)
-    passed, message = parity.compare(rows, flat, model, ids)
+    flat = torch.zeros_like(parity.speech_log_probs(model, ids, rows))
+    noisy = (flat + noise * torch.randn_like(flat)).log_softmax(-1)
+    monkeypatch.setattr(parity, "speech_log_probs", lambda *_: noisy)
+    passed, message = parity.compare(rows, flat.log_softmax(-1), model, ids)
     assert passed == passes == (noise**2 / 2 < parity.MAX_DIVERGENCE)
     divergence = float(message.split("adapter ")[1].split()[0])
     assert divergence == pytest.approx(noise**2 / 2, rel=0.1)

@@ -170,6 +170,15 @@ def test_other_errors_are_not_taken_for_a_full_gpu():
         orpheus.settings.run(main)
 
 
+def test_a_pipe_gets_each_line_at_once():
+    program = "import sys\nfrom orpheus.settings import run\n"
+    program += "run(lambda: print(sys.stdout.line_buffering))"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_a_closed_pipe_ends_quietly():
     program = "from orpheus.settings import run; run(lambda: [print('x' * 999) for _ in range(99)])"
     command = f"{sys.executable} -c {json.dumps(program)} | head -1; echo ${{PIPESTATUS[0]}}"

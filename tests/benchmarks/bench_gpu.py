@@ -325,9 +325,12 @@ def process_key(line: dict) -> tuple:
     return line["table"], line["cap"], *loaded
 
 
+INPUTS = ("table", "name", "cap", "settings", "steps", "windows", "clips")
+
+
 def line_key(line: dict) -> str:
     """What a line measures, so that a line that was measured with other settings is another."""
-    return json.dumps([line[name] for name in ("table", "name", "cap", "settings")])
+    return json.dumps([line.get(name) for name in INPUTS])
 
 
 def read_results(path: Path) -> dict[str, dict]:
@@ -346,6 +349,7 @@ def run_process(lines: list[dict], results: Path, deadline: float) -> bool:
     command = [sys.executable, __file__, MEASURE, json.dumps(lines), str(results)]
     log = WORK / "log.txt"
     with log.open("a") as file:
+        start = file.tell()
         process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             code = process.wait(max(deadline - time.monotonic(), 1))
@@ -354,9 +358,10 @@ def run_process(lines: list[dict], results: Path, deadline: float) -> bool:
             process.wait()
             return False
     if code:
-        error = log.read_text().strip().splitlines()[-1][:200]
+        said = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+        error = said[-1][:200] if said else f"ended with {code}"
         missing = [line for line in lines if line_key(line) not in read_results(results)]
-        failed = missing if missing == lines else missing[:1]  # none, if not even one was measured
+        failed = missing if missing == lines else missing[:1]  # all if none was measured
         print(f"{', '.join(line['name'] for line in failed)}: {error} ({log})")
         for line in failed:
             add_result(results, line | {"error": error})
