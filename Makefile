@@ -12,7 +12,7 @@ UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 install: .venv/ready
 
 demo: .venv/ready
-	.venv/bin/python finetune.py --config data/demo/config.json
+	.venv/bin/python finetune.py --config data/demo/config.json --overwrite
 	.venv/bin/python infer.py "seven two nine" --model outputs/demo --out outputs/demo/seven_two_nine.wav
 
 train: .venv/ready

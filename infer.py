@@ -82,10 +82,11 @@ def decode_input(arguments: argparse.Namespace, stream: bool, out: Path) -> None
     from orpheus.scoring import Utterance
     from orpheus.tokens import read_tokens
 
+    audio = read_audio(Path(arguments.wav))[0] if arguments.wav else None
     info = load_run_info(arguments.model, overrides(arguments), TOKENIZER_FILES, arguments.config)
     codec = load_codec(info.settings.codec, device())
-    if arguments.wav:
-        codes, end = encode(codec, [read_audio(Path(arguments.wav))[0]])[0], "encoded and decoded"
+    if audio is not None:
+        codes, end = encode(codec, [audio])[0], "encoded and decoded"
     else:
         tokenizer = load_tokenizer(info.folder) if info.folder else None
         codes, end = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"

@@ -92,7 +92,7 @@ def missing_table(folder: Path) -> str:
         name = printable(tables[0])
         return f"{message}; save {name} as metadata.csv with a header, such as file_name,text"
     if unread:
-        return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to wav"
+        return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to flac"
     return f"{message} (data/README.md has the forms)"
 
 

@@ -43,7 +43,7 @@ def fetch(path: str, patterns: list[str]) -> Path:
     except OSError as error:
         message = (
             "no such folder here, and the hub cannot be reached; check the network, or give a "
-            f"downloaded folder ({str(error)[:200]})"
+            f"downloaded folder ({first_reason(error)})"
         )
     raise UserError(f"{path}: {message}")
 

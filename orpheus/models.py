@@ -37,7 +37,7 @@ def check_machine(model: str) -> None:
     if not is_hub_id(model):
         return
     if model.startswith("outputs/") or os.path.isdir(os.path.dirname(model)):
-        raise UserError(f"{model}: no such folder; --model takes a run's folder or a hub id")
+        raise UserError(f"{model}: no such folder; give a run's folder or a hub id")
     if device() == "cpu":
         raise UserError(
             f"{model}: no GPU found (does nvidia-smi work?), and Orpheus-3B would take days on a "

@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
 def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    parser = Parser(description, epilog=describe_keys())
+    usage = "%(prog)s [-h] [--config FILE] [--key value …]"
+    parser = Parser(description, epilog=describe_keys(), usage=usage)
     parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
     known, rest = parser.parse_known_args()
     words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -90,7 +91,8 @@ def read_command_line(description: str) -> Settings:
         field = Settings.model_fields.get(name[2:])
         switch = field is None or bool in (field.annotation, *get_args(field.annotation))
         if not name.startswith("--") or (bare and not switch):
-            raise UserError(f"command line: {name}: write keys as --key value")
+            remedy = "write keys as --key value, such as --dataset my_voice"
+            raise UserError(f"command line: {name}: {remedy}")
         overrides[name[2:]] = "true" if bare else words.pop(0)
     return read_settings(known.config, overrides)
 

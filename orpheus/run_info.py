@@ -9,7 +9,7 @@ import torch
 
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
 from orpheus.models import check_machine, device, load_model, training_dtype
-from orpheus.runs import PREVIOUS, SAVED_CONFIG, SAVED_REPORT
+from orpheus.runs import PREVIOUS, SAVED_CONFIG, SAVED_REPORT, last_checkpoint
 from orpheus.settings import RUN_KEYS, Settings, UserError, read_json, read_settings
 
 
@@ -45,8 +45,10 @@ def load_run_info(
         message = "the run that was to replace the one in it was killed"
         raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
     if not is_model(folder) and patterns is MODEL_FILES:
-        missing = "no adapter or model in it (adapter_config.json or config.json)"
-        raise UserError(f"{folder}: {missing}")
+        remedy = "give a finished run, a checkpoint or a model"
+        if checkpoint := last_checkpoint(folder):
+            remedy = f"give {checkpoint}, or finish the run with finetune.py --resume"
+        raise UserError(f"{folder}: no adapter or model in it; {remedy}")
     for home in (folder, folder.resolve().parent):  # a checkpoint's run is its parent
         if (home / SAVED_CONFIG).is_file():
             voices, pace = read_report(home / SAVED_REPORT)

@@ -176,7 +176,8 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
         ids = read_speech_ids(tokenizer, codebook_size)
     codes, left_out = whole_frames(speech, ids)
     if not len(codes):
-        raise UserError(f"{path}: no whole frame of {SLOTS} audio ids in it")
+        frame = f"{SLOTS} audio ids for a codec of {codebook_size} codes a slot"
+        raise UserError(f"{path}: no whole frame of {frame}")
     prompt_length = np.argmax(speech == ids.sos)  # 0 if there is no SOS
     control = np.isin(speech[left_out], ids[:-2])
     left_out = left_out[(left_out >= prompt_length) & ~control]

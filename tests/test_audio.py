@@ -131,6 +131,13 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sounds_are_written_as_wav_or_flac_alone(tmp_path):
+    ending = pytest.raises(UserError, match=r"end the name in \.wav or \.flac")
+    with ending, audio_file(tmp_path / "a.mp3"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_mp3_that_libsndfile_tells_by_its_suffix_alone(tmp_path):
     path = tmp_path / "a.mp3"
     path.write_bytes(bytes(3000) + sound_of(format="MP3"))

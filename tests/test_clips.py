@@ -417,7 +417,7 @@ def test_absolute_paths_on_request(tmp_path, tokenizer):
     ("names", "remedy"),
     [
         (["a.flac", "texts.csv"], "; save texts.csv as metadata.csv with a header"),
-        (["a.m4a", "a.txt"], "; convert a.m4a with ffmpeg to wav"),
+        (["a.m4a", "a.txt"], "; convert a.m4a with ffmpeg to flac"),
         (["a.flac"], "(data/README.md has the forms)"),
     ],
 )

@@ -177,3 +177,13 @@ def test_a_checkpoint_speaks_from_any_folder(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["infer.py", *words])
     infer.main()
     assert soundfile.info(tmp_path / "out.wav").frames >= 2048
+
+
+def test_an_unfinished_run_names_its_checkpoint(run_copy, monkeypatch):
+    (run_copy / "adapter_config.json").unlink()
+    line = one_line(infer.main, monkeypatch, "two", "--model", run_copy)
+    checkpoint = run_copy / "checkpoint-3"
+    assert line == (
+        f"{run_copy}: no adapter or model in it; give {checkpoint}, or finish the run with "
+        "finetune.py --resume"
+    )

@@ -38,7 +38,7 @@ def test_the_quick_start_runs(tmp_path, finished):
     train, speak = made_by("demo")
     assert train in quick, "the README's way without make is not what make does"
     again = next(words for words in quick if words[1] == "infer.py")
-    assert train[1:] == ["finetune.py", *DEMO]  # as test_demo.py trains
+    assert train[1:] == ["finetune.py", *DEMO, "--overwrite"]  # as test_demo.py trains
     out = str(finished[0])
     for words in (speak, again):
         words = [word.replace("outputs/demo", out) for word in words[1:]]
