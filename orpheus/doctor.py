@@ -226,6 +226,8 @@ class Report:
             names = f"voice {next(iter(voices))}" if voices else "no voice named (--voice NAME)"
         elif len(voices) > 4:
             names = f"{len(voices)} voices"
+        if voices and (unnamed := rows - sum(voices.values())):
+            names += f", {unnamed} without a voice name"
         line = f"{self.dataset}: {rows} of {self.clips} clips, {length}, {names}"
         if not self.reasons:
             return line

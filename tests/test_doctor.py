@@ -114,3 +114,11 @@ def test_a_picture_of_a_voice_that_looks_like_a_formula(tmp_path):
     report = Report("a$b$_^", measures=measures)
     draw_report(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size
+
+
+def test_the_summary_counts_clips_without_a_voice_name():
+    clips = [Measures("a", "tom", "one"), Measures("b", "", "two"), Measures("c", "tom", "six")]
+    report = Report("x", clips=3, measures=clips)
+    assert report.summary().endswith(", voice tom, 1 without a voice name")
+    report.measures = clips[::2]
+    assert report.summary().endswith(", voice tom")
