@@ -93,6 +93,11 @@ def missing_table(folder: Path) -> str:
         return f"{message}; save {name} as metadata.csv with a header, such as file_name,text"
     if unread:
         return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to flac"
+    if (folder / "state.json").is_file():
+        return f"{message}; datasets' save_to_disk made it: write it with to_parquet instead"
+    inner = sorted(path.parent for name in TABLES for path in folder.glob(f"*/{name}"))
+    if inner:
+        return f"{message}; {printable(str(inner[0]))} has a table: give it as --dataset"
     return f"{message} (data/README.md has the forms)"
 
 

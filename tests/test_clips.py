@@ -418,11 +418,14 @@ def test_absolute_paths_on_request(tmp_path, tokenizer):
     [
         (["a.flac", "texts.csv"], "; save texts.csv as metadata.csv with a header"),
         (["a.m4a", "a.txt"], "; convert a.m4a with ffmpeg to flac"),
+        (["state.json", "data-00000-of-00001.arrow"], "write it with to_parquet instead"),
+        (["train/metadata.csv", "test/metadata.csv"], "/test has a table: give it as --dataset"),
         (["a.flac"], "(data/README.md has the forms)"),
     ],
 )
 def test_a_folder_without_a_table_is_told_what_to_do(names, remedy, tmp_path):
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError) as caught:
         read_clips(read_settings("data/demo/config.json", {"dataset": str(tmp_path)}))
