@@ -99,9 +99,9 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
         typed = {name: type(value) for name, value in values.items()} == Sound.__annotations__
         finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
         enough = min(sound.frames, max_frames) <= len(codes) <= sound.frames
-    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError):
+    except (OSError, RecursionError, ValueError):  # no such file, or not JSON
         return None
-    except (TypeError, ValueError):  # JSON of another shape, or none
+    except (ArithmeticError, AttributeError, LookupError, TypeError):  # JSON of another shape
         return None
     return EncodedClip(sound, codes, cached=True) if typed and finite and enough else None
 

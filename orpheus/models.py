@@ -167,8 +167,8 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
     dtype = choose_dtype(whole, dtype)
     config = bitsandbytes_config(weights, dtype)
     target = torch.float16 if merged else dtype
-    keys = {"dtype": dtype if config else target, "quantization_config": config}
-    keys["device_map"] = device()
+    keys = {"dtype": dtype if config else target, "device_map": device()}
+    keys["quantization_config"] = config
     if merged or weights != "4bit" or not torch.cuda.is_available():
         keys["dequantize_to"] = target
     model = load_base(whole, **keys)

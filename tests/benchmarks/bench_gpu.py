@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
-import orpheus.settings  # noqa: E402
-from orpheus.settings import read_settings  # noqa: E402
+from orpheus.settings import is_out_of_memory, read_settings, run  # noqa: E402
 
 MEASURE = "--measure"  # marks the processes that measure
 if sys.argv[1:2] == [MEASURE]:  # unsloth comes before transformers, which the rest imports
@@ -71,7 +70,7 @@ SPEED = {
     "8,192, no checkpoints, 16-bit": TUNED | {"weights": "16bit"},
     "16,384, no checkpoints, 16-bit": TUNED | {"weights": "16bit", "max_length": "16384"},
 }
-FIT = {f"{cap} GiB": PACKED | {"gradient_accumulation_steps": "16"} for cap in (8, 12, 24)}
+FIT, CARDS = PACKED | {"gradient_accumulation_steps": "16"}, (8, 12, 24)  # GiB
 MEMORY = {
     f"{weights}, {checkpointing}, {length:,}": {
         "batching": "pack",
@@ -158,7 +157,7 @@ def measure(lines: list[dict]) -> Iterator[dict]:
         try:
             yield line | measure_training(model, tokenizer, ids, settings, line)
         except RuntimeError as error:
-            if not orpheus.settings.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             yield line | {"error": f"out of memory: {str(error).splitlines()[0][:120]}"}
 
@@ -183,12 +182,10 @@ def measure_training(model, tokenizer, ids, settings, line: dict) -> dict:
     rows = arguments.per_device_train_batch_size * each * steps
     rows *= settings.max_length // 200 if settings.batching == "pack" else 1  # clips
     rows = make_rows(settings, tokenizer, ids, rows)
-    trainer, clock = (
-        finetune.make_trainer(model, tokenizer, rows, arguments, settings, None),
-        Clock(),
-    )
+    trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
     batches = itertools.islice(trainer.get_train_dataloader(), steps * each)
     counts = np.array([count_tokens(batch) for batch in batches]).reshape(steps, each, 3).sum(1)
+    clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
     marks = range(WARMUP, steps + 1, line["steps"])  # steps done
@@ -310,8 +307,7 @@ def make_lines(arguments, paths: dict[str, str]) -> list[dict]:
 
     lines = [line("machine", "machine", {})]
     lines += [line("speed", name, settings) for name, settings in SPEED.items()]
-    caps = {name: float(name.split()[0]) for name in FIT}
-    lines += [line("fit", n, s, steps=1, windows=1, cap=caps[n]) for n, s in FIT.items()]
+    lines += [line("fit", f"{cap} GiB", FIT, steps=1, windows=1, cap=cap) for cap in CARDS]
     lines += [line("encode", "encode", {}, clips=arguments.clips)]
     lines += [line("memory", n, s, steps=1, windows=1) for n, s in MEMORY.items()]
     wanted = {"machine", *(arguments.tables or TABLES)}
@@ -486,4 +482,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    orpheus.settings.run(main)
+    run(main)
