@@ -276,6 +276,8 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
 
 def save_model(trainer, tokenizer, out: Path) -> None:
     """Saves the adapter (or the whole model) and the tokenizer: all of their files, or none."""
+    from orpheus.models import add_old_names
+
     weights = None
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
@@ -284,6 +286,7 @@ def save_model(trainer, tokenizer, out: Path) -> None:
     with staging_folder(out / ".adapter.part") as part:
         trainer.model.save_pretrained(str(part), state_dict=weights)
         tokenizer.save_pretrained(str(part))
+        add_old_names(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
         output.record_files(out, *(path.name for path in part.iterdir()))
         last = ("adapter_config.json", "config.json")  # where these are, the rest is

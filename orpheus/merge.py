@@ -38,12 +38,13 @@ def save_merged(info, weights: str, out: Path) -> None:
     """Writes the merged model, its tokenizer, settings and report to `out`, whole or not at all."""
     from safetensors import SafetensorError
 
-    from orpheus.models import load_model
+    from orpheus.models import add_old_names, load_model
 
     try:
         with atomic_folder(out) as part:
             for saved in load_model(str(info.folder), weights, merged=True):
                 saved.save_pretrained(str(part))
+            add_old_names(part)
             if info.home:
                 settings = info.settings.flat() | {"weights": "16bit"}
                 write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")

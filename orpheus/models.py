@@ -1,5 +1,6 @@
 """Loading models: tokenizer, base, adapter or merged model, dtype and quantisation."""
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from orpheus.files import write_text
 from orpheus.hub import (
     MODEL_FILES,
     as_user_error,
@@ -183,3 +185,25 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
     return model.eval(), tokenizer
+
+
+def add_old_names(folder: Path) -> None:
+    """Add to a saved model's or adapter's configs what transformers 4 reads.
+
+    transformers 5 writes the rotary settings as `rope_parameters` and a tokenizer class of its own.
+    Version 4, and so vLLM before 0.19.1, takes theta 10,000 and no scaling instead, without a word,
+    and refuses the tokenizer.
+    """
+    for path in folder.glob("*config.json"):
+        values = read_json(path)
+        new = {}
+        if path.name == "config.json" and values.get("rope_parameters"):
+            scaling = dict(values["rope_parameters"])
+            new = {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": values.get("dtype")}
+            new["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+        if path.name == "tokenizer_config.json":
+            new = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            if isinstance(values.get("extra_special_tokens"), list):
+                new["additional_special_tokens"] = values.pop("extra_special_tokens")
+        if new:
+            write_text(path, json.dumps(values | new, indent=2, ensure_ascii=False) + "\n")

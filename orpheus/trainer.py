@@ -16,6 +16,7 @@ from orpheus.batching import FEW_STEPS, count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
 from orpheus.memory import GIB, peak_memory
+from orpheus.models import add_old_names
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
@@ -68,6 +69,10 @@ class SpeechTrainer(SFTTrainer):
 
     def create_model_card(self, *_, **__):
         """Does nothing: TRL's card would replace output_dir/README.md at every checkpoint."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        add_old_names(Path(output_dir or self.args.output_dir))
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.packing or self.args.pad_to_multiple_of:

@@ -17,7 +17,7 @@ from orpheus.models import load_model
 from orpheus.parity import generate_greedy, speech_log_probs
 from orpheus.run_info import load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
-from orpheus.settings import UserError
+from orpheus.settings import UserError, read_json
 from orpheus.tokens import codes_to_ids, prompt_ids, read_speech_ids
 
 
@@ -66,7 +66,8 @@ def test_a_4_bit_run_is_merged_into_the_weights_that_it_was_trained_over(tmp_pat
     printed = capsys.readouterr().out
     assert float(printed.split("from the adapter ")[1].split()[0]) < 1e-3
     assert load_run_info(str(out), {}).settings.weights == "16bit"
-    assert "quantization_config" not in (out / "config.json").read_text()
+    saved = read_json(out / "config.json")
+    assert "quantization_config" not in saved and saved["rope_theta"] == 10_000
 
 
 def test_a_merge_that_changes_the_voice_says_so_and_exits_1(

@@ -6,12 +6,19 @@ import pytest
 import torch
 from conftest import DEMO, change, cut, one_line
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
 import finetune
 from orpheus.generation import generate_batch, make_utterance
-from orpheus.models import bitsandbytes_config, choose_dtype, load_base, load_model
+from orpheus.models import (
+    add_old_names,
+    bitsandbytes_config,
+    choose_dtype,
+    load_base,
+    load_model,
+)
 from orpheus.run_info import load_run, load_run_info
-from orpheus.settings import UserError
+from orpheus.settings import UserError, read_json
 
 
 @pytest.fixture
@@ -193,3 +200,27 @@ def test_a_base_that_is_quantised_already_keeps_its_weights(weights, base):
     with torch.no_grad():
         found, wanted = (model(input_ids=tokens).logits for model in models)
     assert found.equal(wanted)
+
+
+def test_what_is_saved_has_the_names_that_transformers_4_reads(finished, tokenizer, tmp_path):
+    """tests/benchmarks/check_transformers4.py lets transformers 4 read it."""
+    rotary = {"rope_theta": 500_000.0, "rope_type": "llama3", "factor": 32.0}
+    rotary |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rotary |= {"original_max_position_embeddings": 8192}
+    config = AutoConfig.from_pretrained("tests/orpheus-3b", dtype="float16")
+    assert config.rope_parameters == rotary
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    change(tmp_path / "tokenizer_config.json", extra_special_tokens=["<custom_token_1>"])
+    add_old_names(tmp_path)
+    saved = read_json(tmp_path / "config.json")
+    assert saved["rope_theta"] == rotary["rope_theta"] and saved["torch_dtype"] == "float16"
+    assert saved["rope_scaling"] == {n: v for n, v in rotary.items() if n != "rope_theta"}
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rotary
+    saved = read_json(tmp_path / "tokenizer_config.json")
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == ["<custom_token_1>"]
+    assert AutoTokenizer.from_pretrained(tmp_path)("slt: one") == tokenizer("slt: one")
+    for folder in finished[0], finished[0] / "checkpoint-2":
+        saved = read_json(folder / "tokenizer_config.json")
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
