@@ -45,6 +45,8 @@ def main() -> None:
 def import_backend(settings: Settings) -> None:
     """Imports unsloth before transformers, trl and peft, which it patches."""
     if settings.backend == "unsloth":
+        # Unsloth counts runs by downloading from the hub, and waits minutes for one that is down
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         with quiet_libraries():
             import unsloth  # noqa: F401
 

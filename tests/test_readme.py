@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import soundfile
@@ -24,7 +25,8 @@ def commands(heading):
 
 def made_by(target):
     """The python commands that `make TARGET` runs once .venv is there."""
-    command = ["make", "-n", "--no-print-directory", "-o", ".venv/ready", target]
+    ready = ["-o", ".venv/ready-cpu", "-o", ".venv/ready-gpu"]
+    command = ["make", "-n", "--no-print-directory", *ready, target]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,10 +37,11 @@ def test_the_quick_start_runs(tmp_path, finished):
     """The commands of make demo are the README's; those of infer.py run, with a shorter run."""
     quick = commands("Without a GPU")
     assert [words for words in quick if words[0] == "make"] == [["make", "demo"], ["make", "test"]]
-    train, speak = made_by("demo")
-    assert train in quick, "the README's way without make is not what make does"
+    clear, train, speak = made_by("demo")
+    assert clear == ["rm", "-rf", "outputs/demo"]
+    assert [*train, "--overwrite"] in quick, "the README's way without make is not what make does"
     again = next(words for words in quick if words[1] == "infer.py")
-    assert train[1:] == ["finetune.py", *DEMO, "--overwrite"]  # as test_demo.py trains
+    assert train[1:] == ["finetune.py", *DEMO]  # as test_demo.py trains
     out = str(finished[0])
     for words in (speak, again):
         words = [word.replace("outputs/demo", out) for word in words[1:]]
@@ -54,6 +57,43 @@ def test_make_train_and_make_test_are_what_the_readme_says():
     assert made_by("train") == [[".venv/bin/python", "finetune.py"]]
     assert [".venv/bin/python", "-m", "pytest"] in made_by("test")
     assert [".venv/bin/python", "-m", "pytest"] in commands("Without a GPU")
+
+
+def make_install(folder, *words, path=""):
+    """What `make install` says in a copy of the Makefile that has only the CPU's stamp."""
+    shutil.copytree(ROOT / "requirements", folder / "requirements")
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv/ready-cpu").touch()
+    env = {"PATH": f"{path}:{os.environ['PATH']}"}
+    command = ["make", "install", *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def stand_in(folder, name, code):
+    """A program of that name that ends with `code`, in a folder for PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\nexit {code}\n")
+    (folder / name).chmod(0o755)
+    return folder
+
+
+def test_a_venv_of_the_other_kind_is_made_anew(tmp_path):
+    without = stand_in(tmp_path / "none", "nvidia-smi", 9)
+    assert "Nothing to be done" in make_install(tmp_path / "cpu", path=without)[1]
+    driver = stand_in(tmp_path / "driver", "nvidia-smi", 0)
+    code, printed = make_install(tmp_path / "gpu", "-n", path=driver)
+    assert code == 0 and "-m venv --clear .venv" in printed
+    assert "pip install -r requirements/gpu.txt" in printed and "touch .venv/ready-gpu" in printed
+
+
+def test_a_python_that_is_too_old_is_refused_before_anything_is_installed(tmp_path):
+    old = stand_in(tmp_path / "bin", "python3.10", 1)
+    driver = stand_in(tmp_path / "bin", "nvidia-smi", 0)
+    code, printed = make_install(tmp_path / "make", "PYTHON=python3.10", path=f"{old}:{driver}")
+    assert code != 0 and "Python 3.11, 3.12 or 3.13" in printed and "deadsnakes" in printed
+    assert [path.name for path in (tmp_path / "make/.venv").iterdir()] == ["ready-cpu"]
 
 
 def test_pins_are_named_once():
