@@ -14,7 +14,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from orpheus.batching import make_row, row_text, slots_used, split_rows, steps_per_epoch
+from orpheus.batching import (
+    make_row,
+    row_text,
+    slots_used,
+    split_prompt,
+    split_rows,
+    steps_per_epoch,
+)
 from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.doctor import Measures, Report, check_leave_out, draw_report
 from orpheus.files import make_folder
@@ -42,7 +49,7 @@ def make_rows(
     check_leave_out(settings)
     ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
     rows, report = [], Report(printable(settings.dataset), note=clips.note)
-    for clip, encoded in encode_clips(clips, settings, ids, codec):
+    for clip, encoded in encode_clips(clips, settings, ids, tokenizer, codec):
         report.clips += 1
         try:
             row, measures, length = build_row(clip, encoded, tokenizer, ids, settings)
@@ -80,7 +87,8 @@ def build_row(
     row = encoded.row
     if row:
         length = len(row["input_ids"])
-        text = text or tokenizer.decode(row["input_ids"][row["labels"] == -100])
+        spoken, voice = split_prompt(encoded.prompt, voice)
+        text = text.removeprefix(f"{voice}: ") or spoken
     else:
         prompt = prompt_ids(tokenizer, ids, text, voice)
         length = len(prompt) + SLOTS * encoded.sound.frames + 2

@@ -1,6 +1,7 @@
 """Rows of ids, the held-out split, and the arithmetic of packing and padding."""
 
 import math
+import re
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -15,6 +16,17 @@ def row_text(clip, settings: Settings) -> tuple[str, str]:
     """(text, voice) of a clip, white space folded; the setting `voice` is for clips without one."""
     texts = clip.text, clip.voice or settings.voice
     return tuple(" ".join((text or "").split()) for text in texts)
+
+
+def split_prompt(prompt: str, voice: str) -> tuple[str, str]:
+    """(text, voice) of a prompt, `name: text` or the text alone.
+
+    The name is `voice`, if the prompt begins with that, else one word before a colon.
+    """
+    if voice and prompt.startswith(f"{voice}: "):
+        return prompt[len(voice) + 2 :].strip(), voice
+    named = re.match(r"([^\s:]+): +(.+)", prompt, re.DOTALL)
+    return (named[2], named[1]) if named else (prompt, "")
 
 
 def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:

@@ -24,7 +24,16 @@ from orpheus.files import make_folder, write_text
 from orpheus.hub import fetch
 from orpheus.models import device
 from orpheus.settings import Settings, UserError, read_json
-from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, SpeechIds, check_row, read_codes
+from orpheus.tokens import (
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    SLOTS,
+    SpeechIds,
+    check_row,
+    read_codes,
+    read_prompt,
+    split_row,
+)
 
 
 @dataclass
@@ -35,6 +44,7 @@ class EncodedClip:
     codes: np.ndarray | None = None  # (frames, 7)
     audio: np.ndarray | None = None  # (samples,) at 24 kHz
     row: dict | None = None  # input_ids and labels that were tokenised elsewhere
+    prompt: str = ""  # of that row
     cache_file: Path | None = None
     cached: bool = False  # its codes came from the cache
 
@@ -86,7 +96,7 @@ def find_cache_file(audio: Path | bytes, cache: Path | None) -> Path | None:
         return None
 
 
-def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip | None:
+def read_cached(path: Path, max_frames: int, ids: SpeechIds) -> EncodedClip | None:
     """A clip from the cache.
 
     None where it has to be encoded: there is no such file, it is damaged or has another shape, or
@@ -94,7 +104,7 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
     """
     try:
         values = json.loads(path.read_bytes())
-        codes = read_codes(values.pop("codes"), codebook_size)
+        codes = read_codes(values.pop("codes"), ids)
         sound = Sound(**values)
         typed = {name: type(value) for name, value in values.items()} == Sound.__annotations__
         finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
@@ -110,41 +120,55 @@ def read_cached(path: Path, max_frames: int, codebook_size: int) -> EncodedClip 
 
 
 def load_clip(
-    clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds
-) -> EncodedClip | UserError:
+    clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds, tokenizer
+) -> list[EncodedClip | UserError]:
     """Loads a clip: its codes from its row or from the cache, else its samples.
 
     The samples end four frames after the longest row, which is as far as the encoder looks ahead.
-    A clip that cannot be used gives its error, since the others go on without it.
+    A clip that cannot be used gives its error, since the others go on without it. A row into which
+    several clips were chained gives all of them.
     """
     max_frames = settings.max_length // SLOTS
     try:
         if clip.error:
-            return clip.error
-        if not (clip.text or "").strip() and "input_ids" not in (clip.pretokenized or {}):
+            return [clip.error]
+        if "input_ids" in (clip.pretokenized or {}):
+            return [load_row(row, ids, tokenizer) for row in split_row(clip.pretokenized, ids)]
+        if not (clip.text or "").strip():
             raise ClipError("the text is empty", "no text")
         if clip.pretokenized:
-            return load_pretokenized(clip.pretokenized, ids)
+            return [load_codes(clip.pretokenized, ids)]
         if not clip.audio:
             raise ClipError("no sound is named", "no sound")
         path = find_cache_file(clip.audio, cache)
-        if path and (cached := read_cached(path, max_frames, ids.codebook_size)):
-            return cached
+        if path and (cached := read_cached(path, max_frames, ids)):
+            return [cached]
         audio, sound = measure_clip(clip.audio, settings)
     except UserError as error:
+        return [error]
+    return [EncodedClip(sound, audio=audio[: (max_frames + 4) * FRAME_SAMPLES], cache_file=path)]
+
+
+def load_row(row: dict[str, np.ndarray], ids: SpeechIds, tokenizer) -> EncodedClip | UserError:
+    """A clip whose ids were made elsewhere, or what is wrong with them."""
+    try:
+        codes = check_row(row, ids)
+        prompt = read_prompt(row["input_ids"], tokenizer, ids)
+    except UserError as error:
         return error
-    return EncodedClip(sound, audio=audio[: (max_frames + 4) * FRAME_SAMPLES], cache_file=path)
+    return EncodedClip(measure_codes(codes), codes, row=row, prompt=prompt)
 
 
-def load_pretokenized(columns: dict, ids: SpeechIds) -> EncodedClip:
-    """A clip that was tokenised elsewhere; `UserError` for codes or ids that are not Orpheus's."""
-    if "input_ids" in columns:
-        row, codes = check_row(columns, ids)
-    else:
-        row, codes = None, read_codes(columns["codes"], ids.codebook_size)
+def load_codes(columns: dict, ids: SpeechIds) -> EncodedClip:
+    """A clip whose codes were made elsewhere; `UserError` for codes that are not Orpheus's."""
+    codes = read_codes(columns.get("codes", columns.get("codes_list")), ids)
+    return EncodedClip(measure_codes(codes), codes)
+
+
+def measure_codes(codes: np.ndarray) -> Sound:
+    """What is known of a clip of which there are only the codes."""
     digest = hashlib.sha256(codes.tobytes()).hexdigest()
-    sound = Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
-    return EncodedClip(sound, codes, row=row)
+    return Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
 
 
 def prefetch(
@@ -161,21 +185,26 @@ def prefetch(
 
 
 def encode_clips(
-    clips: Clips, settings: Settings, ids: SpeechIds, codec=None
+    clips: Clips, settings: Settings, ids: SpeechIds, tokenizer, codec=None
 ) -> Iterator[tuple[Clip, EncodedClip | UserError]]:
     """Yields every clip with its codes, or with the error for which it is left out, in order.
+
+    The clips of a chained row are yielded one by one.
 
     At most two batches of samples are in memory. The codec is loaded, unless one is given, when
     the first clip has to be encoded.
     """
     cache, hours, started = open_cache(settings), 0.0, time.monotonic()
-    load = functools.partial(load_clip, settings=settings, cache=cache, ids=ids)
+    load = functools.partial(
+        load_clip, settings=settings, cache=cache, ids=ids, tokenizer=tokenizer
+    )
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
         tqdm(total=clips.count, unit=" clips", delay=1, disable=None) as bar,
     ):
         for batch, loaded in prefetch(clips, load, threads):
-            new = [clip for clip in loaded if isinstance(clip, EncodedClip) and clip.codes is None]
+            new = [clip for parts in loaded for clip in parts]
+            new = [clip for clip in new if isinstance(clip, EncodedClip) and clip.codes is None]
             bar.update(len(batch) - len(new))
             if new:
                 codec = codec or load_codec(settings.codec, device())
@@ -184,7 +213,10 @@ def encode_clips(
                     speed = 60 * hours / (time.monotonic() - started)
                     bar.set_postfix_str(f"{speed:.2f} hours of audio a minute", refresh=False)
                     bar.update()
-            yield from zip(batch, loaded, strict=True)
+            for clip, clips_in_row in zip(batch, loaded, strict=True):
+                for number, part in enumerate(clips_in_row, 1):
+                    named = f"{clip.source} clip {number}" if len(clips_in_row) > 1 else clip.source
+                    yield clip._replace(source=named), part
 
 
 def encode_new(

@@ -16,7 +16,7 @@ from orpheus.settings import Settings, UserError
 AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
 VOICE_COLUMNS = ("speaker", "voice", "source")
-TOKEN_COLUMNS = ("input_ids", "labels", "codes")
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "codes", "codes_list")
 LJSPEECH_COLUMNS = ("file_name", "text", "normalized_text")
 
 
@@ -142,14 +142,15 @@ def find_columns(table: Path, columns: list, settings: Settings) -> dict[str, st
 
     Raises `UserError` for a table without a column that it needs.
     """
-    found = {}
-    tokens = next((name for name in ("input_ids", "codes") if name in columns), None)
-    if tokens != "input_ids":
+    found, keys = {}, {column_key(name) for name in columns}
+    names = ("input_ids", "codes", "codes_list")
+    tokens = next((name for name in names if name in columns), None)
+    if tokens != "input_ids" or settings.text_column or not keys.isdisjoint(TEXT_COLUMNS):
         found["text"] = find_column(columns, settings.text_column, TEXT_COLUMNS, table)
     if tokens is None:
         found["audio"] = find_column(columns, settings.audio_column, AUDIO_COLUMNS, table)
     voice = settings.voice_column
-    if voice or not {column_key(name) for name in columns}.isdisjoint(VOICE_COLUMNS):
+    if voice or not keys.isdisjoint(VOICE_COLUMNS):
         found["voice"] = find_column(columns, voice, VOICE_COLUMNS, table)
     return found | ({"tokens": tokens} if tokens else {})
 

@@ -215,11 +215,11 @@ def whole_numbers(values) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def read_codes(codes, codebook_size: int) -> np.ndarray:
+def read_codes(codes, ids: SpeechIds) -> np.ndarray:
     """Converts codes from a dataset to (frames, 7) in slot order.
 
-    `codes` are SNAC's three levels of lengths 1:2:4, or a list that is in slot order already.
-    Raises `UserError` for other shapes, and for codes that are not from 0 to `codebook_size` - 1.
+    `codes` are SNAC's three levels of lengths 1:2:4, or a list in slot order, of codes or of their
+    ids. Raises `UserError` for other shapes, and for codes outside of 0 to codebook_size - 1.
     """
     try:
         first = len(codes[0]) if len(codes) == 3 else 0
@@ -228,52 +228,90 @@ def read_codes(codes, codebook_size: int) -> np.ndarray:
         codes = whole_numbers(codes).reshape(-1, SLOTS)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
-    bounds = f"codes go from 0 to {codebook_size - 1}"
+    bounds = f"codes go from 0 to {ids.codebook_size - 1}"
     if not len(codes):
         raise UserError(f"no frame: {bounds}")
-    wrong = np.argwhere((codes < 0) | (codes >= codebook_size))
+    if ids.audio <= codes.min() and codes.max() < ids.audio + SLOTS * ids.codebook_size:
+        return ids_to_codes(codes.ravel(), ids)
+    wrong = np.argwhere((codes < 0) | (codes >= ids.codebook_size))
     if len(wrong):
         raise UserError(f"code {codes[tuple(wrong[0])]} in frame {wrong[0][0]}: {bounds}")
     return codes
 
 
-def check_row(columns: dict, ids: SpeechIds) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Converts the columns `input_ids` and `labels` of a pre-tokenised row to arrays.
+def split_row(columns: dict, ids: SpeechIds) -> list[dict[str, np.ndarray]]:
+    """Converts a pre-tokenised row to arrays of `input_ids` and `labels`, for each clip in it.
 
-    Without labels, the loss is computed on all ids after SOS. Returns the row and its (frames, 7)
-    codes. Raises `UserError` for columns that are not lists of token ids of equal length, for a row
-    without SOS, whole frames and EOS, and for labels that train something else or nothing.
+    A clip goes from SOH (or BOS) to EOS and EOA. What stands outside of clips is padding, or a part
+    of one that was cut, and is left out, as is what an `attention_mask` hides. Without labels, the
+    loss is computed on all ids after SOS. Raises `UserError` for columns that are not lists of
+    whole numbers of equal length, and for a row without SOS.
     """
+    names = ("input_ids", "labels", "attention_mask")
+    names = [name for name in names if columns.get(name) is not None]
     try:
-        input_ids = whole_numbers(columns["input_ids"]).reshape(-1)
-        labels = columns.get("labels")
-        labels = None if labels is None else whole_numbers(labels).reshape(-1)
+        row = {name: whole_numbers(columns[name]).reshape(-1) for name in names}
     except (TypeError, ValueError, OverflowError):
-        raise UserError("input_ids or labels are not a list of whole numbers") from None
+        raise UserError(f"{' or '.join(names)} are not a list of whole numbers") from None
+    size = len(row["input_ids"])
+    for name in names:
+        if len(row[name]) != size:
+            raise UserError(f"{len(row[name])} {name} for {size} input_ids")
+    kept = (row["input_ids"] != ids.pad) & (row.pop("attention_mask", np.ones(size)) != 0)
+    row = {name: values[kept] for name, values in row.items()}
+    input_ids = row["input_ids"]
+    clips, end = [], 0
+    for sos in np.flatnonzero(input_ids == ids.sos):
+        if sos < end:
+            continue  # among the codes of a clip, where `check_row` finds it
+        prompt = input_ids[end:sos]
+        heads = np.flatnonzero(prompt == (ids.soh if ids.soh in prompt else ids.bos))
+        start = end + (heads[-1] if len(heads) else 0)
+        start -= start > end and input_ids[start - 1] == ids.bos
+        length = np.argmax(input_ids[sos:] == ids.eos)
+        end = sos + length + 1 if length else len(input_ids)
+        end += end < len(input_ids) and input_ids[end] == ids.eoa
+        clip = {name: values[start:end] for name, values in row.items()}
+        masked = np.where(np.arange(start, end) <= sos, -100, clip["input_ids"])
+        clips.append({"labels": masked} | clip)
+    if not clips:
+        raise UserError(f"no SOS (id {ids.sos}) among its input_ids")
+    return clips
+
+
+def check_row(row: dict[str, np.ndarray], ids: SpeechIds) -> np.ndarray:
+    """Returns the (frames, 7) codes of a clip that `split_row` found.
+
+    Raises `UserError` for ids that the base does not have, for a clip without whole frames and EOS,
+    and for labels that train something else or nothing.
+    """
+    input_ids, labels = row["input_ids"], row["labels"]
     end = ids.audio + SLOTS * ids.codebook_size
     if (wrong := np.flatnonzero((input_ids < 0) | (input_ids >= end))).size:
         place = f"id {input_ids[wrong[0]]} at position {wrong[0]} of its input_ids"
         raise UserError(f"{place}: ids go from 0 to {end - 1}")
-    for name, wanted in (("SOS", ids.sos), ("EOS", ids.eos)):
-        if wanted not in input_ids:
-            raise UserError(f"no {name} (id {wanted}) among its input_ids")
-    if labels is None:
-        prompt = np.arange(len(input_ids)) <= np.argmax(input_ids == ids.sos)
-        labels = np.where(prompt, -100, input_ids)
-    if len(labels) != len(input_ids):
-        raise UserError(f"{len(labels)} labels for {len(input_ids)} input_ids")
-    speech = input_ids.tolist()
-    codes = ids_to_codes(speech[speech.index(ids.sos) + 1 : speech.index(ids.eos)], ids)
+    start = np.argmax(input_ids == ids.sos) + 1
+    if ids.eos not in input_ids[start:]:
+        raise UserError(f"no EOS (id {ids.eos}) among its input_ids")
+    speech = input_ids[start:]
+    codes = ids_to_codes(speech[: np.argmax(speech == ids.eos)], ids)
     if not len(codes):
         raise UserError("no frame between its SOS and EOS")
-    check_labels(input_ids, labels)
-    return {"input_ids": input_ids, "labels": labels}, codes
-
-
-def check_labels(input_ids: np.ndarray, labels: np.ndarray) -> None:
-    """Raises `UserError` for a label that is neither -100 nor the input id, or if all are -100."""
     if (wrong := np.flatnonzero((labels != -100) & (labels != input_ids))).size:
         place = f"label {labels[wrong[0]]} at position {wrong[0]}"
         raise UserError(f"{place} is neither -100 nor the input id there, {input_ids[wrong[0]]}")
     if (labels == -100).all():
         raise UserError("every label is -100: the row trains nothing")
+    return codes
+
+
+def read_prompt(input_ids: np.ndarray, tokenizer, ids: SpeechIds) -> str:
+    """The text of a row's prompt, the voice's name included: what is no control token before SOS.
+
+    Raises `UserError` for a prompt without text.
+    """
+    prompt = input_ids[: np.argmax(input_ids == ids.sos)]
+    text = tokenizer.decode(prompt[~np.isin(prompt, ids[:-1])]).strip()
+    if not text:
+        raise UserError("no text in its prompt")
+    return text

@@ -99,6 +99,94 @@ def test_faults_of_rows_tokenised_elsewhere(change, fault, tmp_path, tokenizer, 
         rows_of(tmp_path / "list.jsonl", tokenizer)
 
 
+@pytest.fixture
+def made(tokenizer, ids):
+    """make(text, frames): the ids of a clip as a notebook makes them, with its prompt's length."""
+
+    def make(text, frames):
+        codes = np.random.default_rng(frames).integers(0, ids.codebook_size, (frames, 7))
+        prompt = prompt_ids(tokenizer, ids, text)
+        row = [*prompt, *codes_to_ids(codes, ids).tolist(), ids.eos, ids.eoa]
+        return row, [-100] * len(prompt) + row[len(prompt) :]
+
+    return make
+
+
+def test_every_way_to_save_tokenised_rows(tmp_path, tokenizer, ids, made):
+    """With and without labels, padded on either side with any id, chained, with columns of texts.
+
+    As the published notebook saves them: labels are the input_ids, with an attention_mask.
+    """
+    (one, masked), (two, masked_two) = made("anna: one <laugh>", 3), made("ben: two", 5)
+
+    def pad(row, pads, value, left=False):
+        return [value] * pads + row if left else row + [value] * pads
+
+    mask = [1] * len(one)
+    cases = {"notebook": ({"input_ids": one, "labels": one, "attention_mask": mask}, one)}
+    cases["bare"] = {"input_ids": one}, masked
+    cases["prompt masked"] = {"input_ids": one, "labels": masked}, masked
+    cases["without EOA"] = {"input_ids": one[:-1]}, masked[:-1]
+    for value in (ids.pad, ids.eot, ids.eos, ids.eoa, 0):
+        for left in (False, True):
+            padded = pad(one, 9, value, left)
+            keys = {"input_ids": padded, "labels": padded}
+            cases[f"pads {value}, left {left}"] = keys, one
+            if value != ids.eoa or left:
+                keys = {"input_ids": padded, "attention_mask": pad(mask, 9, 0, left)}
+                cases[f"pads {value} hidden, left {left}"] = keys, masked
+    cases["pads without loss"] = {"input_ids": pad(one, 3, -1), "labels": pad(one, 3, -100)}, one
+    for name, (columns, labels) in cases.items():
+        (tmp_path / "rows.jsonl").write_text(json.dumps(columns))
+        (row,), report = rows_of(tmp_path / "rows.jsonl", tokenizer)
+        assert row["input_ids"].tolist() == one[: len(labels)], name
+        assert row["labels"].tolist() == labels, name
+        assert (row["text"], row["voice"]) == ("one <laugh>", "anna"), name
+        assert report.characters == len("one <laugh>") and report.tags == {"<laugh>": 1}
+    chained = one[9:] + one + two + one[:15]  # as pre-training cuts a stream of clips into rows
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": chained}))
+    rows, report = rows_of(tmp_path / "rows.jsonl", tokenizer, leave_out="[]")
+    assert [row["labels"].tolist() for row in rows[1:]] == [masked, masked_two]
+    assert report.voices == {"anna": 1, "ben": 1}
+    assert report.left_out == []
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": one, "text": "anna: One!"}))
+    rows, _ = rows_of(tmp_path / "rows.jsonl", tokenizer, voice="eve")
+    assert (rows[0]["text"], rows[0]["voice"]) == ("One!", "anna")
+
+
+@pytest.mark.parametrize(
+    "prompt, text, voice",
+    [
+        ("tara: hello", "hello", "tara"),
+        ("p225: the plan: wait", "the plan: wait", "p225"),
+        ("Anna Lee: hello", "hello", "Anna Lee"),  # the voice that the settings name
+        ("she said: hello", "she said: hello", ""),
+        ("at 10:30 sharp", "at 10:30 sharp", ""),
+        ("hello", "hello", ""),
+    ],
+)
+def test_the_voice_of_a_tokenised_row_is_that_of_its_prompt(
+    prompt, text, voice, tmp_path, tokenizer, made
+):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": made(prompt, 3)[0]}))
+    rows, report = rows_of(tmp_path / "rows.jsonl", tokenizer, voice="Anna Lee")
+    assert (rows[0]["text"], rows[0]["voice"]) == (text, voice)
+    assert list(report.voices) == ([voice] if voice else [])
+
+
+def test_codes_with_their_slots_are_codes(tmp_path, tokenizer, ids, made):
+    """As the notebook's codes_list has them: the ids of the audio."""
+    (row, labels), codes = made("one", 4), "codes_list"
+    audio = [label for label in labels if label != -100][:-2]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({codes: audio, "text": "one"}))
+    rows, _ = rows_of(tmp_path / "rows.jsonl", tokenizer)
+    assert rows[0]["input_ids"].tolist() == row
+    audio[8] = ids.audio
+    (tmp_path / "rows.jsonl").write_text(json.dumps({codes: audio, "text": "one"}))
+    with pytest.raises(UserError, match=r"frame 1, slot 1\) belongs in slot 0"):
+        rows_of(tmp_path / "rows.jsonl", tokenizer)
+
+
 def test_ids_come_before_codes(tmp_path, tokenizer, ids):
     """In a table that has both, whose rows then need no text."""
     codes = np.ones((2, 7), dtype=np.int64)
