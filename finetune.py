@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from orpheus import hub, output, runs
-from orpheus.files import staging_folder
 from orpheus.options import read_command_line
 from orpheus.settings import (
     Settings,
@@ -285,15 +284,16 @@ def save_model(trainer, tokenizer, out: Path) -> None:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather
     if runs.RANK:
         return
-    with staging_folder(out / ".adapter.part") as part:
-        trainer.model.save_pretrained(str(part), state_dict=weights)
-        tokenizer.save_pretrained(str(part))
-        add_old_names(part)
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
-        output.record_files(out, *(path.name for path in part.iterdir()))
-        last = ("adapter_config.json", "config.json")  # where these are, the rest is
-        for path in sorted(part.iterdir(), key=lambda path: path.name in last):
-            os.replace(path, out / path.name)
+    part = out / ".adapter.part"  # what a killed run left there is overwritten
+    trainer.model.save_pretrained(str(part), state_dict=weights)
+    tokenizer.save_pretrained(str(part))
+    add_old_names(part)
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
+    output.record_files(out, *(path.name for path in part.iterdir()))
+    last = ("adapter_config.json", "config.json")  # where these are, the rest is
+    for path in sorted(part.iterdir(), key=lambda path: path.name in last):
+        os.replace(path, out / path.name)
+    part.rmdir()
 
 
 if __name__ == "__main__":

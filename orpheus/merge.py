@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from orpheus.cards import base_name, card_sections, find_sample, model_card
-from orpheus.files import atomic_folder, write_text
+from orpheus.files import atomic_file, write_text
 from orpheus.hub import is_adapter
 from orpheus.options import Parser, overrides
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
@@ -41,7 +41,7 @@ def save_merged(info, weights: str, out: Path) -> None:
     from orpheus.models import add_old_names, load_model
 
     try:
-        with atomic_folder(out) as part:
+        with atomic_file(out) as part:
             for saved in load_model(str(info.folder), weights, merged=True):
                 saved.save_pretrained(str(part))
             add_old_names(part)
