@@ -111,18 +111,17 @@ def make_sft_config(settings: Settings):
     pad_to_max = settings.batching == "pad_to_max"
     try:
         return SFTConfig(
-            **settings.trainer,
-            output_dir=settings.output_dir,
-            seed=settings.seed,
-            max_length=settings.max_length,
-            packing=settings.batching == "pack",
-            padding_free=False,  # else Unsloth flattens padded batches; packing turns it on itself
-            pad_to_multiple_of=settings.max_length if pad_to_max else None,
-            gradient_checkpointing=bool(settings.gradient_checkpointing),
-            use_cpu=not torch.cuda.is_available(),
-            eval_strategy="no",  # callbacks.TrainingMonitor evaluates every sample_steps
-            metric_for_best_model="eval_score",  # keeps the best checkpoint from rotation
-            greater_is_better=True,
+            **settings.trainer  # has output_dir, seed and max_length, too
+            | {
+                "packing": settings.batching == "pack",
+                "padding_free": False,  # else Unsloth flattens padded batches; packing turns it on
+                "pad_to_multiple_of": settings.max_length if pad_to_max else None,
+                "gradient_checkpointing": bool(settings.gradient_checkpointing),
+                "use_cpu": not torch.cuda.is_available(),
+                "eval_strategy": "no",  # callbacks.TrainingMonitor evaluates every sample_steps
+                "metric_for_best_model": "eval_score",  # keeps the best checkpoint from rotation
+                "greater_is_better": True,
+            }
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"settings: {error}") from None

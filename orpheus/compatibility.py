@@ -12,25 +12,18 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
-from orpheus.keys import TRAINER_TYPES
 from orpheus.models import training_dtype
 from orpheus.runs import WORLD_SIZE
-from orpheus.settings import Settings, UserError, validate
+from orpheus.settings import Settings, UserError, parse_trainer_keys
 
 
 def resolve_settings(settings: Settings) -> Settings:
-    """The settings with SFTConfig's keys in their types, and the precision decided.
+    """Return the settings with SFTConfig's keys in its types, and the precision decided.
 
-    Only SFTConfig knows the types of keys that are in neither config.json nor TRAINER_TYPES. Raises
-    `UserError` for a value that it does not take.
+    Raises: UserError for a value that SFTConfig does not take.
     """
-    hints = get_type_hints(SFTConfig)
-    values = {
-        name: validate(name, value, hints[name], "settings")
-        for name, value in settings.model_extra.items()
-        if name not in TRAINER_TYPES
-    }
-    return resolve_precision(settings.replace(**values))
+    hints = get_type_hints(SFTConfig) | {"fsdp": bool | str | None}  # it takes true, which says str
+    return resolve_precision(parse_trainer_keys(settings, hints))
 
 
 def resolve_precision(settings: Settings) -> Settings:

@@ -8,26 +8,25 @@ from typing import get_args
 
 from orpheus.clips import read_manifest
 from orpheus.hub import absolute_path_or_hub_id
-from orpheus.keys import GROUPS, Settings
 from orpheus.settings import (
-    ROOT,
+    PARTS,
     RUN_KEYS,
+    Settings,
     UserError,
-    check_strings,
-    read_json,
     read_settings,
     read_text,
 )
 
 
 def describe_keys() -> str:
-    """All keys of config.json by group, with meaning and default, for --help."""
-    defaults, lines = read_json(ROOT / "config.json"), []
-    for name, field in Settings.model_fields.items():
-        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
-        default = json.dumps(defaults.get(name), ensure_ascii=False)
-        words = f"  --{name:32}{field.description} (default: {default})"
-        lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
+    """Return all keys by part, with meaning and default, for --help."""
+    lines = []
+    for part in PARTS:
+        lines += [f"\n{part.__doc__.lower()}:"]
+        for name, field in part.model_fields.items():
+            default = json.dumps(field.default, ensure_ascii=False)
+            words = f"  --{name:32}{field.description} (default: {default})"
+            lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -44,7 +43,9 @@ class Parser(argparse.ArgumentParser):
     def add_run_options(self, keys=RUN_KEYS) -> None:
         """Adds --voice, --config, and settings that replace those of the run."""
         self.add_argument("--voice", metavar="NAME", help="voice name (the adapter's first)")
-        self.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+        self.add_argument(
+            "--config", metavar="FILE", help="a file of settings, in place of config.json"
+        )
         for name in keys:
             field = Settings.model_fields[name]
             switch = field.annotation is bool
@@ -69,7 +70,6 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(text, str) and name != "texts" and not text.strip():
                     remedy = "give a value, or leave it out"
                     raise UserError(f"command line: --{name} is empty; {remedy}")
-            check_strings(name if name == "texts" else f"--{name}", value, "command line")
         if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
             raise UserError("command line: --whisper needs --score")
         if arguments.config:
@@ -81,7 +81,9 @@ def read_command_line(description: str) -> Settings:
     """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
     usage = "%(prog)s [-h] [--config FILE] [--key value …]"
     parser = Parser(description, epilog=describe_keys(), usage=usage)
-    parser.add_argument("--config", metavar="FILE", help="settings that go over config.json's")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a file of settings, in place of config.json"
+    )
     known, rest = parser.parse_known_args()
     words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     overrides = {}

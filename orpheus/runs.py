@@ -21,7 +21,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # On resume only the run length, logging, saving and sampling keys may change.
 CHANGEABLE = {"max_steps", "num_train_epochs", "output_dir", "overwrite", "resume", "report_to"}
 CHANGEABLE |= {"cache_dir", "sample_steps", "sample_texts", "judge_samples", "plan", "fit"}
-CHANGEABLE |= set(SPEAKING)
+CHANGEABLE |= set(SPEAKING) - {"seed"}
 CHANGEABLE_PREFIXES = ("logging_", "save_")
 DISK_FULL = ("No space left", "File too large", "quota exceeded", "inline_container")
 

@@ -51,8 +51,6 @@ def test_a_cuda_graph_and_8_bit_weights_are_refused_in_training(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("log_level", "nonsense", "log_level is"),
-        ("packing_strategy", "nonsense", "packing_strategy is"),
         ("include_num_input_tokens_seen", "nonsense", "include_num_input_tokens_seen is"),
         ("accelerator_config", "none.json", "none.json"),
         ("use_liger_kernel", "true", "pip install liger-kernel"),
