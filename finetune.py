@@ -52,14 +52,13 @@ def import_backend(settings: Settings) -> None:
 
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
-    from orpheus import clips, verdict
+    from orpheus import clips
 
     # 1. What the output folder and the dataset hold
     out, checkpoint = Path(settings.output_dir), output.check_output(settings)
     dataset = clips.read_clips(settings)
     import_backend(settings)
-    from data import prepare
-    from orpheus import checks, codec, compatibility, memory, models, trainer
+    from orpheus import checks, codec, compatibility, doctor, memory, models, rows, trainer
 
     # 2. The settings, as this machine and its memory allow
     models.check_machine(settings.model)
@@ -72,18 +71,18 @@ def fine_tune(settings: Settings, started: float) -> None:
     tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
-        rows, held_out, report = prepare.make_rows(dataset, settings, tokenizer, snac)
+        train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
-    verdict.warn_of_few_clips(report)
+    doctor.warn_of_few_clips(report)
     if runs.RANK and settings.resume:  # the first rank has settled what is there by now
         checkpoint = runs.last_checkpoint(out)
     if checkpoint:
         runs.check_resumed(settings, report.digest)
-    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out, rows)
+    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out, train_rows)
 
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
-    sft_trainer = make_trainer(model, tokenizer, rows, arguments, settings, evaluator)
+    sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
     compatibility.print_changes(settings, sft_trainer.args)
 
     # 5. Training, and saving. With `overwrite`, the earlier run stays until this one has saved.

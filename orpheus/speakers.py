@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from orpheus.audio import measure_clip, read_audio
-from orpheus.batching import row_text
 from orpheus.clips import read_clips
 from orpheus.comparison import CODEC
 from orpheus.files import write_text
@@ -79,6 +78,8 @@ def read_general(tags: set[str]) -> list[Line]:
 
 def read_corpus(info, voice: str | None) -> Corpus:
     """The recordings and texts of a run's dataset; `UserError` if the dataset cannot be read."""
+    from orpheus.rows import row_text
+
     report, settings, corpus = read_json(info.home / SAVED_REPORT), info.settings, Corpus()
     held_out = set(report.get("held_out_texts", ()))
     left_out = {clip.partition(": ")[0] for clip in [*report["left_out"], *report["dropped"]]}

@@ -12,17 +12,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from trl import SFTTrainer
 
-from orpheus.batching import FEW_STEPS, count_padded, length_batches
 from orpheus.callbacks import log_samples
 from orpheus.compatibility import check_schedule
+from orpheus.doctor import FEW_STEPS
 from orpheus.memory import GIB, peak_memory
 from orpheus.models import add_old_names
+from orpheus.rows import count_padded, length_batches
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 
 # TRL warns that only flash attention keeps packed clips apart. SDPA does so as well, by their
-# position_ids: tests/test_batching.py compares it with each row alone.
+# position_ids: tests/test_rows.py compares it with each row alone.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(
     lambda record: "Flash Attention variant" not in record.getMessage()
 )

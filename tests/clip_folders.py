@@ -1,12 +1,12 @@
-"""Folders of clips for tests, and the rows that data/prepare.py makes of them."""
+"""Folders of clips for tests, and the rows that are made of them."""
 
 import csv
 
 import numpy as np
 import soundfile
 
-from data import prepare
 from orpheus.clips import read_clips
+from orpheus.rows import make_rows
 from orpheus.settings import read_settings
 
 
@@ -39,7 +39,7 @@ def two_clips(folder, names=("a.wav", "b.wav")):
 def rows_of(folder, tokenizer, **overrides):
     """(rows, report) of a dataset, every row in its order."""
     chosen = settings(folder, **overrides)
-    rows, held_out, report = prepare.make_rows(read_clips(chosen), chosen, tokenizer)
+    rows, held_out, report = make_rows(read_clips(chosen), chosen, tokenizer)
     assert not held_out
     return rows, report
 

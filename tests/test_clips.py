@@ -21,7 +21,7 @@ from clip_folders import (
 from conftest import ROOT
 
 import orpheus.codec
-import orpheus.encoding
+import orpheus.rows
 from data import prepare
 from orpheus.audio import measure_clip
 from orpheus.clips import read_clips

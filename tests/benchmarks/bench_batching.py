@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 from orpheus.audio import Sound  # noqa: E402
-from orpheus.batching import make_row  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.rows import make_row  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids  # noqa: E402
 

@@ -43,7 +43,6 @@ from transformers import TrainerCallback  # noqa: E402
 
 from orpheus.codec import encode, load_codec  # noqa: E402
 from orpheus.compatibility import check_compatibility, resolve_settings  # noqa: E402
-from orpheus.encoding import encode_sounds, read_codebook_size  # noqa: E402
 from orpheus.memory import (  # noqa: E402
     FIT_KEYS,
     GIB,
@@ -53,6 +52,7 @@ from orpheus.memory import (  # noqa: E402
     read_base,
 )
 from orpheus.models import device, load_tokenizer  # noqa: E402
+from orpheus.rows import encode_sounds, read_codebook_size  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
 WORK = ROOT / "outputs" / "bench_gpu"

@@ -13,10 +13,10 @@ finetune.import_backend(settings)  # unsloth comes before transformers, which th
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from orpheus.batching import make_row  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
+from orpheus.rows import make_row  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
 settings = resolve_settings(settings)

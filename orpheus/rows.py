@@ -1,4 +1,4 @@
-"""A clip → its codes, and the cache of them."""
+"""Clips → codes, and the cache of them → rows of ids; the held-out split, packing arithmetic."""
 
 import functools
 import hashlib
@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import os
+import re
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from orpheus.audio import ClipError, Sound, measure_clip
-from orpheus.clips import Clip, Clips
+from orpheus.clips import Clip, Clips, printable
 from orpheus.codec import CODEC_FILES, encode, load_codec
+from orpheus.doctor import Measures, Report, check_leave_out
 from orpheus.files import make_folder, write_text
 from orpheus.hub import fetch
 from orpheus.models import device
@@ -30,10 +33,159 @@ from orpheus.tokens import (
     SLOTS,
     SpeechIds,
     check_row,
+    codes_to_ids,
+    prompt_ids,
     read_codes,
     read_prompt,
+    read_speech_ids,
     split_row,
 )
+
+# ---------------------------------------------------------------- rows
+
+
+def make_rows(
+    clips: Clips, settings: Settings, tokenizer, codec=None
+) -> tuple[list[dict], list[dict], Report]:
+    """Makes the rows that a run trains on, those that it holds out, and the report on the data.
+
+    A row has `input_ids` and `labels`, (tokens,) int64, its `text` and its `voice`. A clip that
+    cannot be used is left out, and the report names it. `codec` is settings.codec, if it is loaded
+    already. Raises `UserError` where no row is left, or for a broken dataset, codec or tokenizer.
+    """
+    check_leave_out(settings)
+    ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
+    rows, report = [], Report(printable(settings.dataset), note=clips.note)
+    for clip, encoded in encode_clips(clips, settings, ids, tokenizer, codec):
+        report.clips += 1
+        try:
+            row, measures, length = build_row(clip, encoded, tokenizer, ids, settings)
+        except UserError as error:
+            report.add_left_out(clip.source, error)
+            continue
+        report.cached += encoded.cached
+        if check_length(row, measures, length, report, ids, settings.max_length):
+            report.measures.append(measures)
+            rows.append(row)
+    if rows:
+        kept = report.add_findings(settings.leave_out, tokenizer)
+        rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    check_any_left(rows, report, settings)
+    report.digest = digest_rows(rows)
+    train, held_out = split_rows(rows, settings)
+    report.held_out = len(held_out)
+    report.held_out_texts = sorted({row["text"] for row in held_out})
+    lengths = [len(row["input_ids"]) for row in train]
+    report.slots_used = slots_used(lengths, settings)
+    report.steps_per_epoch = steps_per_epoch(lengths, settings)
+    return train, held_out, report
+
+
+def build_row(
+    clip: Clip, encoded, tokenizer, ids: SpeechIds, settings: Settings
+) -> tuple[dict, Measures, int]:
+    """The row of an `EncodedClip`, its measures, and its length in tokens before it may be cut.
+
+    Raises the `UserError` that may be in a clip's place.
+    """
+    if isinstance(encoded, UserError):
+        raise encoded
+    text, voice = row_text(clip, settings)
+    row = encoded.row
+    if row:
+        length = len(row["input_ids"])
+        spoken, voice = split_prompt(encoded.prompt, voice)
+        text = text.removeprefix(f"{voice}: ") or spoken
+    else:
+        prompt = prompt_ids(tokenizer, ids, text, voice)
+        length = len(prompt) + SLOTS * encoded.sound.frames + 2
+        row = make_row(prompt, encoded.codes, ids, settings)
+    measures = Measures(clip.source, voice, text, encoded.sound, len(row["input_ids"]))
+    return row | {"text": text, "voice": voice}, measures, length
+
+
+def check_length(
+    row: dict, measures: Measures, length: int, report: Report, ids: SpeechIds, max_length: int
+) -> bool:
+    """Whether a row is trained on. One that is cut or dropped for its length is reported."""
+    report.lengths.append(length)
+    if length <= max_length:
+        return True
+    # A truncated row has no end token. A prompt may fill it by itself: then there is no speech.
+    truncated = ids.eos not in row["input_ids"] and row["input_ids"][-1] != ids.sos
+    clips = report.truncated if truncated else report.dropped
+    clips.append(f"{measures.source}: {length:,} tokens, {measures.sound.seconds:.1f} s")
+    if not truncated:
+        report.reasons["too long"] += 1
+    return truncated
+
+
+def check_any_left(rows: list[dict], report: Report, settings: Settings) -> None:
+    """`UserError` where every clip was left out, with the reason of the first."""
+    if rows:
+        return
+    first = (report.left_out + report.dropped + ["no clips"])[0]
+    remedy = "see data/README.md"
+    if report.dropped and not report.left_out:
+        remedy = f"raise max_length, which is {settings.max_length}"
+    fault = f"no rows left of {report.clips} clips; the first: {first}"
+    raise UserError(f"{settings.dataset}: {fault}; {remedy}")
+
+
+def digest_rows(rows: list[dict]) -> str:
+    """SHA-256 over the rows' ids and labels: a resumed run has to have the same ones."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    return digest.hexdigest()
+
+
+def row_text(clip, settings: Settings) -> tuple[str, str]:
+    """(text, voice) of a clip, white space folded; the setting `voice` is for clips without one."""
+    texts = clip.text, clip.voice or settings.voice
+    return tuple(" ".join((text or "").split()) for text in texts)
+
+
+def split_prompt(prompt: str, voice: str) -> tuple[str, str]:
+    """(text, voice) of a prompt, `name: text` or the text alone.
+
+    The name is `voice`, if the prompt begins with that, else one word before a colon.
+    """
+    if voice and prompt.startswith(f"{voice}: "):
+        return prompt[len(voice) + 2 :].strip(), voice
+    named = re.match(r"([^\s:]+): +(.+)", prompt, re.DOTALL)
+    return (named[2], named[1]) if named else (prompt, "")
+
+
+def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:
+    """Builds a row from a prompt's ids and (frames, 7) codes.
+
+    Returns `input_ids` (prompt, audio, EOS, EOA) and `labels`, (tokens,) int64 each; labels are
+    −100 where there is no loss. With `too_long` "truncate", a row that is too long is cut at the
+    end of a frame. Truncated rows get no end token, so the model does not learn to stop early.
+    """
+    end = [ids.eos, ids.eoa]
+    max_frames = (settings.max_length - len(prompt) - len(end)) // SLOTS
+    if len(codes) > max_frames and settings.too_long == "truncate":
+        codes, end = codes[: max(settings.max_length - len(prompt), 0) // SLOTS], []
+    input_ids = np.concatenate([prompt, codes_to_ids(codes, ids), end]).astype(np.int64)
+    labels = input_ids.copy()
+    if settings.train_on == "audio":
+        labels[: len(prompt)] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, rows held out). All rows of a text are on the same side."""
+    texts = sorted({row["text"] for row in rows})
+    count = min(round(settings.held_out * len(texts)), len(texts) - 1)
+    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:count]
+    held_out_texts = {texts[n] for n in chosen}
+    held_out = [row for row in rows if row["text"] in held_out_texts]
+    return [row for row in rows if row["text"] not in held_out_texts], held_out
+
+
+# ---------------------------------------------------------------- clips
 
 
 @dataclass
@@ -114,9 +266,6 @@ def read_cached(path: Path, max_frames: int, ids: SpeechIds) -> EncodedClip | No
     except (ArithmeticError, AttributeError, LookupError, TypeError):  # JSON of another shape
         return None
     return EncodedClip(sound, codes, cached=True) if typed and finite and enough else None
-
-
-# ---------------------------------------------------------------- clips
 
 
 def load_clip(
@@ -252,3 +401,67 @@ def encode_sounds(
         yield from threads.map(lambda sound: encode(codec, [sound])[0], sounds)
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
+    """Row numbers in an order that puts rows of like length into the same batch of `size` rows.
+
+    Rows are shuffled, sorted by length within pools of 32 batches, and the batches are shuffled.
+    The order depends on `seed` alone, so that a resumed run has the same batches. The batch with
+    the longest row comes first: if it does not fit in memory, the first step shows it.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(lengths)).tolist()
+    pools = [order[n : n + 32 * size] for n in range(0, len(order), 32 * size)]
+    ordered = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
+    batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
+    last = batches.pop() if len(batches[-1]) < size else []  # a short batch stays at the end
+    random.shuffle(batches)
+    if batches:
+        longest = max(range(len(batches)), key=lambda n: lengths[batches[n][-1]])
+        batches.insert(0, batches.pop(longest))
+    return [row for batch in batches for row in batch] + last
+
+
+def count_packed(lengths: list[int], max_length: int) -> int:
+    """How many packed rows of `max_length` tokens TRL makes of rows (best fit, decreasing).
+
+    A test compares it with TRL, which packs each thousand rows by itself.
+    """
+    packed = 0
+    for first in range(0, len(lengths), 1000):
+        space = []  # left in each packed row, ascending
+        for length in sorted(lengths[first : first + 1000], reverse=True):
+            best = bisect_left(space, length)
+            insort(space, (space.pop(best) if best < len(space) else max_length) - length)
+        packed += len(space)
+    return packed
+
+
+def count_padded(lengths: list[int], size: int, seed: int) -> int:
+    """Tokens, padding included, of an epoch's batches of `size` rows padded to their longest."""
+    order = length_batches(lengths, size, seed)
+    batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+def steps_per_epoch(lengths: list[int], settings: Settings) -> int:
+    """Optimiser steps of one pass over rows of these lengths, on one GPU."""
+    packed = settings.batching == "pack"
+    rows = count_packed(lengths, settings.max_length) if packed else len(lengths)
+    batches = math.ceil(rows / settings.per_device_train_batch_size)
+    return math.ceil(batches / settings.gradient_accumulation_steps)
+
+
+def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
+    """For each way of `batching`, the share of a batch's slots that hold a token, not padding."""
+    max_length, size = settings.max_length, settings.per_device_train_batch_size
+    slots = {
+        "pack": count_packed(lengths, max_length) * max_length,
+        "pad": count_padded(lengths, size, settings.seed),
+        "pad_to_max": len(lengths) * max_length,
+    }
+    return {name: sum(lengths) / count for name, count in slots.items()}
