@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from orpheus import hub, output, runs
-from orpheus.options import read_command_line
 from orpheus.settings import (
     Settings,
     UserError,
     is_out_of_memory,
     quiet_libraries,
+    read_command_line,
     read_json,
     run,
 )

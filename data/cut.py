@@ -28,7 +28,6 @@ from orpheus.align import align, letters
 from orpheus.audio import audio_file
 from orpheus.clips import check_text
 from orpheus.files import atomic_file, make_folder, write_text
-from orpheus.options import Parser
 from orpheus.recording import (
     SPEECH_RATE,
     check_recording,
@@ -40,7 +39,7 @@ from orpheus.recording import (
     transcribe,
 )
 from orpheus.segment import Segment, choose_cuts, find_speech, make_windows, reject_odd_pace
-from orpheus.settings import UserError, read_json, read_text, run
+from orpheus.settings import Parser, UserError, read_json, read_text, run
 from orpheus.tokens import SAMPLE_RATE
 
 COLUMNS = ("file_name", "text", "voice", "source", "start", "end", "cer")
@@ -60,7 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--whisper", default="small", help="size or folder of a Whisper model")
     help_text = "reject clips whose heard and given letters differ by more (default: 0.1)"
     parser.add_argument("--max_cer", default=0.1, type=float, help=help_text)
-    options = parser.parse_args()
+    options = parser.parse()[0]
     if not 0 <= options.max_cer <= 1:
         raise UserError(f"--max_cer is {options.max_cer}; give a share from 0 to 1")
     if options.language and not re.fullmatch("[a-z]{2,3}", options.language):

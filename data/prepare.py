@@ -15,8 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 else:
     from orpheus.rows import make_rows  # noqa: F401  for programs
-from orpheus.options import read_command_line
-from orpheus.settings import run
+from orpheus.settings import read_command_line, run
 
 
 def main() -> None:

@@ -1,15 +1,12 @@
 """Command lines: settings as options; what infer.py, orpheus.page and orpheus.merge share."""
 
 import argparse
-import json
-import textwrap
 from pathlib import Path
-from typing import get_args
 
+import orpheus.settings
 from orpheus.clips import read_manifest
 from orpheus.hub import absolute_path_or_hub_id
 from orpheus.settings import (
-    PARTS,
     RUN_KEYS,
     Settings,
     UserError,
@@ -18,27 +15,8 @@ from orpheus.settings import (
 )
 
 
-def describe_keys() -> str:
-    """Return all keys by part, with meaning and default, for --help."""
-    lines = []
-    for part in PARTS:
-        lines += [f"\n{part.__doc__.lower()}:"]
-        for name, field in part.model_fields.items():
-            default = json.dumps(field.default, ensure_ascii=False)
-            words = f"  --{name:32}{field.description} (default: {default})"
-            lines += textwrap.wrap(words, 100, subsequent_indent=" " * 36, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage, and no option is abbreviated."""
-
-    def __init__(self, description: str, **keys):
-        keys |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(description=description, **keys)
-
-    def error(self, message: str):
-        raise UserError(f"command line: {message}")
+class Parser(orpheus.settings.Parser):
+    """Options that infer.py and the page share."""
 
     def add_run_options(self, keys=RUN_KEYS) -> None:
         """Adds --voice, --config, and settings that replace those of the run."""
@@ -63,40 +41,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--whisper", metavar="…", help=words)
 
     def parse_options(self) -> argparse.Namespace:
-        """The command line; `UserError` for an empty value, and for mistakes in --config's file."""
-        arguments = self.parse_args()
-        for name, value in vars(arguments).items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and name != "texts" and not text.strip():
-                    remedy = "give a value, or leave it out"
-                    raise UserError(f"command line: --{name} is empty; {remedy}")
+        """The command line, with mistakes in --config's file."""
+        arguments = self.parse()[0]
         if getattr(arguments, "whisper", None) and not getattr(arguments, "score", True):
             raise UserError("command line: --whisper needs --score")
         if arguments.config:
             read_settings(arguments.config)
         return arguments
-
-
-def read_command_line(description: str) -> Settings:
-    """--config FILE, and any key as --key value, of finetune.py and data/prepare.py."""
-    usage = "%(prog)s [-h] [--config FILE] [--key value …]"
-    parser = Parser(description, epilog=describe_keys(), usage=usage)
-    parser.add_argument(
-        "--config", metavar="FILE", help="a file of settings, in place of config.json"
-    )
-    known, rest = parser.parse_known_args()
-    words = [part for word in rest for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    overrides = {}
-    while words:
-        name = words.pop(0)
-        bare = not words or words[0].startswith("--")  # a switch, as --overwrite
-        field = Settings.model_fields.get(name[2:])
-        switch = field is None or bool in (field.annotation, *get_args(field.annotation))
-        if not name.startswith("--") or (bare and not switch):
-            remedy = "write keys as --key value, such as --dataset my_voice"
-            raise UserError(f"command line: {name}: {remedy}")
-        overrides[name[2:]] = "true" if bare else words.pop(0)
-    return read_settings(known.config, overrides)
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, str]:
@@ -122,7 +73,7 @@ def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path
     if suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{source}: give a metadata.csv, or a .txt of one text a line")
     if suffix in (".csv", ".tsv"):
-        clips = list(read_manifest(Path(source), read_settings(overrides=ANY_TABLE)))
+        clips = list(read_manifest(Path(source), read_settings(None, ANY_TABLE)))
         for clip in clips:
             if clip.error or not (clip.text and clip.audio):
                 fault = clip.error or "it needs a text and a file_name, columns of the first line"

@@ -1,5 +1,6 @@
 """Every setting, where its value comes from, and how a script ends after a mistake or a crash."""
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -10,12 +11,13 @@ import re
 import signal
 import sys
 import textwrap
-from collections import Counter
+import traceback
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -26,6 +28,7 @@ BANNER = "Unsloth - 2x faster free finetuning"
 logging.getLogger("transformers.trainer").addFilter(lambda r: BANNER not in r.getMessage())
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config.json"
 COMMAND_LINE = "command line"
 
 
@@ -39,13 +42,17 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------- the settings
 
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Steps = Annotated[float, Field(gt=0, le=10**9)]  # under 1: a share of all steps
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]  # of steps, under 1: a share of all
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+SAMPLE_TEXTS = ["Hello, this is my new voice.", "The quick brown fox jumps over the lazy dog."]
+SAMPLE_TEXTS += ["seven two nine", "Yes."]
 
 
-def setting(default: Any, description: str, path: bool = False, **bounds):
+def key(default: Any, meaning: str, path: bool = False, **bounds):
     """A setting. `path`: it names something that is read, in a folder or on the hub."""
-    return Field(default, description=description, json_schema_extra={"path": path}, **bounds)
+    return Field(default, description=meaning, json_schema_extra={"path": path}, **bounds)
 
 
 class Part(BaseModel):
@@ -59,195 +66,112 @@ class Part(BaseModel):
 
 
 class DataSettings(Part):
-    """Data"""
+    """data"""
 
-    dataset: str = setting(
-        "data/numbers", "Folder of clips (data/README.md), or the hub id of a dataset", path=True
-    )
-    dataset_config: str | None = setting(None, "Configuration of a hub dataset")
-    dataset_split: str = setting("train", "Split of a hub dataset")
-    dataset_revision: str | None = setting(None, "Branch, tag or commit of a hub dataset")
-    text_column: str | None = setting(
-        None, "Column of the texts; null: by convention (data/README.md)"
-    )
-    audio_column: str | None = setting(None, "Column of the recordings; null: by convention")
-    voice_column: str | None = setting(None, "Column of the voices; null: by convention")
-    absolute_paths: bool = setting(False, "Let rows name recordings outside the dataset's folder")
-    voice: str | None = setting(None, "Voice name for clips that name no speaker")
-    limit: Count | None = setting(None, "Use the first N clips only, for a quick trial")
-    keep_silence: float | None = setting(
-        0.1, "Seconds of silence kept at both ends of a clip; null: all of it", ge=0, le=600
-    )
-    silence_db: float = setting(
-        40.0, "Silence is this many dB below the loudest moment of a clip", gt=0, le=200
-    )
-    leave_out: list[str] = setting(
-        ["same_sound"], "Findings of data/prepare.py whose clips are not trained on"
-    )
-    cache_dir: str | None = setting(
-        "outputs/cache", "Folder that keeps encoded clips for later runs; null: none"
-    )
+    dataset: str = key("data/numbers", "Folder of clips, or hub id of a dataset", path=True)
+    dataset_config: str | None = key(None, "Configuration of a hub dataset")
+    dataset_split: str = key("train", "Split of a hub dataset")
+    dataset_revision: str | None = key(None, "Branch, tag or commit of a hub dataset")
+    text_column: str | None = key(None, "Column of the texts; null: as data/README.md says")
+    audio_column: str | None = key(None, "Column of the recordings; null: as data/README.md says")
+    voice_column: str | None = key(None, "Column of the voices; null: as data/README.md says")
+    absolute_paths: bool = key(False, "Let rows name recordings outside the dataset's folder")
+    voice: str | None = key(None, "Voice name for clips that name no speaker")
+    limit: Count | None = key(None, "Use the first N clips only, for a quick trial")
+    keep_silence: NonNegative | None = key(0.1, "Seconds of silence kept at both ends; null: all")
+    silence_db: Positive = key(40.0, "Silence is this many dB below a clip's loudest moment")
+    leave_out: list[str] = key(["same_sound"], "Findings whose clips are not trained on")
+    cache_dir: str | None = key("outputs/cache", "Keeps encoded clips for later runs; null: none")
 
 
 class RowSettings(Part):
-    """Rows"""
+    """rows"""
 
-    train_on: Literal["audio", "all"] = setting(
-        "audio",
-        "audio: loss on the audio tokens; all: on the prompt too, as in Orpheus's own trainer",
-    )
-    max_length: Count = setting(
-        2048, "Longest row, and the length of a packed row, in tokens (82 a second)"
-    )
-    too_long: Literal["drop", "truncate"] = setting(
-        "drop",
-        "drop: rows over max_length are left out; truncate: they are cut after a whole frame, "
-        "without an end token",
-    )
-    batching: Literal["pack", "pad", "pad_to_max"] = setting(
+    train_on: Literal["audio", "all"] = key("audio", "all: there is loss on the prompt, too")
+    max_length: Count = key(2048, "Longest row, and a packed row's length; a second is 82 tokens")
+    too_long: Literal["drop", "truncate"] = key("drop", "What becomes of rows over max_length")
+    batching: Literal["pack", "pad", "pad_to_max"] = key(
         "pack",
         "pack: whole clips fill rows of max_length; pad: each batch is padded to its longest row, "
         "with rows of similar length together; pad_to_max: every row is padded to max_length",
     )
-    held_out: float = setting(
-        0.05, "Share of the texts that is not trained on but evaluated", ge=0, lt=1
-    )
+    held_out: Share = key(0.05, "Share of the texts that is not trained on but evaluated")
 
 
 class ModelSettings(Part):
-    """Model"""
+    """model"""
 
-    model: str = setting("unsloth/orpheus-3b-0.1-ft", "Base model: hub id or folder", path=True)
-    codec: str = setting(
-        "hubertsiuzdak/snac_24khz", "SNAC 24 kHz codec: hub id or folder", path=True
-    )
-    backend: Literal["unsloth", "transformers"] = setting(
-        "unsloth",
-        "unsloth; or transformers: plain TRL and PEFT, the only backend that packs on a CPU",
-    )
-    full_finetuning: bool = setting(
-        False, 'Train all weights (needs weights "16bit") instead of a LoRA'
-    )
-    lora_r: int = setting(64, "Rank of the LoRA, which is on every linear layer", gt=0, le=4096)
-    lora_alpha: int = setting(64, "The LoRA is scaled by lora_alpha / lora_r", gt=0, le=10**5)
-    lora_dropout: float = setting(0.0, "Dropout in the LoRA", ge=0, lt=1)
+    model: str = key("unsloth/orpheus-3b-0.1-ft", "Base model: hub id or folder", path=True)
+    codec: str = key("hubertsiuzdak/snac_24khz", "SNAC at 24 kHz: hub id or folder", path=True)
+    backend: Literal["unsloth", "transformers"] = key("unsloth", "transformers: TRL and PEFT alone")
+    full_finetuning: bool = key(False, "Train all weights, which have to be 16bit, and no LoRA")
+    lora_r: Count = key(64, "Rank of the LoRA, which is on every linear layer")
+    lora_alpha: Count = key(64, "The LoRA is scaled by lora_alpha / lora_r")
+    lora_dropout: Share = key(0.0, "Dropout in the LoRA")
 
 
 class MemorySettings(Part):
-    """Memory"""
+    """memory"""
 
-    weights: Literal["4bit", "8bit", "fp8", "16bit"] = setting(
-        "4bit",
-        "Precision of the base's weights: 4bit (QLoRA), 8bit, fp8 (Unsloth, on Hopper) or 16bit",
+    weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("4bit", "Precision of the base model")
+    gradient_checkpointing: bool | Literal["unsloth"] = key(
+        "unsloth", "Recompute activations to save memory; unsloth: and offload them to RAM"
     )
-    gradient_checkpointing: bool | Literal["unsloth"] = setting(
-        "unsloth",
-        "true: recompute activations to save memory; unsloth: also offload them to RAM; false: off",
+    per_device_train_batch_size: Count = key(1, "Rows per batch on each GPU")
+    gradient_accumulation_steps: Count = key(1, "Batches per optimiser step")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = key(
+        None, "Split one model over several GPUs"
     )
-    per_device_train_batch_size: Count = setting(1, "Rows per batch on each GPU")
-    gradient_accumulation_steps: Count = setting(1, "Batches per optimiser step")
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = setting(
-        None, "auto or balanced: split one model over several GPUs; null: no"
-    )
-    plan: bool = setting(False, "Print where the memory would go, and stop")
-    fit: bool | Annotated[float, Field(gt=0, le=10_000)] = setting(
-        False,
-        "true: choose rows per batch and checkpointing by the GPU's free memory; a number: GiB to "
-        "stay within",
-    )
+    plan: bool = key(False, "Print where the memory would go, and stop")
+    fit: bool | Positive = key(False, "Choose rows per batch by free memory, or by GiB")
 
 
 class TrainingSettings(Part):
-    """Training"""
+    """training"""
 
-    num_train_epochs: float = setting(3, "Passes over the data", gt=0, le=10**6)
-    max_steps: int = setting(
-        -1,
-        "Optimiser steps, in place of num_train_epochs; -1: as many as those take",
-        ge=-1,
-        le=10**9,
-    )
-    learning_rate: float = setting(2e-4, "Peak learning rate", gt=0, le=1)
-    lr_scheduler_type: str = setting("cosine", "Learning rate schedule, any of transformers'")
-    warmup_steps: float = setting(
-        0.05, "Steps of warmup; under 1: a share of all steps", ge=0, le=10**9
-    )
-    optim: str = setting(
-        "adamw_8bit", "Optimiser: adafactor, paged_adamw_8bit or any other of transformers'"
-    )
-    weight_decay: float = setting(0.01, "Weight decay", ge=0, le=100)
-    max_grad_norm: float = setting(
-        1.0, "Gradients are clipped to this norm; 0: not at all", ge=0, le=10**6
-    )
-    bf16: bool | None = setting(None, "Mixed precision in bfloat16; null: unless fp16 is on")
-    fp16: bool = setting(
-        False, "Mixed precision in float16, for GPUs before Ampere; without either it is float32"
-    )
+    num_train_epochs: Positive = key(3, "Passes over the data")
+    max_steps: int = key(-1, "Optimiser steps; -1: as many as num_train_epochs takes", ge=-1)
+    learning_rate: float = key(2e-4, "Peak learning rate", gt=0, le=1)
+    lr_scheduler_type: str = key("cosine", "Learning rate schedule, any of transformers'")
+    warmup_steps: NonNegative = key(0.05, "Steps of warmup; under 1: a share of all steps")
+    optim: str = key("adamw_8bit", "adafactor, paged_adamw_8bit or any other of transformers'")
+    weight_decay: NonNegative = key(0.01, "Weight decay")
+    max_grad_norm: NonNegative = key(1.0, "Gradients are clipped to this norm; 0: not at all")
+    bf16: bool | None = key(None, "Mixed precision in bfloat16; null: where the GPU has it")
+    fp16: bool = key(False, "Mixed precision in float16; without either it is float32")
 
 
 class OutputSettings(Part):
-    """Output"""
+    """output"""
 
-    output_dir: str = setting("outputs/numbers", "Folder for the adapter, checkpoints and samples")
-    overwrite: bool = setting(
-        False, "Replace the run in output_dir, once this one has saved a checkpoint or adapter"
+    output_dir: str = key("outputs/numbers", "Folder for the adapter, checkpoints and samples")
+    overwrite: bool = key(False, "Replace the run in output_dir")
+    resume: bool = key(False, "Continue from the last complete checkpoint in output_dir")
+    save_steps: Positive = key(100, "Steps between checkpoints")
+    save_total_limit: Count | None = key(2, "How many checkpoints to keep; null: all")
+    sample_steps: Count = key(100, "Steps between checks: held-out loss, and spoken sample_texts")
+    sample_texts: list[str] = key(SAMPLE_TEXTS, "Texts that are spoken at checks and at the end")
+    judge_samples: bool | str = key(False, "Score the samples of each check by judges")
+    logging_steps: Positive = key(1, "Steps between lines of the log")
+    logging_nan_inf_filter: bool = key(False, "Hide losses that are not finite from the log")
+    include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = key(
+        "non_padding", "Tokens that are counted for tokens/s and hours of audio"
     )
-    resume: bool = setting(False, "Continue from the last complete checkpoint in output_dir")
-    save_steps: Steps = setting(100, "Steps between checkpoints")
-    save_total_limit: Count | None = setting(2, "How many checkpoints to keep; null: all")
-    sample_steps: Count = setting(
-        100, "Steps between checks, which compute held-out loss and speak sample_texts"
-    )
-    sample_texts: list[str] = setting(
-        [
-            "Hello, this is my new voice.",
-            "The quick brown fox jumps over the lazy dog.",
-            "seven two nine",
-            "Yes.",
-        ],
-        "Texts that are spoken to output_dir/samples at every check and at the end",
-    )
-    judge_samples: bool | str = setting(
-        False,
-        "true: score the samples of each check by the judges that are installed, and choose the "
-        "best checkpoint by them; a size or folder: the same with this model of faster-whisper",
-    )
-    logging_steps: Steps = setting(1, "Steps between lines of the log")
-    include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = setting(
-        "non_padding", "Tokens counted for tokens/s and hours of audio: non_padding, all or no"
-    )
-    logging_nan_inf_filter: bool = setting(
-        False, "Hide losses that are not finite from the log; they stop the run either way"
-    )
-    report_to: str | list[str] | None = setting(
-        "tensorboard",
-        "Trackers: tensorboard (in output_dir/runs, with the samples), wandb, trackio, … or none",
-    )
+    report_to: str | list[str] | None = key("tensorboard", "tensorboard, wandb, trackio, … or none")
 
 
 class SpeakingSettings(Part):
-    """Speaking"""
+    """speaking"""
 
-    seed: int = setting(3407, "Seed of training and of speaking", ge=0, lt=2**32)
-    temperature: float = setting(0.6, "Sampling temperature; 0: greedy", ge=0, le=100)
-    top_p: float = setting(0.95, "Nucleus sampling", ge=0.01, le=1)
-    repetition_penalty: float = setting(
-        1.1, "Penalty on tokens of the prompt and the audio so far; 1: off", ge=0.1, le=10
-    )
-    max_seconds: float = setting(20.0, "Longer speech is cut off, and reported", gt=0, le=3600)
-    speak_batch_size: int = setting(
-        8, "Texts, or candidates of one text, generated in one batch", gt=0, le=1024
-    )
-    best_of: int = setting(
-        1, "Candidates generated for every text, of which the best is kept", gt=0, le=256
-    )
-    # sentencex takes any code; for a language it does not know it uses rules that many share
-    language: str = setting(
-        "en",
-        "ISO code of the language whose rules split a text into sentences",
-        pattern="^[a-z]{2,3}$",
-    )
-    cuda_graph: bool = setting(False, "Run each frame as one CUDA graph when speaking on a GPU")
+    seed: int = key(3407, "Seed of training and of speaking", ge=0, lt=2**32)
+    temperature: NonNegative = key(0.6, "Sampling temperature; 0: greedy")
+    top_p: float = key(0.95, "Nucleus sampling", gt=0, le=1)
+    repetition_penalty: Positive = key(1.1, "Penalty on tokens of prompt and audio; 1: off")
+    max_seconds: Positive = key(20.0, "Longer speech is cut off, and reported")
+    speak_batch_size: Count = key(8, "Texts, or candidates of one, generated in one batch")
+    best_of: Count = key(1, "Candidates generated for a text, of which the best is kept")
+    language: str = key("en", "ISO code of the language, for sentences", pattern="^[a-z]{2,3}$")
+    cuda_graph: bool = key(False, "Run each frame as one CUDA graph when speaking on a GPU")
 
 
 # pydantic takes the fields of the last base first.
@@ -273,25 +197,19 @@ class Settings(
 
 
 PARTS = Settings.__bases__[::-1]
+PATHS = [name for name, f in Settings.model_fields.items() if f.json_schema_extra["path"]]
 SPEAKING = list(SpeakingSettings.model_fields)
 RUN_KEYS = ["codec", *SPEAKING]  # that infer.py takes
-PATHS = [name for name, f in Settings.model_fields.items() if f.json_schema_extra["path"]]
 
 
 @cache
 def trainer_keys() -> set[str]:
-    """Return the names of SFTConfig's keys.
-
-    They are read from its source and that of its bases: to import it takes seconds, and has to
-    come after unsloth's import.
-    """
-    files = {
-        "trl": ["trainer/sft_config.py", "trainer/base_config.py"],
-        "transformers": ["training_args.py"],
-    }
-    paths = [Path(find_spec(name).origin).parent / f for name in files for f in files[name]]
-    sources = [path.read_text(encoding="utf-8") for path in paths]
-    return {name for text in sources for name in re.findall(r"^    (\w+): .*(?: = |$)", text, re.M)}
+    """Return the names of SFTConfig's keys, from its source, as its import takes seconds."""
+    trl, transformers = (Path(find_spec(name).origin).parent for name in ("trl", "transformers"))
+    files = [trl / "trainer/sft_config.py", trl / "trainer/base_config.py"]
+    files += [transformers / "training_args.py"]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    return set(re.findall(r"^    (\w+): .*(?: = |$)", source, re.M))
 
 
 # ---------------------------------------------------------------- names
@@ -303,27 +221,22 @@ ALIASES = {
     "lr": "learning_rate",
     "max_seq_length": "max_length",
     "lora_rank": "lora_r",
-    "r": "lora_r",
     "load_in_4bit": 'weights "4bit"',
 }
 # SFTConfig's keys that a run sets itself, or that would do nothing.
 REFUSED = {
     "packing padding_free pad_to_multiple_of": "it follows from batching",
     "use_cpu": "a GPU is used if there is one",
-    "resume_from_checkpoint ignore_data_skip": "--resume continues from the last checkpoint in "
-    "output_dir",
+    "resume_from_checkpoint ignore_data_skip": "--resume continues from the last checkpoint",
     "push_to_hub hub_*": "`hf upload you/anna outputs/anna` publishes a finished run",
     "*eval* do_*": "sample_steps sets when a run is evaluated, held_out on what",
-    "load_best_model_at_end metric_for_best_model greater_is_better": "the best checkpoint is "
-    "always kept, and checks.csv names it",
-    "dataset_* shuffle_dataset truncation_mode *_only_loss chat_template_path eos_token pad_token "
-    "train_sampling_strategy": "the rows come tokenised, ordered and labelled from the dataset",
+    "*best_model* greater_is_better": "the best checkpoint is always kept, and checks.csv names it",
+    "dataset_* *_dataset *_only_loss truncation_mode *_token": "the rows come ready made",
     "model_init_kwargs trust_remote_code": "weights and device_map set how the base is loaded",
-    "parallelism_config": "device_map, torchrun and fsdp use several GPUs",
 }
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint at the one of the `known` names that is most like `name`."""
     if name in ALIASES:
         return f"use {ALIASES[name]}"
@@ -347,29 +260,22 @@ def check_name(name: str, source: str) -> None:
 
 
 def read_settings(
-    config: str | Path | None = None, overrides: dict | None = None, saved: bool = False
+    config: str | Path | None = None, words: dict | None = None, saved: bool = False
 ) -> Settings:
-    """Return the settings of a config file, and of the command line over it.
+    """Return the defaults, a config file over them, and the command line's `words` over both.
 
-    Args:
-        config: the file that stands in for the project's own config.json, which may be missing.
-        overrides: the command line's keys, with their values or the words for them.
-        saved: the file was written by a run, which had checked the names in it.
-
-    Raises:
-        UserError: for a file that cannot be read, an unknown key or a wrong value.
+    `config` stands in for the project's own config.json, which may be missing. One that was `saved`
+    by a run may have keys of another version of TRL. Raises a UserError for what is wrong in them.
     """
-    file = Path(config or ROOT / "config.json")
+    file = Path(config or CONFIG)
     given = read_json(file) if config or file.exists() else {}
-    words = {name: parse_word(word) for name, word in (overrides or {}).items()}
-    sources = dict.fromkeys(given, str(file)) | dict.fromkeys(words, COMMAND_LINE)
+    words = {name: parse_word(word) for name, word in (words or {}).items()}
+    sources = ({} if saved else dict.fromkeys(given, file)) | dict.fromkeys(words, COMMAND_LINE)
     for name, source in sources.items():
-        if not saved or source == COMMAND_LINE:
-            check_name(name, source)
+        check_name(name, source)
     given.setdefault("dataset", Settings.model_fields["dataset"].default)  # this one is a path
-    for name in given.keys() & set(PATHS):
-        given[name] = find_path(given[name], file)
-    return parse(Settings, given | words, sources)
+    given |= {name: find_path(given[name], file) for name in PATHS if name in given}
+    return validate(Settings, given | words, dict.fromkeys(given, file) | sources)
 
 
 def parse_word(word: Any) -> Any:
@@ -381,36 +287,26 @@ def parse_word(word: Any) -> Any:
     return value if value is None or isinstance(value, bool | list | dict) else word
 
 
-def parse(model: type[BaseModel], values: dict[str, Any], sources: dict[str, str]) -> BaseModel:
-    """Return `values` as a `model` has them.
-
-    Raises: UserError with the key's name, source and default.
-    """
+def validate(model: type[BaseModel], values: dict[str, Any], sources: dict) -> BaseModel:
+    """Return `values` as a `model` types them, or raise a UserError that names one of them."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
         name = errors[0]["loc"][0]
-        reasons = dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name)
-        wrong = json.dumps(values[name], ensure_ascii=False)[:80]
-        field = model.model_fields[name]
+        reasons = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name))
+        wrong, field = json.dumps(values[name], ensure_ascii=False)[:80], model.model_fields[name]
         default = "" if field.is_required() else json.dumps(field.default)
-        usual = (
-            f"; the default is {default}" if 0 < len(default) < 60 else ""
-        )  # sample_texts' is long
-        message = f"{sources[name]}: {name} is {wrong}: {' or '.join(reasons)}{usual}"
-        raise UserError(message) from error
+        usual = f"; the default is {default}" if 0 < len(default) < 60 else ""
+        raise UserError(f"{sources[name]}: {name} is {wrong}: {reasons}{usual}") from error
 
 
 def parse_trainer_keys(settings: Settings, hints: dict[str, Any]) -> Settings:
-    """Return the settings with the keys that only SFTConfig has in its types, which are `hints`.
-
-    Raises: UserError for a value of another type.
-    """
+    """Return the settings with the keys that only SFTConfig has in its types, which are `hints`."""
     given = settings.model_extra
     fields = {name: (hints[name], ...) for name in given}
     model = create_model("SFTConfig", __config__=ConfigDict(allow_inf_nan=False), **fields)
-    return settings.replace(**dict(parse(model, given, dict.fromkeys(given, "settings"))))
+    return settings.replace(**dict(validate(model, given, dict.fromkeys(given, "settings"))))
 
 
 def find_path(path: Any, config: Path) -> Any:
@@ -419,14 +315,8 @@ def find_path(path: Any, config: Path) -> Any:
     return next((p for f in folders if os.path.exists(p := os.path.join(f, path))), path)
 
 
-# ---------------------------------------------------------------- files
-
-
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises: UserError if it cannot be read, or has another encoding.
-    """
+    """Return the text of a UTF-8 file, or raise a UserError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -439,18 +329,9 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises: UserError if it cannot be read, is none, or repeats a key.
-    """
-
-    def unique(pairs):
-        if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
-            raise UserError(f"{path}: the key {twice[0]!r} is there twice; remove one")
-        return dict(pairs)
-
+    """Return the JSON object in a file, or raise a UserError."""
     try:
-        values = json.loads(read_text(path), object_pairs_hook=unique)
+        values = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -458,21 +339,99 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+# ---------------------------------------------------------------- the command line
+
+
+SWITCH = {False: {"default": argparse.SUPPRESS}}
+SWITCH[True] = SWITCH[False] | {"nargs": "?", "const": "true"}  # so that --plan is --plan true
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's own options, and settings as `--key value`; none may be abbreviated."""
+
+    def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{COMMAND_LINE}: {message}")
+
+    def add_settings(self, names: list[str]) -> None:
+        """Add --config and the settings of these names, by part."""
+        self.add_argument("--config", metavar="FILE", help="settings, in place of config.json's")
+        for part in PARTS:
+            group = self.add_argument_group(part.__doc__)
+            for name in [name for name in part.model_fields if name in names]:
+                field = part.model_fields[name]
+                default = json.dumps(field.default, ensure_ascii=False)
+                types = (field.annotation, *get_args(field.annotation))
+                choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
+                words = {"metavar": "|".join(choices) or "…"} | SWITCH[bool in types]
+                meaning = f"{field.description} (default: {default})"
+                group.add_argument(f"--{name}", help=meaning, **words)
+
+    def parse(self, *names: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """Return the script's own options, and the settings of these `names` that are given.
+
+        They are given by --config and the command line. The options have all `settings`, too.
+        """
+        if names:
+            self.add_settings(names)
+        options, unknown = self.parse_known_args()
+        words = {name: vars(options).pop(name) for name in names if name in options}
+        if unknown:
+            hint = nearest(unknown[0].lstrip("-"), [*vars(options), *names])
+            raise UserError(f"{COMMAND_LINE}: no option is named {unknown[0]!r}; {hint}")
+        if not names:
+            return options, {}
+        options.settings = read_settings(options.config, words)
+        given = options.settings.model_fields_set if options.config else words
+        return options, {name: getattr(options.settings, name) for name in names if name in given}
+
+
+def read_command_line(description: str) -> Settings:
+    """Return the settings of a script that takes all of them, and SFTConfig's."""
+    parser = Parser(description)
+    for name in trainer_keys() - Settings.model_fields.keys():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **SWITCH[True])
+    settings = parser.parse(*Settings.model_fields, *trainer_keys())[0].settings
+    log_folders[:] = [Path(settings.output_dir), Path()]
+    return settings
+
+
 # ---------------------------------------------------------------- how a script ends
 
 # Parts of the messages of torch, cuBLAS and cuDNN, and Unsloth's loss, whose errors have only
 # RuntimeError in common.
 OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "negligible GPU memory")
+log_folders = [Path()]  # where error.log may be written: output_dir first, once it is known
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a GPU's memory is full."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU's memory is full."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def run(main):
-    """Calls `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+def write_error_log() -> str:
+    """Write the traceback of the exception in hand to error.log, and return where it is."""
+    rank = os.environ.get("RANK", "0")  # set by torchrun, and by accelerate
+    name = "error.log" if rank == "0" else f"error.rank{rank}.log"
+    lines = f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
+    for path in [folder / name for folder in log_folders]:
+        with contextlib.suppress(OSError):
+            path.write_text(lines, encoding="utf-8", errors="backslashreplace")
+            return f"the traceback is in {path}"
+    print(lines, file=sys.stderr)
+    return "the traceback is above, since error.log cannot be written"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`, and end with one line: code 2 after a mistake, 130 after Ctrl-C.
+
+    After any other exception the code is 1, and the traceback is in error.log.
+    """
     sys.stdout.reconfigure(line_buffering=True)  # so that a log or a pipe shows each line at once
+    code = 2
     try:
         main()
         sys.stdout.flush()
@@ -487,17 +446,19 @@ def run(main):
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"{error}; `make` installs what is needed"
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        message = "the GPU's memory is full: README, Out of memory, says what to change first"
+    except Exception as error:  # noqa: BLE001  the net
+        if is_out_of_memory(error):
+            message = "the GPU's memory is full: README, Out of memory, says what to change first"
+        else:
+            what = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            code, message = 1, f"{what}; {write_error_log()}"
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def quiet_libraries():
-    """Keeps what libraries print to standard output off the console, unless an error passes."""
+    """Keep what libraries print to standard output off the console, unless an error passes."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

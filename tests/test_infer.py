@@ -151,9 +151,7 @@ def test_every_option_is_in_a_pair(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["hi", "--out", ""], "--out is empty"),
-        (["hi", "--voice", " "], "--voice is empty"),
-        (["hi", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["hi", "--temprature", "1"], "the nearest is .temperature"),
         (["hi", "--model", "a", "--model", "b"], "only a page takes several"),
         ([], "give one of"),
         (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),

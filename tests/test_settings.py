@@ -3,17 +3,28 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 from running import settings_of
 
 import finetune
 import orpheus.settings
 from orpheus.compatibility import resolve_settings
-from orpheus.settings import UserError, read_settings, trainer_keys
+from orpheus.settings import (
+    PARTS,
+    Parser,
+    Settings,
+    SpeakingSettings,
+    UserError,
+    read_command_line,
+    read_settings,
+    trainer_keys,
+)
 
 
 def test_every_other_number_of_the_trainer_is_finite():
@@ -138,7 +149,6 @@ def test_a_changed_copy_leaves_the_settings_alone():
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b'{"limit": 1, "limit": 2}', "the key 'limit' is there twice"),
         (b'{"voice": "\xff"}', "cannot be read as UTF-8"),
         ('{"voice": "a"}'.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         (b'{"limit": 1,\n "lora_r" 8}', "not JSON: .* line 2"),
@@ -185,6 +195,79 @@ def test_keys_of_a_saved_config_are_not_looked_up(tmp_path):
         read_settings(tmp_path / "saved.json")
 
 
+# ---------------------------------------------------------------- the command line
+
+HEAVY = {"torch", "transformers", "trl", "datasets", "unsloth", "peft", "snac"}
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "data/prepare.py"])
+def test_help_and_mistakes_in_keys_need_no_heavy_imports(name):
+    mistakes = {
+        ("--learning_rate", "nan"): "error: command line: learning_rate is",
+        ("--adam_beta_2", "0.9"): "no option is named '--adam_beta_2'; the nearest is 'adam_beta2'",
+        ("--lr", "1"): "no option is named '--lr'; use learning_rate",
+        ("--eval_steps", "5"): "error: command line: eval_steps cannot be set, leave it out:",
+        ("--help",): "",
+    }
+    for words, line in mistakes.items():
+        code, _, errors = script("-X", "importtime", name, *words)
+        assert code == (2 if line else 0) and line in errors
+        assert not HEAVY & {line.split("|")[-1].strip() for line in errors.splitlines()}
+
+
+@pytest.mark.parametrize("name", ["infer.py", "-m orpheus.evaluate", "-m orpheus.merge"])
+def test_help_of_other_scripts_needs_no_heavy_imports(name):
+    code, printed, errors = script("-X", "importtime", *name.split(), "--help")
+    assert code == 0 and "--codec" in printed
+    assert not HEAVY & {line.split("|")[-1].strip() for line in errors.splitlines()}
+
+
+def test_help_shows_each_key_with_its_meaning_and_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        read_command_line("")
+    printed = capsys.readouterr().out
+    for name, field in Settings.model_fields.items():
+        meaning = re.escape(f"{field.description} (default: {json.dumps(field.default)})")
+        assert re.search(rf"^  --{name} \S+\s+{meaning}$", printed, re.M), name
+    assert re.findall(r"^(\w+):$", printed, re.M)[1:] == [part.__doc__ for part in PARTS]
+
+
+def command_line(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    return read_command_line("")
+
+
+def test_the_grammar_of_the_command_line(monkeypatch):
+    words = ["--overwrite", "--tf32", "--max_steps", "-1", "--dataset=a=b", "--plan", "false"]
+    settings = command_line(monkeypatch, *words, "--adam_beta2", "0.9")
+    assert settings.overwrite and not settings.plan and settings.max_steps == -1
+    assert settings.dataset == "a=b"
+    assert settings.model_extra == {"tf32": True, "adam_beta2": "0.9"}
+    for words, line in {
+        ("--dataset",): "argument --dataset: expected one argument",
+        ("--datset", "x"): "no option is named '--datset'; the nearest is 'dataset'",
+        ("--over",): "no option is named '--over'",
+        ("my_clips",): "no option is named 'my_clips'",
+    }.items():
+        with pytest.raises(UserError, match=f"^command line: {line}"):
+            command_line(monkeypatch, *words)
+
+
+def test_a_script_with_some_of_the_settings(monkeypatch, tmp_path):
+    """It gets those that --config and the command line give; others in the file may be there."""
+    (tmp_path / "mine.json").write_text('{"temperature": 0.3, "lora_r": 8, "seed": 1}')
+    words = ["hi", "--config", str(tmp_path / "mine.json"), "--seed", "5"]
+    for line, given in [(words, {"temperature": 0.3, "seed": 5}), (["hi"], {})]:
+        monkeypatch.setattr(sys, "argv", ["script", *line])
+        parser = Parser("")
+        parser.add_argument("texts", nargs="*")
+        options, found = parser.parse("codec", *SpeakingSettings.model_fields)
+        assert options.texts == ["hi"] and found == given
+        assert options.settings.temperature == given.get("temperature", 0.6)
+
+
 # ---------------------------------------------------------------- how a script ends
 
 
@@ -216,12 +299,82 @@ def test_a_full_gpu_is_one_line(message, capsys):
     assert "error: the GPU's memory is full" in capsys.readouterr().err
 
 
-def test_other_errors_are_not_taken_for_a_full_gpu():
-    def main():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def crash():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
-    with pytest.raises(RuntimeError, match="illegal"):
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """output_dir and the current folder, as a script that has read its settings knows them."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orpheus.settings, "log_folders", [tmp_path / "out", Path()])
+    return tmp_path / "out", tmp_path
+
+
+def ends(main, capsys, code):
+    """The last line of what a script that calls `main` prints before it exits with `code`."""
+    with pytest.raises(SystemExit, match=f"^{code}$"):
         orpheus.settings.run(main)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_any_other_error_is_one_line_and_a_log(folders, capsys):
+    out, current = folders
+    line = ends(crash, capsys, 1)
+    start = "error: RuntimeError: CUDA error: an illegal memory access was encountered and more; "
+    assert line == start + (f"the traceback is in {out / 'error.log'}")
+    log = (out / "error.log").read_text()
+    assert "in crash" in log and sys.argv[0] in log and not (current / "error.log").exists()
+
+
+def test_a_log_is_written_where_it_can_be(folders, capsys):
+    """In the current folder without an output_dir, and where there is no folder, on the console."""
+    out, current = folders
+    out.rmdir()
+    assert ends(crash, capsys, 1).endswith("; the traceback is in error.log")
+    assert "in crash" in (current / "error.log").read_text()
+    (current / "error.log").unlink()
+    (current / "error.log").mkdir()
+    with pytest.raises(SystemExit):
+        orpheus.settings.run(crash)
+    errors = capsys.readouterr().err
+    assert "in crash" in errors
+    assert errors.splitlines()[-1].endswith(
+        "; the traceback is above, since error.log cannot be written"
+    )
+
+
+def test_each_rank_has_a_log_of_its_own(folders, capsys, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ends(crash, capsys, 1)
+    assert sorted(path.name for path in folders[0].iterdir()) == ["error.log", "error.rank1.log"]
+
+
+def test_a_cause_is_in_the_log_and_a_mistake_has_none(folders, capsys):
+    def main():
+        try:
+            read_settings("no.json")
+        except UserError as error:
+            raise KeyError("weight_map") from error
+
+    assert ends(main, capsys, 1).startswith("error: KeyError: 'weight_map'; ")
+    log = folders[0] / "error.log"
+    assert "FileNotFoundError" in log.read_text()
+    log.unlink()
+    line = "error: no.json: cannot be read: No such file or directory"
+    assert ends(lambda: read_settings("no.json"), capsys, 2) == line and not log.exists()
+
+
+def test_the_log_is_in_the_output_folder_that_is_given(tmp_path, monkeypatch, capsys):
+    def main():
+        read_command_line("")
+        crash()
+
+    monkeypatch.setattr(orpheus.settings, "log_folders", [])
+    monkeypatch.setattr(sys, "argv", ["script", "--output_dir", str(tmp_path)])
+    assert ends(main, capsys, 1).endswith(f"{tmp_path}/error.log")
 
 
 def test_a_pipe_gets_each_line_at_once():
