@@ -1,8 +1,8 @@
-"""The accepted forms of data (data/README.md) → clips."""
+"""The rows of a dataset, in any of the accepted forms (data/README.md) → clips."""
 
+import io
 import itertools
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpheus.audio import NEED_FFMPEG, ClipError
-from orpheus.hub import is_hub_id
-from orpheus.settings import Settings, UserError, first_reason, read_text
-from orpheus.tables import TOKEN_COLUMNS, find_columns, read_json_rows, read_table
+import numpy as np
+import soundfile
 
-TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+from orpheus.audio import ClipError
+from orpheus.settings import DataSettings, UserError
+from orpheus.tables import (
+    Table,
+    column_key,
+    find_audio,
+    match_columns,
+    open_table,
+    printable,
+    shorten,
+)
+
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "codes", "codes_list")
+PEEK = 1000  # rows whose texts decide whether texts begin with their voice
 
 
 class Clip(NamedTuple):
@@ -28,222 +38,167 @@ class Clip(NamedTuple):
     voice: str | None = None
     pretokenized: dict | None = None  # codes, or input_ids and perhaps labels
     error: ClipError | None = None  # why the row cannot be used
+    start: float = 0.0  # seconds, where the clip begins in its audio
+    duration: float | None = None  # seconds; None: to the end
 
 
 @dataclass
 class Clips:
-    """The clips of a dataset. They can be iterated over once."""
+    """The clips of a dataset, always in the same order. They can be iterated over once."""
 
     clips: Iterable[Clip]
-    count: int | None  # None for a stream, whose length is unknown
-    note: str | None = None  # how the table was read, if that was not obvious
+    count: int | None  # None where it is not known before they are read
+    note: str | None = None  # how the dataset was read, where that was not obvious
 
     def __iter__(self) -> Iterator[Clip]:
         return iter(self.clips)
 
 
-def read_clips(settings: Settings) -> Clips:
-    """Reads the first `limit` clips of a dataset in any of the accepted forms.
+def read_clips(settings: DataSettings) -> Clips:
+    """Return the first `limit` clips of a dataset in any of the accepted forms.
 
-    Raises `UserError` for a dataset that cannot be read as a whole. A row that cannot be used
-    becomes a clip with an error.
+    A row that cannot be used becomes a clip with an error.
+    Raises: `UserError` for a dataset that cannot be read as a whole.
     """
-    path = Path(settings.dataset)
-    for name in ("dataset_config", "dataset_revision"):
-        if getattr(settings, name) and path.exists():
-            raise UserError(f"{name} is for hub datasets, and {path} is local; set it to null")
-    if os.path.isdir(path):
-        clips = read_folder(path, settings)
-    elif os.path.isfile(path):
-        clips = read_manifest(path, settings)
-    elif not is_hub_id(settings.dataset):
-        message = "no such folder; give one of clips (data/README.md), or a hub id (owner/name)"
-        raise UserError(f"{path}: {message}")
-    else:
-        clips = read_hub(settings)
+    table = open_table(settings)
+    columns = find_columns(table, settings)
+    prefixed = find_prefixes(table, columns, settings)
+    wanted = [*columns.values(), *(name for name in TOKEN_COLUMNS if name in table.columns)]
+    first, end = find_slice(table, settings.dataset_split)
+    count = None if end is None else end - first
     if settings.limit is not None:
-        clips.clips = itertools.islice(clips.clips, settings.limit)
-        clips.count = min(clips.count or settings.limit, settings.limit)
-    return clips
+        count = min(settings.limit, settings.limit if count is None else count)
+        end = first + count
 
-
-def read_folder(folder: Path, settings: Settings) -> Clips:
-    """AudioFolder, LJSpeech, parquet files, or audio files with a .txt beside each."""
-    for name in TABLES:
-        if (folder / name).is_file():
-            return read_manifest(folder / name, settings)
-    if files := sorted(path for path in folder.rglob("*.parquet") if path.is_file()):
-        return read_parquet(files, folder, settings)
-    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in AUDIO_SUFFIXES]
-    if not any(path.with_suffix(".txt").is_file() for path in paths):
-        raise UserError(f"{folder}: {missing_table(folder)}")
-    # 9.wav before 10.wav
-    paths.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.stem)])
-    return Clips(map(read_pair, paths), len(paths))
-
-
-def missing_table(folder: Path) -> str:
-    """What a folder lacks that is in none of the accepted forms, and the remedy."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    unread = [path.name for path in paths if path.suffix.lower() in NEED_FFMPEG]
-    tables = [p.name for p in paths if p.suffix.lower() in (".csv", ".tsv", ".jsonl", ".xlsx")]
-    message = f"no {', '.join(TABLES)}, no .parquet, and no audio file with a .txt beside it"
-    if tables:
-        name = printable(tables[0])
-        return f"{message}; save {name} as metadata.csv with a header, such as file_name,text"
-    if unread:
-        return f"{message} that can be read; convert {printable(unread[0])} with ffmpeg to flac"
-    if (folder / "state.json").is_file():
-        return f"{message}; datasets' save_to_disk made it: write it with to_parquet instead"
-    inner = sorted(path.parent for name in TABLES for path in folder.glob(f"*/{name}"))
-    if inner:
-        return f"{message}; {printable(str(inner[0]))} has a table: give it as --dataset"
-    return f"{message} (data/README.md has the forms)"
-
-
-def read_pair(audio: Path) -> Clip:
-    """A clip of an audio file and the .txt beside it."""
-    path, source = audio.with_suffix(".txt"), printable(audio.name)
-    try:
-        if not path.is_file():
-            raise ClipError(f"no {path.name} beside it", "no text")
-        return Clip(source, audio, check_text(read_text(path), "text"))
-    except ClipError as error:
-        return Clip(source, error=error)
-    except UserError as error:  # the file cannot be read
-        return Clip(source, error=ClipError(str(error), "text unreadable"))
-
-
-def printable(name: str) -> str:
-    """A file's name, which need not be valid UTF-8, as it can be printed and saved."""
-    return name.encode(errors="replace").decode()
-
-
-def read_manifest(path: Path, settings: Settings) -> Clips:
-    """Clips of a csv, tsv, jsonl or parquet table. Its paths are relative to its folder."""
-    if path.suffix.lower() in AUDIO_SUFFIXES:
-        remedy = "set --dataset to a folder or a table (data/README.md)"
-        raise UserError(f"{path}: a single audio file; {remedy}")
-    if path.suffix == ".parquet":
-        return read_parquet([path], path.parent, settings)
-    text, note = read_text(path), None
-    if path.suffix == ".jsonl":
-        rows = list(read_json_rows(path, text))
-    else:
-        rows, note = read_table(path, text, settings)
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    columns = {name for _, row in rows for name in row if name is not None}
-    return Clips(clips_of_rows(rows, columns, path, path.parent, settings), len(rows), note)
-
-
-def read_parquet(files: list[Path], home: Path, settings: Settings) -> Clips:
-    """Clips of one or more parquet files of the same columns, read a few rows at a time."""
-    from pyarrow import ArrowException, parquet
-
-    def read_rows() -> Iterator[dict]:
+    def read_row(source: str, row: dict) -> Clip:
+        source = printable(source)
         try:
-            for file in files:
-                for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-                    yield from batch.to_pylist()
-        except (OSError, ArrowException) as error:
-            raise UserError(f"{file}: parquet that does not load: {first_reason(error)}") from None
-
-    count, columns = 0, None
-    for file in files:
-        try:
-            metadata = parquet.read_metadata(file)
-            names = metadata.schema.to_arrow_schema().names
-        except (OSError, ArrowException) as error:
-            raise UserError(f"{file}: parquet that does not load: {first_reason(error)}") from None
-        columns = columns or names
-        if other := ", ".join(sorted({*names} ^ {*columns})):
-            fault = f"its columns differ from those of {files[0].name}"
-            raise UserError(f"{file}: {fault}: {other}; make them the same")
-        count += metadata.num_rows
-    if not count:
-        raise UserError(f"{home}: no rows in it")
-    table = files[0] if len(files) == 1 else home
-    return Clips(clips_of_rows(enumerate(read_rows()), columns, table, home, settings), count)
-
-
-def read_hub(settings: Settings) -> Clips:
-    """Clips of a hub dataset. With `limit` it is streamed, to download no more than is used."""
-    from datasets import Audio, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    name = settings.dataset
-    try:
-        table = load_dataset(
-            name,
-            settings.dataset_config,
-            split=settings.dataset_split,
-            revision=settings.dataset_revision,
-            streaming=settings.limit is not None,
-        )
-    except (ValueError, OSError, DatasetGenerationError) as error:
-        reason = first_reason(error.__cause__ or error)
-        fault = "no such folder here, and it cannot be loaded from the hub"
-        raise UserError(f"{name}: {fault}: {reason}") from None
-    for column, feature in (table.features or {}).items():
-        if isinstance(feature, Audio):  # soundfile decodes it; datasets would want torchcodec
-            table = table.cast_column(column, Audio(decode=False))
-    columns = table.column_names or next(iter(table), {})  # unknown for a streamed csv
-    clips = clips_of_rows(enumerate(table), columns, Path(name), None, settings)
-    return Clips(clips, getattr(table, "num_rows", None))
-
-
-def clips_of_rows(
-    rows: Iterable[tuple[int, dict]], columns, table: Path, home: Path | None, settings: Settings
-) -> Iterator[Clip]:
-    """Clips of (number, row) pairs, once it is settled which column holds what.
-
-    `table` names the rows in messages; `home` is the folder of the audio files, if it is local.
-    """
-    found = find_columns(table, list(columns), settings)
-
-    def read_row(number: int, row: dict) -> Clip:
-        source = f"{printable(table.name)} row {number}"
-        try:
-            return clip_of_row(source, row, found, home, settings.absolute_paths)
+            clip = clip_of_row(source, row, columns, table.home, settings)
         except ClipError as error:
             return Clip(source, error=error)
+        name, rest = split_prefix(clip.text or "") if prefixed else ("", None)
+        if name:
+            return clip._replace(text=rest, voice=name)
+        return clip._replace(text=remove_voice(clip.text, clip.voice or settings.voice))
 
-    return itertools.starmap(read_row, rows)
+    rows = itertools.islice(table.read(list(dict.fromkeys(wanted))), first, end)
+    return Clips(itertools.starmap(read_row, rows), count, "; ".join(table.notes) or None)
+
+
+def find_slice(table: Table, split: str) -> tuple[int, int | None]:
+    """Return (first, end) of the rows that a split such as `train[:10%]` names."""
+    name, bracket, rows = split.partition("[")
+    if not bracket:
+        return 0, table.count
+    from datasets import ReadInstruction
+
+    try:
+        if table.count is None and re.search("[%-]", rows):
+            raise ValueError("its length is not known before it is read")
+        whole = {name: 10**12 if table.count is None else table.count}
+        part = ReadInstruction.from_spec(split).to_absolute(whole)[0]
+    except (ValueError, AssertionError) as error:
+        fault = f"dataset_split cannot be {split}: {error}"
+        raise UserError(f"{table.name}: {fault}; give rows, as in train[:100]") from error
+    return part.from_, part.to
+
+
+def find_columns(table: Table, settings: DataSettings) -> dict[str, str]:
+    """Return the column of each kind that the table has: text, audio, voice, start, tokens, …
+
+    Raises: `UserError` for a table without a column that it needs.
+    """
+    found, there = {}, ", ".join(sorted(map(str, table.columns)))
+    tokens = next((n for n in ("input_ids", "codes", "codes_list") if n in table.columns), None)
+    needed = {None: ("audio", "text"), "input_ids": ()}.get(tokens, ("text",))
+    for kind in ("audio", "text", "voice", "start", "end", "duration", "rate"):
+        chosen = getattr(settings, f"{kind}_column", None)
+        names = match_columns(kind, table.columns)
+        if chosen:
+            key = column_key(chosen)
+            names = [name for name in table.columns if name == chosen or column_key(name) == key]
+        if names:
+            found[kind] = names[0]
+            if kind == "voice" and column_key(names[0]) not in ("speaker", "voice", "source"):
+                table.notes.append(f"column {names[0]} has the voices")
+        elif chosen or kind in needed:
+            fault = f"no column {chosen}" if chosen else f"no column is known to hold the {kind}"
+            remedy = "" if chosen else f"; name it with --{kind}_column"
+            raise UserError(f"{table.name}: {fault}; there are: {there}{remedy}")
+    if "start" in found and not tokens and not found.keys().isdisjoint({"end", "duration"}):
+        table.notes.append(f"column {found['start']} is where clips begin in their recordings")
+    return found | ({"tokens": tokens} if tokens else {})
+
+
+# ---------------------------------------------------------------- voices before the texts
+
+
+def split_prefix(text: str) -> tuple[str, str]:
+    """Return (voice, rest) of a text such as `tara: one day`, and ("", text) of another."""
+    match = re.match(r"\s*([^\s:]{1,40}):\s+(?=\S)", text)
+    return (match[1], text[match.end() :]) if match else ("", text)
+
+
+def find_prefixes(table: Table, columns: dict[str, str], settings: DataSettings) -> bool:
+    """Return whether the texts begin with the voices that no column names; adds notes.
+
+    That is so if all of the first thousand texts begin with one word and a colon, and these words
+    recur. Raises: `UserError` for a table without rows.
+    """
+    wanted = [columns[kind] for kind in ("text", "voice", "tokens") if kind in columns][:2]
+    rows = [row for _, row in itertools.islice(table.read(wanted), PEEK)]
+    if not rows:
+        raise UserError(f"{table.name}: no rows in it")
+    pairs = [(row.get(columns.get("text")), row.get(columns.get("voice"))) for row in rows]
+    pairs = [(text, voice or settings.voice) for text, voice in pairs if isinstance(text, str)]
+    names = [split_prefix(text)[0] for text, _ in pairs if text.strip()]
+    voices = list(dict.fromkeys(names))
+    if "voice" not in columns and all(names) and 0 < len(voices) <= max(8, len(names) // 2):
+        table.notes.append(f"the texts begin with their voices ({shorten(voices)})")
+        return True
+    if any(remove_voice(text, voice) != text for text, voice in pairs):
+        table.notes.append("texts begin with their own voice, which is taken off")
+    return False
+
+
+def remove_voice(text: str | None, voice) -> str | None:
+    """Return a text without `voice:` before it."""
+    name, colon, rest = (text or "").partition(":")
+    same = name.strip().lower() == str(voice).strip().lower()
+    return rest if colon and voice and same else text
+
+
+# ---------------------------------------------------------------- a row
 
 
 def clip_of_row(
-    source: str, row: dict, columns: dict[str, str], home: Path | None, absolute_paths: bool
+    source: str, row: dict, columns: dict[str, str], home: Path | None, settings: DataSettings
 ) -> Clip:
-    """The clip that a row describes; `ClipError` for a row that cannot be used."""
+    """Return the clip that a row describes. Raises: `ClipError` for one that cannot be used."""
     if None in row:
         raise ClipError("more columns than the header has; put a text with commas in quotes")
-    audio = row.get(columns.get("audio"))
-    if isinstance(audio, dict):
-        audio = audio.get("bytes") or audio.get("path")
-    if isinstance(audio, str) and audio:
-        audio = find_audio(audio, home, absolute_paths)
-    audio = audio if isinstance(audio, Path | bytes) else None
-    text = check_text(row.get(columns.get("text")), columns.get("text"))
-    voice = check_text(row.get(columns.get("voice")), columns.get("voice"), is_voice=True)
-    if "tokens" not in columns:
-        return Clip(source, audio, text, voice)
-    if row.get(columns["tokens"]) is None:
+    values = {kind: row.get(name) for kind, name in columns.items()}
+    text = check_text(values.get("text"), columns.get("text"))
+    voice = check_text(values.get("voice"), columns.get("voice"), is_voice=True)
+    if "tokens" not in values:
+        audio = read_sound(values, home, settings.absolute_paths)
+        return Clip(source, audio, text, voice, None, None, *read_segment(values, columns))
+    if values["tokens"] is None:
         raise ClipError(f"no {columns['tokens']} in this row")
-    return Clip(source, audio, text, voice, {n: row[n] for n in TOKEN_COLUMNS if n in row})
+    return Clip(source, None, text, voice, {n: row[n] for n in TOKEN_COLUMNS if n in row})
 
 
 def check_text(value: Any, column: str | None, is_voice: bool = False) -> str | None:
-    """A value as text; `ClipError` for what cannot be trained on. Only a text needs a letter."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ClipError(f"{column} holds {type(value).__name__}, not text", "no text")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ClipError(f"{column} holds {value}, not text", "no text")
-    if value is None:
+    """Return a value as text. Raises: `ClipError` for what cannot be spoken."""
+    if isinstance(value, ClipError):
+        raise value
+    if is_voice and isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ClipError(f"{column} holds {type(value).__name__}, not text", "no text")
     text, what = str(value), "voice" if is_voice else "text"
-    if printable(text) != text:
-        raise ClipError(f"the {what} holds half of a character (a lone surrogate)", "broken text")
     control = (c for c in text if unicodedata.category(c) == "Cc" and not c.isspace())
     if found := next(control, None):
         fault = f"the {what} holds a control character (U+{ord(found):04X})"
@@ -254,21 +209,46 @@ def check_text(value: Any, column: str | None, is_voice: bool = False) -> str | 
     return text
 
 
-def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
-    """The file that a row names; `ClipError` for one outside the dataset's folder.
+def read_sound(values: dict, home: Path | None, absolute_paths: bool) -> Path | bytes | None:
+    """Return a row's audio: a path, or the bytes of a file, which samples are made into."""
+    audio, rate = values.get("audio"), values.get("rate")
+    if isinstance(audio, dict):
+        rate = audio.get("sampling_rate", audio.get("sample_rate", rate))
+        samples = audio.get("array")
+        audio = samples if samples is not None else audio.get("bytes") or audio.get("path")
+    if isinstance(audio, str) and audio:
+        return find_audio(audio, home, absolute_paths)
+    if not isinstance(audio, list | np.ndarray):
+        return audio if isinstance(audio, Path | bytes) else None
+    if not rate:
+        raise ClipError("samples without their rate; add a column sampling_rate", "no sound")
+    try:
+        samples = np.asarray(audio)
+        if samples.dtype.kind == "i":  # of 16 or 32 bits
+            samples = samples / (2**15 if np.abs(samples).max(initial=0) <= 2**15 else 2**31)
+        samples = samples.T if samples.ndim == 2 and len(samples) < samples.shape[1] else samples
+        file = io.BytesIO()
+        soundfile.write(file, samples.astype(np.float32), int(rate), "FLOAT", format="WAV")
+    except (TypeError, ValueError, soundfile.LibsndfileError) as error:
+        raise ClipError(f"no samples at a rate: {error}", "unreadable") from error
+    return file.getvalue()
 
-    A name without a suffix is that of a file in wavs/, or beside the table.
-    """
-    path = Path(name.replace("\\", "/"))
-    if home is None or (path.is_absolute() and absolute_paths):
-        return path
-    inside = os.path.abspath(home / path).startswith(os.path.join(os.path.abspath(home), ""))
-    if not inside and not absolute_paths:
-        fault = f"{path} is outside the dataset's folder; --absolute_paths allows it"
-        raise ClipError(fault, "outside the folder")
-    names = [str(path)]
-    if not path.suffix:
-        names[:0] = [f"{part}{path}{s}" for part in ("wavs/", "") for s in AUDIO_SUFFIXES]
-    # macOS writes é as two characters, others as one
-    names += [unicodedata.normalize(form, n) for form in ("NFC", "NFD") for n in names]
-    return home / next((n for n in names if os.path.isfile(home / n)), path)
+
+def read_segment(values: dict, columns: dict[str, str]) -> tuple[float, float | None]:
+    """Return (start, duration) in seconds of the part of a recording that a row names."""
+    times = {}
+    for kind in ("start", "end", "duration"):
+        if values.get(kind) not in (None, ""):
+            try:
+                for part in str(values[kind]).split(":"):  # 1:02.5 or 62.5
+                    times[kind] = 60 * times.get(kind, 0) + float(part)
+            except ValueError:
+                raise ClipError(f"{columns[kind]} is {values[kind]!r}, not seconds") from None
+            times[kind] /= 1000 if column_key(columns[kind]).endswith("ms") else 1
+    if "start" not in times or len(times) == 1:
+        return 0.0, None
+    start = times["start"]
+    duration = times["end"] - start if "end" in times else times["duration"]
+    if not (start >= 0 and 0 < duration < math.inf):
+        raise ClipError(f"no segment of {duration:g} s at {start:g} s: end comes before start")
+    return start, duration

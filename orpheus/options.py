@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import orpheus.settings
-from orpheus.clips import read_manifest
+from orpheus.clips import read_clips
 from orpheus.hub import absolute_path_or_hub_id
 from orpheus.settings import (
     RUN_KEYS,
@@ -73,7 +73,7 @@ def read_texts(texts: list[str], file: str | None) -> tuple[list[str], list[Path
     if suffix in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{source}: give a metadata.csv, or a .txt of one text a line")
     if suffix in (".csv", ".tsv"):
-        clips = list(read_manifest(Path(source), read_settings(None, ANY_TABLE)))
+        clips = list(read_clips(read_settings(None, ANY_TABLE | {"dataset": source})))
         for clip in clips:
             if clip.error or not (clip.text and clip.audio):
                 fault = clip.error or "it needs a text and a file_name, columns of the first line"

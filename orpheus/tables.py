@@ -1,167 +1,520 @@
-"""Tables of text, csv, tsv, LJSpeech's and JSON lines → rows by column."""
+"""Folders, files and hub datasets → tables: rows of values by column, and where they lie."""
 
+import contextlib
 import csv
-import io
+import fnmatch
+import itertools
 import json
+import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
 
-from orpheus.settings import Settings, UserError
+from orpheus.audio import NEED_FFMPEG, ClipError
+from orpheus.hub import is_hub_id
+from orpheus.settings import DataSettings, UserError, read_text
 
-AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path")
-TEXT_COLUMNS = ("text", "sentence", "transcription", "normalized_text")
-VOICE_COLUMNS = ("speaker", "voice", "source")
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "codes", "codes_list")
-LJSPEECH_COLUMNS = ("file_name", "text", "normalized_text")
+TABLES = tuple(f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"))
+LOOSE = {"FolderBasedBuilder", "Csv"}  # of datasets: AudioFolder wants torchcodec
+SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", *NEED_FFMPEG)
+PAIRED = (".normalized.txt", ".txt", ".lab", ".original.txt")
+# What columns hold, by their names in lower case without signs; earlier patterns are preferred.
+UNIT = "(time|at)?(s|sec|secs|seconds|ms)?"
+COLUMNS = {
+    "audio": (
+        "audio|filename|path|audiopath",
+        "(audio|wav|sound|clip|recording|speech)(file)?s?(name|path)?|file(path)?",
+        "array|samples|waveform|id|utt(erance)?id|key",
+    ),
+    "text": (
+        "text|sentence|transcription|normalizedtext",
+        "transcripts?|(text)?normali[sz]ed(text|sentence|transcript(ion)?)?",
+        "(raw|original|spoken)text|text(raw|original)|utterance|caption|words",
+    ),
+    "voice": (
+        "speaker|voice",
+        "(speaker|spk|spkr|voice|narrator|reader)name",
+        "(speaker|spk|spkr|voice|client|narrator|reader|talker|actor|singer)s?"
+        "(id|no|num|number|label|code|key|index|idx)?s?",
+        "source",
+    ),
+    "start": (f"(segment|audio|clip)?(start|begin|offset){UNIT}",),
+    "end": (f"(segment|audio|clip)?(end|stop){UNIT}",),
+    "duration": (f"(segment|audio|clip)?(duration|dur){UNIT}",),
+    "rate": ("(sampl(e|ing))?(rate|freq|frequency)(hz)?|sr|fs",),
+}
+# Corpora in forms of their own: a pattern of their files, what it is, and what to do.
+CORPORA = (
+    ("*wav.scp", "Kaldi's wav.scp and text", "write metadata.csv from them"),
+    ("*.trans.txt", "LibriSpeech's .trans.txt files", "write metadata.csv from them"),
+    ("*transcripts.txt", "MLS's transcripts.txt", "write metadata.csv from it"),
+    ("txt/*.txt", "texts apart from the recordings, as in VCTK", "put each .txt beside its own"),
+    ("*.textgrid", "Praat's TextGrids", "write the text of each to a .txt beside its recording"),
+    ("*.[sv][rt]t", "subtitles", "cut the recordings with data/cut.py"),
+    ("*.tar", "tar files, as WebDataset has them", "unpack them"),
+    ("*.zip", "zip files", "unpack them"),
+    ("*.xls*", "a table of Excel", "save it as metadata.csv, in UTF-8"),
+)
 
 
-def read_json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of JSON lines."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+@dataclass
+class Table:
+    """A dataset as rows of values, which can be read again and again."""
+
+    name: str | Path  # for messages
+    home: Path | None  # folder of the recordings, if it is local
+    columns: list[str]
+    read: Callable[[list[str]], Iterator[tuple[str, dict]]]  # columns → (source, row)
+    count: int | None = None
+    notes: list[str] = field(default_factory=list)  # what was not obvious
+
+
+def open_table(settings: DataSettings) -> Table:
+    """Return the table of the dataset, or of that split of it, which the settings name."""
+    path = Path(settings.dataset)
+    if settings.dataset_revision and path.exists():
+        raise UserError(f"dataset_revision is for hub datasets, and {path} is local; leave it out")
+    if path.is_dir():
+        return open_folder(path, settings)
+    if path.is_file():
+        return open_file(path, settings)
+    if is_hub_id(settings.dataset):
+        return open_hub(settings)
+    message = "no such folder; give one of clips (data/README.md), or a hub id (owner/name)"
+    raise UserError(f"{path}: {message}")
+
+
+def split_name(settings: DataSettings) -> str:
+    """Return the split's name without rows, as in train[:10]."""
+    return settings.dataset_split.partition("[")[0]
+
+
+# ---------------------------------------------------------------- folders
+
+
+def open_folder(folder: Path, settings: DataSettings) -> Table:
+    """Return the table of a folder: its own, that of a split below it, or its pairs of files."""
+    split, readme = split_name(settings), folder / "README.md"
+    described = readme.is_file() and "\nconfigs:" in read_text(readme)
+    if described or any((folder / name).is_file() for name in SAVED):
+        return open_with_datasets(str(folder), settings, folder)
+    if config := settings.dataset_config:
+        if not (folder / config).is_dir():
+            fault = f"no configuration {config}: no README.md names it, and no folder has its name"
+            raise UserError(f"{folder}: {fault}")
+        return open_folder(folder / config, settings.replace(dataset_config=None))
+    inner = settings.replace(dataset_split=settings.dataset_split.replace(split, "train", 1))
+    of_split = [name.replace("metadata", split) for name in TABLES]
+    for name in (*TABLES, *of_split) if split == "train" else of_split:
+        if (folder / name).is_file():
+            return open_file(folder / name, inner)
+    if any((folder / split / name).is_file() for name in (*TABLES, *SAVED)):
+        return open_folder(folder / split, inner)
+    files = list_files(folder)
+    suffixes = {path.suffix.lower() for path in files}
+    sounds = [path for path in files if path.suffix.lower() in SOUNDS]
+    if suffixes & ({".parquet", ".arrow"} if sounds else {".parquet", ".arrow", ".json", ".jsonl"}):
+        return open_with_datasets(str(folder), settings, folder)
+    if (folder / split).is_dir():
+        return open_folder(folder / split, inner)
+    if split != "train":
+        raise UserError(f"{folder}: no split {split}: neither a table nor a folder has its name")
+    if any(map(find_text, sounds)):
+        return open_pairs(folder, sounds)
+    raise UserError(f"{folder}: {describe_folder(folder, files, len(sounds))}")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return the files below a folder, but no hidden ones; 9.wav before 10.wav."""
+    paths = [os.path.join(home, name) for home, _, names in os.walk(folder) for name in names]
+    names = [os.path.relpath(path, folder) for path in paths]
+    parts = {name: re.split("([0-9]+)", os.path.splitext(name)[0]) for name in names}
+    names = [name for name in names if not re.search(r"(^|/)\.", name)]
+    names.sort(key=lambda name: [int(s) if n % 2 else s for n, s in enumerate(parts[name])])
+    return [folder / name for name in names]
+
+
+def describe_folder(folder: Path, files: list[Path], sounds: int) -> str:
+    """Return what is in a folder that has none of the accepted forms, and what to do."""
+    names = [printable(str(path.relative_to(folder))) for path in files]
+    for pattern, what, remedy in CORPORA:
+        if any(fnmatch.fnmatchcase(name.lower(), pattern) for name in names):
+            return f"it holds {what}; {remedy} (data/README.md)"
+    tables = [name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".list"))]
+    if inner := [str(Path(name).parent) for name in tables if Path(name).stem == "metadata"]:
+        return f"there are tables in {shorten(inner)}; choose one with --dataset_config"
+    if tables:
+        return f"no metadata.csv; give its table: --dataset {folder / tables[0]}"
+    return f"{sounds} recordings, but no metadata.csv and no .txt beside any (data/README.md)"
+
+
+def find_text(sound: Path) -> Path | None:
+    """Return the file of a recording's text, beside it."""
+    return next((path for path in map(sound.with_suffix, PAIRED) if path.is_file()), None)
+
+
+def open_pairs(folder: Path, sounds: list[Path]) -> Table:
+    """Return the table of recordings with a text beside each; several folders are the voices."""
+    base = os.path.commonpath([path.parent for path in sounds])
+    voices = {path: (*path.parent.relative_to(base).parts, None)[0] for path in sounds}
+    names = sorted({*voices.values()} - {None})
+    notes = [f"the folders are the voices ({shorten(names)})"] if len(names) > 1 else []
+
+    def read(_):
+        for sound in sounds:
+            try:
+                text = read_text(find_text(sound) or sound.with_suffix(".txt"))
+            except UserError as error:
+                text = ClipError(str(error), "no text")
+            row = {"audio": sound, "text": text, "voice": voices[sound] if notes else None}
+            yield str(sound.relative_to(folder)), row
+
+    return Table(folder, folder, ["audio", "text", "voice"], read, len(sounds), notes)
+
+
+def printable(name: str) -> str:
+    """Return a file's name, which need not be valid UTF-8, as it can be printed and saved."""
+    return name.encode(errors="replace").decode()
+
+
+def shorten(names: list[str]) -> str:
+    """Return the first five of some names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(printable, names[:5])) + more
+
+
+def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
+    """Return the file that a row names, from the table's folder or one for recordings in it.
+
+    Its suffix may be missing or another. Raises: `ClipError` for one outside the folder.
+    """
+    path = Path(name.replace("\\", "/"))
+    if home is None or (path.is_absolute() and absolute_paths):
+        return path
+    inside = os.path.abspath(home / path).startswith(os.path.join(os.path.abspath(home), ""))
+    if not inside and not absolute_paths:
+        fault = f"{path} is outside the dataset's folder; --absolute_paths allows it"
+        raise ClipError(fault, "outside the folder")
+    stem = path.with_suffix("") if path.suffix.lower() in SOUNDS else path
+    endings = [ending for suffix in SOUNDS for ending in (suffix, suffix.upper())]
+    for place in ("", "wavs", "wav", "audio", "audios", "clips"):
+        for file in (path, *(f"{stem}{ending}" for ending in endings)):
+            for form in ("NFC", "NFD"):  # macOS writes é as two characters, others as one
+                found = home / place / unicodedata.normalize(form, str(file))
+                if os.path.isfile(found):
+                    return found
+    return home / path
+
+
+# ---------------------------------------------------------------- files
+
+
+def open_file(path: Path, settings: DataSettings) -> Table:
+    """Return the table of a csv, tsv, JSON, parquet or Arrow file, with paths relative to it."""
+    suffix, split = path.suffix.lower(), split_name(settings)
+    if suffix in SOUNDS:
+        remedy = "set --dataset to a folder or a table (data/README.md)"
+        raise UserError(f"{path}: a single audio file; {remedy}")
+    if split != "train" or settings.dataset_config:
+        what = settings.dataset_config or f"split {split}"
+        raise UserError(f"{path}: one table, which has no {what}; leave that out")
+    if suffix in (".json", ".jsonl"):
+        return open_json(path)
+    if suffix in (".parquet", ".arrow"):
+        files = {"train": [str(path)]}
+        return open_with_datasets(suffix[1:], settings, path.parent, data_files=files)
+    return open_text_table(path, settings)
+
+
+def open_json(path: Path) -> Table:
+    """Return the table of a file with a JSON object on each line, or with a list of them.
+
+    The json builder of datasets takes texts that look like dates for dates, quotes those of a list
+    with a number among them, and fails where a column is empty in the first 10 MB.
+    """
+    is_list = read_text(path).lstrip().startswith("[")
+
+    def read(_):
+        number = 1
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} row {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: must be one JSON object")
-        yield number, row
+            with open(path, encoding="utf-8-sig") as file:
+                for number, row in enumerate(json.load(file) if is_list else file, 1):
+                    if is_list or row.strip():
+                        yield f"{path.name} row {number}", dict(row if is_list else json.loads(row))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} row {number}: not an object in JSON: {error}") from error
+
+    columns, count = {}, 0
+    for _, row in read(None):
+        columns, count = columns | dict.fromkeys(row), count + 1
+    return Table(path, path.parent, list(columns), read, count)
 
 
 def column_key(name: str) -> str:
-    """A column's name as it is compared: `File Name` is file_name."""
-    return re.sub(r"[\s-]+", "_", str(name).strip().lower())
+    """Return a column's name as it is compared: File Name and file-name are filename."""
+    return re.sub(r"[\W_]+", "", str(name)).lower()
 
 
-def read_table(path: Path, text: str, settings: Settings) -> tuple[list, str | None]:
-    """Rows separated by commas, semicolons, tabs or vertical bars, with a header or LJSpeech's.
+def match_columns(kind: str, names: list[str]) -> list[str]:
+    """Return the columns that hold `kind` by their names, the preferred one first."""
+    patterns = COLUMNS[kind]
+    return [name for p in patterns for name in names if re.fullmatch(p, column_key(name))]
+
+
+def open_text_table(path: Path, settings: DataSettings) -> Table:
+    """Return the table of lines with commas, semicolons, tabs or bars, with a header or LJSpeech's.
 
     The separator is the one that splits the first line into the most columns with known names.
-    Returns (line number, row) pairs, and a note for the report.
     """
-    if "\0" in text:
-        raise UserError(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8")
-    header = text.lstrip("\n").split("\n", 1)[0]
-    chosen = filter(None, (settings.audio_column, settings.text_column, settings.voice_column))
-    known = (*AUDIO_COLUMNS, *TEXT_COLUMNS, *VOICE_COLUMNS, *TOKEN_COLUMNS, *chosen)
-    known = {column_key(name) for name in known}
+    text = read_text(path)
+    header = text.lstrip("\n").partition("\n")[0]
+    chosen = {settings.audio_column, settings.text_column, settings.voice_column}
 
     def count_known(separator: str) -> tuple[int, int]:
-        names = [column_key(cell.strip('" ')) for cell in header.split(separator)]
-        return len(known.intersection(names)), len(names)
+        names = [cell.strip('" ') for cell in header.split(separator)]
+        known = {name for kind in COLUMNS for name in match_columns(kind, names)}
+        return len(known | chosen.intersection(names)), len(names)
 
     separator = max(",;\t|", key=count_known)
     least = 2 if "|" in header else 1  # a text of LJSpeech's first row may be a known name
-    if count_known(separator)[0] >= least:
-        return list(read_csv_rows(path, text, separator)), None
-    if "|" in header:
-        return read_ljspeech(path, text, settings)
-    if not text.strip():
-        return [], None
-    remedy = "add one such as file_name,text (data/README.md)"
-    columns = ", ".join(cell.strip() for cell in header.split(separator))[:80]
-    raise UserError(f"{path}: the first line is no header with known columns ({columns}); {remedy}")
+    if count_known(separator)[0] < least:
+        if "|" in header:
+            return open_ljspeech(path, settings)
+        remedy = "add one such as file_name,text, or set --audio_column and --text_column"
+        fault = f"the first line is no header with known columns ({header[:80].strip()})"
+        raise UserError(f"{path}: {fault}; {remedy}" if header else f"{path}: no rows in it")
+    quoting, notes = choose_quoting(path, separator)
+    rows = read_cells(path, separator, quoting)
+    columns, count = next(rows)[1], sum(1 for _ in rows)
+    keys = Counter(column_key(name) for name in columns if name)
+    if twice := [name for name, times in keys.items() if times > 1]:
+        raise UserError(f"{path}: two columns are named {twice[0]}; rename one of them")
+
+    def read(_):
+        for line, cells in itertools.islice(read_cells(path, separator, quoting), 1, None):
+            yield f"{path.name} row {line}", as_row(columns, cells)
+
+    return Table(path, path.parent, columns, read, count, notes)
 
 
-def read_ljspeech(path: Path, text: str, settings: Settings) -> tuple[list, str | None]:
-    """Rows of `id|text` or `id|text|normalized text` without a header, and a note.
+def as_row(columns: list[str], cells: list[str]) -> dict:
+    """Return cells by column, and those that are too many under None."""
+    surplus = cells[len(columns) :]
+    return dict(zip(columns, cells, strict=False)) | ({None: surplus} if any(surplus) else {})
 
-    A third column is the normalized text if it resembles the second. It could also be a voice.
+
+def read_cells(path: Path, separator: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which a row begins, its cells)."""
+    dialect = {"delimiter": separator, "quoting": quoting, "skipinitialspace": True, "strict": True}
+    unquote = quoting == csv.QUOTE_NONE and separator != "|"
+    with open(path, encoding="utf-8-sig") as file:
+        rows, line = csv.reader(file, **dialect), 1
+        try:
+            for cells in rows:
+                first, line = line, rows.line_num + 1
+                cells = [cell.strip() for cell in cells]
+                if unquote:  # cells that are quoted as they should be
+                    whole = [re.fullmatch('"(([^"]|"")*)"', cell) for cell in cells]
+                    pairs = zip(whole, cells, strict=True)
+                    cells = [m[1].replace('""', '"') if m else cell for m, cell in pairs]
+                if any(cells):
+                    yield first, cells
+        except csv.Error as error:
+            remedy = 'quote a field as a whole, and double the quotes in it: "a ""b"" c"'
+            raise UserError(f"{path} line {line}: not a csv table: {error}; {remedy}") from error
+
+
+def choose_quoting(path: Path, separator: str) -> tuple[int, list[str]]:
+    """Return how csv is to read the quotes of a table, and notes.
+
+    They may be ordinary characters, as in Common Voice, and always are between bars. A quote that
+    opens in one row and closes in another would then take all between them into one cell.
     """
-    widths = Counter(line.count("|") + 1 for line in text.split("\n") if line.strip())
-    width = widths.most_common(1)[0][0]
-    remedy = "add a header line such as file_name|text|voice"
-    if width > len(LJSPEECH_COLUMNS):
-        raise UserError(f"{path}: {width} columns and no header to name them; {remedy}")
-    rows = list(read_csv_rows(path, text, "|", LJSPEECH_COLUMNS[:width]))
-    pairs = [(r["text"], r["normalized_text"]) for _, r in rows if "normalized_text" in r]
-    if not any(normalized for _, normalized in pairs):
-        return rows, None
-    chosen = settings.text_column
-    if chosen is None:
-        pairs = [(a.lower(), b.lower()) for a, b in pairs[:200]]
-        ratios = [SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
-        if np.mean(ratios) < 0.5:
-            fault = "the third column does not resemble the second, so it may be voices or texts"
-            remedy += "; a dataset takes --text_column text (the second) or normalized_text"
-            raise UserError(f"{path}: {fault}; {remedy}")
-        chosen = "normalized_text"
-        rows = [(n, {k: row[k] for k in row if k != "text"}) for n, row in rows]
-    place = {"text": "second", "normalized_text": "third"}.get(chosen)
-    return rows, place and f"{path.name} has no header; its {place} column holds the texts"
-
-
-def read_csv_rows(
-    path: Path, text: str, separator: str, columns: tuple[str, ...] | None = None
-) -> Iterator[tuple[int, dict]]:
-    """Yields (line on which a row begins, row). Without `columns`, the first line names them.
-
-    A row has its surplus cells under the key None. Between bars, quotes are ordinary characters.
-    """
-    padded = columns is not None or f"{separator} " in text.lstrip("\n").split("\n", 1)[0]
-    table = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=separator,
-        quoting=csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL,
-        skipinitialspace=padded,
-        strict=True,
-    )
-    line = 1
+    if separator == "|":
+        return csv.QUOTE_NONE, []
     try:
-        for cells in table:
-            first, line = line, table.line_num + 1
-            cells = [cell.strip() for cell in cells] if padded else cells
-            if cells in ([], [""]):
-                continue
-            if columns is None:
-                columns = cells
-                check_header(path, columns)
-                continue
-            surplus = {None: cells[len(columns) :]} if len(cells) > len(columns) else {}
-            yield first, dict(zip(columns, cells, strict=False)) | surplus
-    except csv.Error as error:
-        remedy = 'quote a field as a whole, and double the quotes in it: "a ""b"" c"'
-        raise UserError(f"{path} line {line}: not a csv table: {error}; {remedy}") from None
+        for line, cells in read_cells(path, separator, csv.QUOTE_MINIMAL):
+            if any(holds_row(cell, separator, path.parent) for cell in cells):
+                fault = "a quote that opens in this row takes in the rows after it"
+                raise UserError(f"{path} line {line}: {fault}; double it, or remove it")
+        return csv.QUOTE_MINIMAL, []
+    except UserError:
+        widths = {len(cells) for _, cells in read_cells(path, separator, csv.QUOTE_NONE)}
+        if len(widths) > 1 and separator != "\t":
+            raise
+        return csv.QUOTE_NONE, [f"quotes in {path.name} are read as ordinary characters"]
 
 
-def check_header(path: Path, columns: list[str]) -> None:
-    """`UserError` for two columns of the same name."""
-    names = [column_key(name) for name in columns if name.strip()]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{path}: two columns are named {twice}; rename one of them")
+def holds_row(cell: str, separator: str, home: Path) -> bool:
+    """Return whether a cell of several lines has a recording's name between separators."""
+    lines = [line.split(separator) for line in cell.split("\n") if separator in line]
+    parts = [part.strip('" ') for line in lines for part in line] if "\n" in cell else []
+    return any(
+        part.lower().endswith(SOUNDS) or os.path.isfile(find_audio(part, home, True))
+        for part in parts
+    )
 
 
-def find_columns(table: Path, columns: list, settings: Settings) -> dict[str, str]:
-    """Which of the columns have the `text`, the `audio`, the `voice` and the `tokens`, if any do.
+def open_ljspeech(path: Path, settings: DataSettings) -> Table:
+    """Return the table of `id|text` or `id|text|normalized text`, or of GPT-SoVITS's lists."""
+    widths = Counter(len(cells) for _, cells in read_cells(path, "|", csv.QUOTE_NONE))
+    width = widths.most_common(1)[0][0]
+    columns, notes, text = ["file_name", "text", "normalized_text"][:width], [], "text"
+    rows = (cells for _, cells in read_cells(path, "|", csv.QUOTE_NONE))
+    rows = list(itertools.islice((row for row in rows if len(row) == width and row[-1]), 200))
+    if width == 4 and all(re.fullmatch("[A-Za-z]{2,3}", row[2]) for row in rows):
+        columns = ["file_name", "voice", "language", "text"]
+        notes = [f"{path.name} has no header: read as file_name|voice|language|text"]
+    elif width > 3:
+        remedy = "add a header line such as file_name|text|voice"
+        raise UserError(f"{path}: {width} columns and no header to name them; {remedy}")
+    elif rows and width == 3:
+        text = settings.text_column or choose_ljspeech(path, rows)
+        place = {"text": "second", "normalized_text": "third"}.get(text)
+        notes = [f"{path.name} has no header; its {place} column holds the texts"] if place else []
 
-    Raises `UserError` for a table without a column that it needs.
-    """
-    found, keys = {}, {column_key(name) for name in columns}
-    names = ("input_ids", "codes", "codes_list")
-    tokens = next((name for name in names if name in columns), None)
-    if tokens != "input_ids" or settings.text_column or not keys.isdisjoint(TEXT_COLUMNS):
-        found["text"] = find_column(columns, settings.text_column, TEXT_COLUMNS, table)
-    if tokens is None:
-        found["audio"] = find_column(columns, settings.audio_column, AUDIO_COLUMNS, table)
-    voice = settings.voice_column
-    if voice or not keys.isdisjoint(VOICE_COLUMNS):
-        found["voice"] = find_column(columns, voice, VOICE_COLUMNS, table)
-    return found | ({"tokens": tokens} if tokens else {})
+    def read(_):
+        for line, cells in read_cells(path, "|", csv.QUOTE_NONE):
+            row = as_row(columns, cells)
+            row["normalized_text"] = row.get("normalized_text") or row.get("text")
+            yield f"{path.name} row {line}", row
+
+    used = columns if width == 4 else ["file_name", text]
+    return Table(path, path.parent, used, read, widths.total(), notes)
 
 
-def find_column(columns, wanted: str | None, names: tuple[str, ...], table: Path) -> str:
-    """The column that a key names, or the first of the conventional names that is there."""
-    keys = {column_key(name): name for name in columns}
-    for name in (wanted,) if wanted else names:
-        if name in columns:
-            return name
-        if column_key(name) in keys:
-            return keys[column_key(name)]
-    there = ", ".join(sorted(map(str, columns)))
-    raise UserError(f"{table}: no column {wanted or ' or '.join(names)}; there are: {there}")
+def choose_ljspeech(path: Path, rows: list[list[str]]) -> str:
+    """Return the third column, which could be a voice, if it resembles the second."""
+    pairs = [(row[1].lower(), row[2].lower()) for row in rows]
+    if np.mean([SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]) < 0.5:
+        fault = "the third column does not resemble the second, so it may be voices or texts"
+        remedy = "add a header line such as file_name|text|voice; a dataset takes --text_column"
+        raise UserError(f"{path}: {fault}; {remedy} text (the second) or normalized_text")
+    return "normalized_text"
+
+
+# ---------------------------------------------------------------- what datasets reads
+
+
+@contextlib.contextmanager
+def readable(name: str):
+    """Raise errors of datasets about files that are damaged, missing or unlike as `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        lines = str(error).partition("Example of usage")[0].strip().splitlines() or [repr(error)]
+        reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))[:300]
+        remedy = "; set --dataset_config" if "config" in reason.lower() else ""
+        raise UserError(f"{name}: cannot be read: {reason}{remedy}") from error
+
+
+def open_with_datasets(source: str, settings: DataSettings, home: Path | None, **how) -> Table:
+    """Return the table of a folder, of a kind of files, or of a hub dataset that is streamed."""
+    from datasets import load_dataset_builder, load_from_disk, logging
+
+    logging.set_verbosity(logging.CRITICAL)  # our one line says what it logs
+    name, split, config = settings.dataset, split_name(settings), settings.dataset_config
+    builder = None
+    with readable(name):
+        if any(Path(source, file).is_file() for file in SAVED):
+            parts = load_from_disk(source)
+            parts = parts if isinstance(parts, dict) else {"train": parts}
+        else:
+            builder = load_dataset_builder(source, None if "data_files" in how else config, **how)
+            parts = builder.config.data_files
+    if split not in parts:
+        raise UserError(f"{name}: no split {split}; there are: {', '.join(map(str, parts))}")
+    if builder:
+        return open_builder(builder, settings, home)
+    saved = parts[split].with_format(None)
+
+    def stream(columns):
+        return saved.select_columns(columns or saved.column_names).to_iterable_dataset()
+
+    return table_of_stream(stream, name, home, len(saved))
+
+
+def builder_kinds(builder) -> set[str]:
+    """Return the names of the classes of a builder of datasets."""
+    return {kind.__name__ for kind in type(builder).__mro__}
+
+
+def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
+    """Return the table of the rows that a builder of datasets streams."""
+    from pyarrow.parquet import read_metadata
+
+    split, features, count = split_name(settings), builder.info.features, None
+    files, is_parquet = builder.config.data_files[split], "Parquet" in builder_kinds(builder)
+    if builder_kinds(builder) & LOOSE:
+        tables = [file for file in files if Path(file).name in TABLES or file.endswith(".csv")]
+        if len(tables) != 1:
+            raise UserError(f"{settings.dataset}: give one of its tables as --dataset")
+        inner = settings.replace(dataset_config=None, dataset_split="train")
+        return open_file(Path(tables[0]), inner)
+    if home and is_parquet:
+        with readable(settings.dataset):
+            parts = {file: read_metadata(file) for file in files}
+        count = sum(part.num_rows for part in parts.values())
+        names = {file: {*part.schema.to_arrow_schema().names} for file, part in parts.items()}
+        for file in files:
+            if other := ", ".join(sorted(names[file] ^ names[files[0]])):
+                fault = f"its columns differ from those of {Path(files[0]).name}: {other}"
+                raise UserError(f"{file}: {fault}; make them the same")
+
+    def stream(columns):
+        builder.info.features = features
+        if is_parquet:  # which then reads these alone, and not a million rows at once
+            builder.config.columns, builder.config.batch_size = columns, 64
+        dataset = builder.as_streaming_dataset(split=split)
+        return dataset.select_columns(columns) if columns else dataset
+
+    return table_of_stream(stream, settings.dataset, home, count)
+
+
+def table_of_stream(stream: Callable, name: str, home: Path | None, count: int | None) -> Table:
+    """Return the table of the IterableDatasets that `stream` gives for some columns or for None."""
+    from datasets import Audio
+
+    def read(columns):
+        with readable(name):
+            dataset = stream(columns)
+            for column, feature in (dataset.features or {}).items():
+                if isinstance(feature, Audio):  # soundfile decodes it; datasets wants torchcodec
+                    dataset = dataset.cast_column(column, Audio(decode=False))
+            for number, row in enumerate(dataset):
+                yield f"{Path(name).name} row {number}", row
+
+    with readable(name):
+        columns = stream(None).column_names
+    return Table(name, home, columns or list(next(read(None), ("", {}))[1]), read, count)
+
+
+def open_hub(settings: DataSettings) -> Table:
+    """Return the table of a hub dataset: streamed with `limit`, else downloaded and read here."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import snapshot_download
+
+    name, revision = settings.dataset, settings.dataset_revision
+    with readable(f"{name}: no such folder here, and on the hub it"):
+        try:
+            builder = load_dataset_builder(name, settings.dataset_config, revision=revision)
+            files = builder.config.data_files.get(split_name(settings), [])
+            # hf://datasets/owner/name@commit/data/train-0.parquet
+            wanted = [re.sub("^hf://[^@]*@[^/]*/", "", file) for file in files]
+            loose = builder_kinds(builder) & LOOSE
+            how = {"allow_patterns": None if loose else [*wanted, "README.md"]}
+        except ConnectionError:  # there may be what an earlier run downloaded
+            loose, how = True, {"local_files_only": True}
+        if loose or settings.limit is None:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, **how)
+            return open_folder(Path(folder), settings)
+    return open_with_datasets(name, settings, None, revision=revision)
