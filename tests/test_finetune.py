@@ -244,7 +244,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--output_dir", tmp_path / "file" / "out"], "cannot be written"),
         ([*DEMO, "--model", tmp_path / "llama"], "config.json: cannot be read"),
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
-        ([*DEMO, "--model", "some/model"], "no GPU found"),
+        ([*DEMO, "--model", "some/model"], "the hub cannot be reached"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy cannot be set, leave it out"),
         ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
