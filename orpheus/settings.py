@@ -146,7 +146,9 @@ class OutputSettings(Part):
 
     output_dir: str = key("outputs/numbers", "Folder for the adapter, checkpoints and samples")
     overwrite: bool = key(False, "Replace the run in output_dir")
-    resume: bool = key(False, "Continue from the last complete checkpoint in output_dir")
+    resume: bool | Literal["weights"] = key(
+        False, "Continue from the last checkpoint in output_dir; weights: with a new optimiser"
+    )
     save_steps: Positive = key(100, "Steps between checkpoints")
     save_total_limit: Count | None = key(2, "How many checkpoints to keep; null: all")
     sample_steps: Count = key(100, "Steps between checks: held-out loss, and spoken sample_texts")
