@@ -9,12 +9,13 @@
 Every key of config.json can be given as --key value, and so can every key of TRL's SFTConfig.
 """
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
 
-from orpheus import output, runs
+from orpheus import runs
 from orpheus.files import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -44,7 +45,8 @@ def main() -> None:
         return
     if runs.RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
-    with output.output_lock(settings):
+    out = Path(settings.output_dir)
+    with contextlib.nullcontext() if runs.RANK else runs.lock_folder(out):
         fine_tune(settings, started)
 
 
@@ -62,7 +64,13 @@ def fine_tune(settings: Settings, started: float) -> None:
     from orpheus import clips
 
     # 1. What the output folder and the dataset hold
-    out, checkpoint = Path(settings.output_dir), output.check_output(settings)
+    out, checkpoint = Path(settings.output_dir), runs.find_checkpoint(settings)
+    if checkpoint and runs.is_finished(settings, checkpoint):
+        longer = "a higher max_steps or num_train_epochs trains it longer"
+        print(f"{out} holds a finished run of this length: nothing to resume ({longer})")
+        return
+    if settings.resume and not checkpoint:
+        print(f"warning  no complete checkpoint in {out}: training starts from the beginning")
     dataset = clips.read_clips(settings)
     import_backend(settings)
     from orpheus import checks, codec, compatibility, doctor, memory, models, rows, trainer
@@ -81,10 +89,9 @@ def fine_tune(settings: Settings, started: float) -> None:
         train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
     doctor.warn_of_few_clips(report)
-    if runs.RANK and settings.resume:  # the first rank has settled what is there by now
-        checkpoint = runs.last_checkpoint(out)
     if checkpoint:
-        runs.check_resumed(settings, report.digest)
+        runs.check_resumed(settings, report.digest, checkpoint)
+    runs.set_aside(settings)
     evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out, train_rows)
 
     # 4. The base with a LoRA, and the trainer
@@ -92,20 +99,18 @@ def fine_tune(settings: Settings, started: float) -> None:
     sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
     compatibility.print_changes(settings, sft_trainer.args)
 
-    # 5. Training, and saving. With `overwrite`, the earlier run stays until this one has saved.
-    with output.previous_run(settings):
-        if not runs.RANK:
-            output.record_files(out, runs.SAVED_CONFIG, runs.SAVED_REPORT)
-            runs.save_config(settings)
-            report.save(out)
-        tokens = train(sft_trainer, settings, checkpoint)
-        with runs.reporting_full_disk(out, lambda: "the adapter"):
-            save_model(sft_trainer, tokenizer, out)
+    # 5. Training, and saving
+    if not runs.RANK:
+        runs.save_config(settings)
+        report.save(out)
+    tokens = train(sft_trainer, settings, checkpoint)
+    with runs.reporting_full_disk(out, lambda: "the adapter"):
+        save_model(sft_trainer, tokenizer, out)
 
     # 6. The table of the checks, the model card, and a summary
     if not runs.RANK:
         checks.save_checks(sft_trainer.state.log_history, out)
-        output.save_card(settings)
+        runs.save_card(settings)
     trainer.print_summary(sft_trainer, settings, tokens, started)
 
 
@@ -248,7 +253,7 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
 
 def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     """Trains to the end, and returns the tokens seen. A signal makes it save and exit with 130."""
-    from orpheus.callbacks import RunRecorder, StopOnSignal, TrainingMonitor
+    from orpheus.callbacks import StopOnSignal, TrainingMonitor
     from orpheus.memory import step_down
 
     out = Path(settings.output_dir)
@@ -260,7 +265,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     watched = runs.reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
     try:
         with StopOnSignal() as stop, watched:
-            for callback in (TrainingMonitor(settings), stop, RunRecorder(out, trainer)):
+            for callback in (TrainingMonitor(settings), stop):
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
@@ -274,7 +279,7 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     state = trainer.state  # resuming made a new one
     if stop.requested and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {out}")
-        print(f"continue with: {runs.resume_command(settings)}")
+        print(f"continue with: {runs.command('--resume')}")
         sys.exit(130)
     return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
@@ -292,8 +297,7 @@ def save_model(trainer, tokenizer, out: Path) -> None:
     trainer.model.save_pretrained(str(part), state_dict=weights)
     tokenizer.save_pretrained(str(part))
     add_old_names(part)
-    (part / "README.md").unlink(missing_ok=True)  # PEFT's; output.save_card writes ours
-    output.record_files(out, *(path.name for path in part.iterdir()))
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's; runs.save_card writes ours
     last = ("adapter_config.json", "config.json")  # where these are, the rest is
     for path in sorted(part.iterdir(), key=lambda path: path.name in last):
         os.replace(path, out / path.name)

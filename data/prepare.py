@@ -4,8 +4,9 @@
     python data/prepare.py owner/name --limit 100        # on a hub dataset
     python data/prepare.py --config data/demo/config.json
 
-Takes the same --config and keys as finetune.py, and leaves the encoded clips in `cache_dir`, so
-that data can be made ready before a GPU is rented. The accepted forms are in data/README.md.
+Takes the same --config and keys as finetune.py. The report goes to outputs/doctor, or --output_dir;
+the encoded clips stay in `cache_dir`, so that data can be made ready before a GPU is rented. The
+accepted forms are in data/README.md.
 """
 
 import sys
@@ -15,7 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 else:
     from orpheus.rows import make_rows  # noqa: F401  for programs
-from orpheus.settings import read_command_line, run
+from orpheus.settings import UserError, read_command_line, run
 
 
 def main() -> None:
@@ -31,13 +32,15 @@ def main() -> None:
     from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 
     clips = read_clips(settings)
-    make_folder(settings.output_dir, "output_dir")
+    out = Path("outputs/doctor", Path(settings.dataset).absolute().name)
+    if any(word.split("=")[0] == "--output_dir" for word in sys.argv):
+        out = Path(settings.output_dir)
+    if (out / SAVED_CONFIG).is_file():
+        raise UserError(f"--output_dir {out} holds a run and its report: leave it out")
+    make_folder(str(out), "output_dir")
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     *_, report = make_rows(clips, settings, tokenizer)
     report.print_summary(settings, full=True)
-    out = Path(settings.output_dir)
-    if (out / SAVED_CONFIG).is_file():  # the report of a run names its voices: keep it
-        out /= "doctor"
     report.save(out)
     draw_report(report, out / "data_report.png")
     print(f"report   {out / SAVED_REPORT} and data_report.png beside it")

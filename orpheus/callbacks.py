@@ -1,18 +1,15 @@
-"""Callbacks of a run: the console's lines and warnings, stopping on signals, the manifest."""
+"""Callbacks of a run: the console's lines and warnings, stopping on signals."""
 
 import math
 import os
-import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from orpheus.checks import format_check
-from orpheus.output import record_files
-from orpheus.runs import PREVIOUS, RANK
+from orpheus.runs import RANK
 from orpheus.settings import Settings
 from orpheus.tokens import SAMPLE_RATE, SLOTS
 
@@ -145,28 +142,3 @@ def log_samples(trainer, samples: list) -> None:
         for n, (audio, _) in enumerate(samples, 1):
             step = trainer.state.global_step
             writer.add_audio(f"sample/{n:02}", audio[None], step, sample_rate=SAMPLE_RATE)
-
-
-class RunRecorder(TrainerCallback):
-    """Keeps the manifest, and removes the replaced run at the new one's first checkpoint."""
-
-    def __init__(self, out: Path, trainer):
-        self.out, self.trainer = out, trainer
-
-    def on_train_begin(self, args, state, control, **_):
-        for writer in tensorboard_writers(self.trainer):
-            folder = Path(os.path.relpath(writer.get_logdir(), self.out))
-            if folder.parts[0] != "..":
-                record_files(self.out, str(folder))
-
-    def on_step_end(self, args, state, control, **_):
-        names = [f"checkpoint-{state.global_step}"] if control.should_save else []
-        names += [f"samples/step-{state.global_step:06}"] if control.should_evaluate else []
-        if names and not RANK:
-            record_files(self.out, *names)
-
-    on_epoch_end = on_step_end
-
-    def on_save(self, args, state, control, **_):
-        if not RANK:
-            shutil.rmtree(self.out / PREVIOUS, ignore_errors=True)

@@ -13,7 +13,6 @@ from orpheus.files import write_text
 from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
 from orpheus.models import training_dtype
-from orpheus.output import record_files
 from orpheus.runs import RANK
 from orpheus.scoring import Judge, load_judges
 from orpheus.settings import Settings
@@ -203,7 +202,6 @@ def save_checks(log_history: list[dict], out: Path) -> None:
         ",".join(f"{log.get(name, float('nan')):.{digits.get(name, 6)}g}" for name in names)
         for log in checks
     ]
-    record_files(out, "checks.csv")
     write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
     shown = (f"eval_{name}" for name in ("ended", *SCORES, "pace", "loss"))

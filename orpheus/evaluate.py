@@ -21,7 +21,6 @@ from tqdm.contrib import DummyTqdmFile
 from orpheus.comparison import make_rows, save_table
 from orpheus.files import make_folder, write_text
 from orpheus.options import Parser, overrides
-from orpheus.output import MANIFEST, record_files, save_card
 from orpheus.settings import RUN_KEYS, UserError, read_text, run
 from orpheus.speakers import Speaker, choose_lines, list_models, list_recorded
 
@@ -58,9 +57,6 @@ def evaluate(arguments: argparse.Namespace) -> Path:
     voice, notes = choose_voice(arguments.voice, info), []
     out = Path(arguments.out or (info.folder if info.home else Path()) / "evaluation")
     make_folder(str(out), "out")
-    in_run = info.home and out == info.home / "evaluation" and (info.home / MANIFEST).is_file()
-    if in_run:
-        record_files(info.home, out.name)
     lines, corpus = choose_lines(info, voice, arguments, notes)
     if not lines:
         raise UserError(f"{info.folder}: no texts to say; give some with --file")
@@ -77,8 +73,6 @@ def evaluate(arguments: argparse.Namespace) -> Path:
     results |= {"notes": notes, "rows": make_rows(scores), "scores": scores}
     title = f"{info.folder.resolve().name}, voice {voice or 'without a name'}"
     save_table(out, f"Evaluation of {title}", notes, results)
-    if in_run:
-        save_card(info.settings.replace(output_dir=str(info.home)))  # with the table in it
     return out
 
 

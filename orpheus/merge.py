@@ -11,27 +11,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from orpheus.cards import base_name, card_sections, find_sample, model_card
 from orpheus.files import atomic_file, write_text
 from orpheus.hub import is_adapter
 from orpheus.options import Parser, overrides
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.runs import SAMPLE, SAVED_CONFIG, SAVED_REPORT, find_sample, model_card
 from orpheus.settings import UserError, run
-
-SAMPLE = "sample.wav"
-
-
-def merged_card(info, parity: str) -> str:
-    """README.md of a merged folder: base, data, scores, settings of the run `info`, and parity."""
-    settings = info.settings
-    body = [
-        f"{base_name(settings)}, fine-tuned with orpheus-finetune: LoRA merged into fp16 weights.",
-        "Its prompt is SOH BOS `voice: text` EOT EOH SOA SOS; it writes SNAC 24 kHz tokens.",
-        *([f"[A sample]({SAMPLE}) from training."] if find_sample(info.home) else []),
-        f"## Parity\n\n{parity}.",
-        *card_sections(info.home, settings),
-    ]
-    return model_card(settings, Path(settings.output_dir).name, "transformers", "\n\n".join(body))
 
 
 def save_merged(info, weights: str, out: Path) -> None:
@@ -78,8 +62,6 @@ def merge(info, voice: str | None, out: Path) -> bool:
         raise UserError(f"{info.folder}: no adapter: there is nothing to merge")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder")
-    if info.home:
-        merged_card(info, "")  # so that damage in what it is written from is found first
     weights, settings = held_weights(info), info.settings
     dtype = speaking_dtype(info) if device() == "cuda" else torch.float32
     model, tokenizer = load_model(str(info.folder), weights, dtype=dtype)
@@ -91,7 +73,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
     save_merged(info, weights, out)
     passed, message = compare(rows, reference, load_model(str(out), dtype=dtype)[0], ids)
     if info.home:
-        write_text(out / "README.md", merged_card(info, message))
+        write_text(out / "README.md", model_card(info.home, settings, out.name, message))
     print(f"merged   {out}: {message}")
     if not passed:
         print("parity   FAILED: it does not speak as the adapter does. Listen before you use it")

@@ -9,7 +9,7 @@ import torch
 
 from orpheus.hub import MODEL_FILES, TOKENIZER_FILES, fetch, is_hub_id, is_model
 from orpheus.models import check_machine, device, load_model, training_dtype
-from orpheus.runs import PREVIOUS, SAVED_CONFIG, SAVED_REPORT, last_checkpoint
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, last_checkpoint
 from orpheus.settings import RUN_KEYS, Settings, UserError, read_json, read_settings
 
 
@@ -41,9 +41,6 @@ def load_run_info(
     if patterns is MODEL_FILES:
         check_machine(model)
     folder = fetch(model, patterns)
-    if not is_model(folder) and (folder / PREVIOUS).is_dir():
-        message = "the run that was to replace the one in it was killed"
-        raise UserError(f"{folder}: {message}; finetune.py --resume puts the earlier one back")
     if not is_model(folder) and patterns is MODEL_FILES:
         remedy = "give a finished run, a checkpoint or a model"
         if checkpoint := last_checkpoint(folder):
@@ -63,7 +60,7 @@ def load_run_info(
 def default_model(output_dir: str, base: str, patterns: list[str]) -> str | None:
     """output_dir if it holds a run, otherwise `base`; None if only a run's tokenizer is wanted."""
     out = Path(output_dir)
-    trained = is_model(out) or (out / PREVIOUS).is_dir()
+    trained = is_model(out)
     if not trained and patterns is TOKENIZER_FILES:
         return None
     print(f"model    {output_dir if trained else f'{base}, the base: no run in output_dir yet'}")

@@ -145,9 +145,9 @@ class OutputSettings(Part):
     """output"""
 
     output_dir: str = key("outputs/numbers", "Folder for the adapter, checkpoints and samples")
-    overwrite: bool = key(False, "Replace the run in output_dir")
+    overwrite: bool = key(False, "Start anew; a run in output_dir is kept as output_dir.old1, …")
     resume: bool | Literal["weights"] = key(
-        False, "Continue from the last checkpoint in output_dir; weights: with a new optimiser"
+        False, "Continue from the last checkpoint; weights: even if it lacks the optimiser"
     )
     save_steps: Positive = key(100, "Steps between checkpoints")
     save_total_limit: Count | None = key(2, "How many checkpoints to keep; null: all")

@@ -53,10 +53,6 @@ def test_the_table_of_a_run(adapter, few_texts, monkeypatch, capsys):
     assert table in capsys.readouterr().out
     texts = (adapter / "evaluation/texts.txt").read_text()
     assert texts == f"{held_out}\nseven two\nnine?\n"
-    files = json.loads((adapter / "finetune_files.json").read_text())["files"]
-    assert "evaluation" in files  # --overwrite removes it with the run
-    card = (adapter / "README.md").read_text()
-    assert "| held-out | codec | 1 |" in card and "## Evaluation of" in card
 
 
 def test_other_models_and_wavs_and_a_table_of_texts(adapter, few_texts, tmp_path, monkeypatch):

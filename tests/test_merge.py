@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpheus.merge
 import orpheus.models
-from orpheus.cards import find_sample
 from orpheus.generation import SlotProcessor
 from orpheus.merge import merge
 from orpheus.models import load_model
 from orpheus.parity import generate_greedy, speech_log_probs
 from orpheus.run_info import load_run_info
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, find_sample
 from orpheus.settings import UserError, read_json
 from orpheus.tokens import codes_to_ids, prompt_ids, read_speech_ids
 
@@ -46,7 +45,7 @@ def test_merged_speaks_in_plain_transformers_as_the_adapter_does(tmp_path, finis
     again = load_run_info(str(out), {})
     assert again.voices == run.voices and again.settings.weights == "16bit" and again.pace
     card = (out / "README.md").read_text()
-    assert "16 clips" in card and "eval_loss" in card and '"lora_r"' in card
+    assert "16 clips" in card and "LoRA of rank 64" in card and "AutoModelForCausalLM" in card
     assert "[A sample](sample.wav)" in card
     assert (out / "sample.wav").read_bytes() == find_sample(run.home).read_bytes()
 

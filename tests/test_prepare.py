@@ -3,10 +3,11 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from clip_folders import folder_of
-from conftest import DEMO, one_line, script
+from conftest import ROOT, one_line, script
 
 import orpheus.codec
 import orpheus.rows
@@ -52,15 +53,20 @@ def test_a_folder_that_cannot_be_written_is_reported_first(key, path, tmp_path, 
     assert f"set --{key} to a folder" in one_line(prepare.main, monkeypatch, *words)
 
 
-def test_the_doctor_leaves_a_run_its_report(tmp_path, monkeypatch):
-    """Which names the voices that the run was trained on."""
-    (tmp_path / SAVED_CONFIG).write_text("{}")
-    (tmp_path / SAVED_REPORT).write_text("the run's")
-    words = [*DEMO, "--limit", "2", "--cache_dir", "null", "--output_dir", str(tmp_path)]
+def test_the_report_never_lies_in_a_run_s_folder(tmp_path, monkeypatch):
+    """Where a run's own report names the voices that it was trained on."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "outputs/anna"
+    out.mkdir(parents=True)
+    (out / SAVED_CONFIG).write_text("{}")
+    config = json.loads((ROOT / "data/demo/config.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(config | {"output_dir": str(out)}))
+    words = ["--config", "mine.json", "--limit", "2", "--cache_dir", "null"]
+    assert "holds a run" in one_line(prepare.main, monkeypatch, *words, "--output_dir", out)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     prepare.main()
-    assert (tmp_path / SAVED_REPORT).read_text() == "the run's"
-    assert json.loads((tmp_path / "doctor" / SAVED_REPORT).read_text())["rows"] == 2
+    assert json.loads(Path("outputs/doctor/numbers", SAVED_REPORT).read_text())["rows"] == 2
+    assert [path.name for path in out.iterdir()] == [SAVED_CONFIG]
 
 
 def test_prepare_by_itself_reports(tmp_path):

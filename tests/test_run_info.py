@@ -9,7 +9,6 @@ from conftest import change, cut, one_line, over_nf4
 
 import infer
 from orpheus.models import load_model
-from orpheus.output import set_aside
 from orpheus.run_info import load_run, load_run_info
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.settings import Settings, UserError
@@ -108,11 +107,3 @@ def test_infer_takes_a_config(tmp_path, monkeypatch):
     config.write_text('{"temprature": 0.9}')
     line = one_line(infer.main, monkeypatch, "hi", "--config", config)
     assert "mine.json: no key is named 'temprature'" in line
-
-
-def test_speaking_says_how_to_get_the_replaced_run_back(run_copy):
-    set_aside(run_copy)
-    for words in ({"model": str(run_copy)}, {"model": None, "config": run_copy / "mine.json"}):
-        (run_copy / "mine.json").write_text(json.dumps({"output_dir": str(run_copy)}))
-        with pytest.raises(UserError, match="--resume puts the earlier one back"):
-            load_run_info(overrides={}, **words)
