@@ -35,9 +35,9 @@ def main() -> None:
     out = Path("outputs/doctor", Path(settings.dataset).absolute().name)
     if any(word.split("=")[0] == "--output_dir" for word in sys.argv):
         out = Path(settings.output_dir)
+    make_folder(str(out), "output_dir")
     if (out / SAVED_CONFIG).is_file():
         raise UserError(f"--output_dir {out} holds a run and its report: leave it out")
-    make_folder(str(out), "output_dir")
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     *_, report = make_rows(clips, settings, tokenizer)
     report.print_summary(settings, full=True)

@@ -22,6 +22,10 @@ from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 
+# With ranks on a CPU, accelerate's device is cpu:0, where torch.load cannot put an optimiser.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+)
 # TRL warns that only flash attention keeps packed clips apart. SDPA does so as well, by their
 # position_ids: tests/test_rows.py compares it with each row alone.
 logging.getLogger("trl.trainer.sft_trainer").addFilter(

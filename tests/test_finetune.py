@@ -210,7 +210,7 @@ def test_stop_and_resume(tmp_path):
     assert not (out / "adapter_config.json").exists()
 
     code, _, errors = script(*words, str(step + 2))
-    assert code == 2 and "--resume continues it" in errors
+    assert code == 2 and "--resume` continues it" in errors
     torn = out / "checkpoint-9999"
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")

@@ -15,7 +15,7 @@ from orpheus.merge import merge
 from orpheus.models import load_model
 from orpheus.parity import generate_greedy, speech_log_probs
 from orpheus.run_info import load_run_info
-from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, find_sample
+from orpheus.runs import SAVED_CONFIG, find_sample
 from orpheus.settings import UserError, read_json
 from orpheus.tokens import codes_to_ids, prompt_ids, read_speech_ids
 
@@ -104,18 +104,6 @@ def test_a_merge_that_changes_the_voice_says_so_and_exits_1(
 )
 def test_mistakes_of_merging_are_one_line(words, line, monkeypatch):
     assert line in one_line(orpheus.merge.main, monkeypatch, *words)
-
-
-@pytest.mark.parametrize("name", [SAVED_REPORT, "checks.csv"])
-def test_damaged_scores_are_found_before_merging(name, adapter, tmp_path):
-    if name == SAVED_REPORT:
-        change(adapter / name, rows=None)
-    else:
-        (adapter / name).write_text("step\n1\n")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=f"{name}: does not load"):
-        merge(load_run_info(str(adapter), {}), None, tmp_path / "merged")
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def no_room_left(monkeypatch):

@@ -42,6 +42,11 @@ def test_two_ranks_learn_what_one_does(backend, tmp_path):
     assert is_adapter(tmp_path / "two")
     checks = [(tmp_path / name / "checks.csv").read_text() for name in ("one", "two")]
     assert checks[0].split("\n")[0] == checks[1].split("\n")[0]
+    longer = ["--resume", "--max_steps", "4"]
+    code, _, errors = script("finetune.py", *words, *rows, "1", *longer)  # on one rank
+    assert code == 2 and "a step had 4 rows and has 2" in errors
+    code, printed, errors = script(*launch, "finetune.py", *words, *rows, "1", *longer)
+    assert code == 0 and "steps    4" in printed, errors
 
 
 def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it(monkeypatch):
