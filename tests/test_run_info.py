@@ -1,6 +1,5 @@
 """What a run's folder says of how its model speaks: settings, voices, dtype and weights."""
 
-import json
 import shutil
 
 import pytest
