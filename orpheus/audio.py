@@ -105,7 +105,7 @@ def open_whole(source: Path | bytes, stack: contextlib.ExitStack) -> soundfile.S
     except soundfile.LibsndfileError as error:
         fault = f"not audio that libsndfile reads: {error.error_string}"
         raise ClipError(fault, "unreadable") from error
-    if sound.frames == 2**63 - 1:
+    if sound.frames == 2**63 - 1:  # unknown
         return open_with_ffmpeg(source, "FLAC that does not say how long it is", stack)
     mend = mend_wav if data[:4] == b"RIFF" else mend_mp3 if sound.format == "MP3" else None
     if mend and (parts := mend(data, sound)):
@@ -123,8 +123,8 @@ def open_with_ffmpeg(
     if not shutil.which("ffmpeg"):
         remedy = "install ffmpeg, or convert it to flac"
         if isinstance(source, Path):
-            suffix = ".wav" if source.suffix == ".flac" else ".flac"
-            remedy += f": ffmpeg -i {source.name} {source.with_suffix(suffix).name}"
+            out = source.with_suffix(".wav" if source.suffix == ".flac" else ".flac")
+            remedy += f": ffmpeg -i {source.name} {out.name}"
         raise ClipError(f"{kind}, which libsndfile does not read; {remedy}", "unreadable")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if isinstance(source, bytes):
@@ -189,11 +189,10 @@ def mend_mp3(data: bytes | mmap.mmap, sound: soundfile.SoundFile) -> list | None
     kinds, first, end = Counter(), None, 0
     while found := SYNC.search(data, end):
         at = found.start()
-        header = data[at : at + 4]
-        size = mp3_frame_bytes(header)
+        size = mp3_frame_bytes(header := data[at : at + 4])
         if whole := size and at + size <= len(data) and (at == end or SYNC.match(data, at + size)):
             first = at if first is None else first
-            kinds[header[1], header[2] & 0x0C, header[3] >> 6 == 3] += 1  # version, rate, mono
+            kinds[header[1] | 1, header[2] & 0x0C, header[3] >> 6 == 3] += 1  # version, rate, mono
         end = at + (size if whole else 1)
     if first is None:
         raise ClipError("not audio that libsndfile reads: an mp3 without frames", "unreadable")
@@ -216,11 +215,7 @@ def mend_mp3(data: bytes | mmap.mmap, sound: soundfile.SoundFile) -> list | None
 
 
 def read_samples(sound: soundfile.SoundFile, count: int) -> np.ndarray:
-    """Return the next (samples, channels) of an open recording; fewer than `count` at its end.
-
-    Raises:
-        ClipError: where it is damaged, and for samples that are not numbers or far too loud.
-    """
+    """Return the next (samples, channels) of an open recording; fewer than `count` at its end."""
     try:
         samples = sound.read(count, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -281,10 +276,8 @@ def read_audio(
 ) -> tuple[np.ndarray, Sound]:
     """Return the samples of a recording, (samples,) at 24 kHz, and what it was before.
 
-    With `start` and `duration`, in seconds, those of a segment of it.
-
-    Raises:
-        ClipError: for a recording that cannot be used, with what to do about it.
+    With `start` and `duration`, in seconds, those of a segment of it. Raises `ClipError` for a
+    recording that cannot be used, with what to do about it.
     """
     with open_audio(source) as sound:
         rate, frames = sound.samplerate, sound.frames
@@ -312,9 +305,6 @@ def pack_samples(samples: Any, rate: Any) -> bytes:
     """Return the bytes of an audio file of decoded samples: an array or lists of one or two axes.
 
     Integers are those of 16 bits. Of two axes the shorter one is that of the channels.
-
-    Raises:
-        ClipError: for what is not an array of numbers and their rate.
     """
     try:
         array, rate, file = np.asarray(samples), int(rate), io.BytesIO()
@@ -357,10 +347,8 @@ def measure_clip(
 ) -> tuple[np.ndarray, Sound]:
     """Return the trimmed samples of a recording at 24 kHz, and what is measured of them.
 
-    With `start` and `duration`, in seconds, it is a segment of a longer recording.
-
-    Raises:
-        ClipError: for a recording that cannot be used or is silent.
+    With `start` and `duration`, in seconds, of a segment of it. Raises `ClipError` for one that
+    cannot be used or is silent.
     """
     whole, sound = read_audio(source, start, duration)
     audio = trim(whole, settings)
@@ -379,13 +367,13 @@ def measure_clip(
 
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Samples of ±1 as int16. libsndfile would round down; so files and streams are the same."""
+    """Return samples of ±1 as int16, rounded; libsndfile would round down."""
     return np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
 
 
 @contextlib.contextmanager
 def audio_file(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields write(samples), for 24 kHz audio, to a .wav or .flac that is whole or not there."""
+    """Yield write(samples), for 24 kHz audio, to a .wav or .flac that is whole or not there."""
     kind = path.suffix[1:].upper()
     if kind not in ("WAV", "FLAC"):
         raise UserError(f"{path}: end the name in .wav or .flac")
@@ -398,14 +386,13 @@ def audio_file(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
     except soundfile.LibsndfileError as error:
         # Code 2 is an error of the system, which libsndfile does not name.
         reason = "the disk may be full" if error.code == 2 else error.error_string
-        raise UserError(f"{path}: cannot be written: {reason}") from None
+        raise UserError(f"{path}: cannot be written: {reason}") from error
 
 
 def wav_header(size: int) -> bytes:
-    """The 44 bytes before `size` bytes of 16-bit mono samples at 24 kHz.
+    """Return the 44 bytes before `size` bytes of 16-bit mono samples at 24 kHz.
 
-    The size is capped at 2³² − 1, which players take for a stream of unknown length. (The standard
-    library's `wave` refuses such a size, and writes a header only when samples come.)
+    Players take 2³² − 1 for an unknown length. (The standard library's `wave` refuses it.)
     """
     sizes, rate = (min(36 + size, 2**32 - 1), min(size, 2**32 - 1)), SAMPLE_RATE
     fields = (b"RIFF", sizes[0], b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", sizes[1])
@@ -414,36 +401,33 @@ def wav_header(size: int) -> bytes:
 
 @contextlib.contextmanager
 def streamed_audio(out: Path) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields write(samples), for 24 kHz audio that can be heard while it grows.
+    """Yield write(samples), for 24 kHz audio that can be heard while it grows.
 
-    `out` is a .wav, whose header is kept up to date; `-`, for a wav on standard output; or `pcm`,
-    for bare samples there.
+    `out` is a .wav, whose header tells its length at the end; `-`, for a wav on standard output;
+    or `pcm`, for bare samples there.
     """
-    piped, size = str(out) in ("-", "pcm"), 0
+    piped = str(out) in ("-", "pcm")
     if not piped and out.suffix != ".wav":
         raise UserError(f"{out}: a stream goes to a .wav, - (standard output) or pcm (bare)")
 
     def write(audio: np.ndarray) -> None:
-        nonlocal size
-        samples = to_int16(audio).tobytes()
-        file.write(samples)
-        size += len(samples)
-        if not piped:
-            file.seek(0)
-            file.write(wav_header(size))
-            file.seek(0, os.SEEK_END)
+        file.write(to_int16(audio).tobytes())
         file.flush()
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = sys.__stdout__.buffer if piped else out.open("wb")
         with contextlib.nullcontext() if piped else file:
-            file.write(b"" if str(out) == "pcm" else wav_header(2**32 if piped else 0))
+            file.write(b"" if str(out) == "pcm" else wav_header(2**32))
             yield write
+            if not piped:
+                header = wav_header(file.tell() - 44)
+                file.seek(0)
+                file.write(header)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
 
 
 PAUSE = 0.25  # seconds between the parts of a long text, added to the silence at their ends
@@ -451,7 +435,7 @@ FADE = 240  # samples, 10 ms: parts fade into the pause and out of it, which avo
 
 
 def concat_with_pauses(parts: list[Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
-    """Joins parts, each an iterable of pieces of (samples,), with pauses; yields pieces."""
+    """Join parts, each an iterable of pieces of (samples,), with pauses; yield pieces."""
     ramp = np.linspace(0, 1, FADE, dtype=np.float32)
     pause = np.zeros(int(PAUSE * SAMPLE_RATE), dtype=np.float32)
     for n, pieces in enumerate(parts):
