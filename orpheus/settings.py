@@ -383,6 +383,7 @@ class Parser(argparse.ArgumentParser):
         words = {name: vars(options).pop(name) for name in names if name in options}
         if unknown:
             hint = nearest(unknown[0].lstrip("-"), [*vars(options), *names])
+            hint = hint if unknown[0][0] == "-" else "write --key value, as in --dataset my_voice"
             raise UserError(f"{COMMAND_LINE}: no option is named {unknown[0]!r}; {hint}")
         if not names:
             return options, {}

@@ -26,8 +26,9 @@ from orpheus.settings import UserError
 
 
 def test_every_sftconfig_key_is_reachable(tmp_path):
-    settings = settings_of(output_dir=str(tmp_path), adam_beta2="0.95", neftune_noise_alpha="5")
-    arguments = finetune.make_sft_config(resolve_settings(settings))
+    keys = {"adam_beta2": "0.95", "neftune_noise_alpha": "5"}
+    settings = resolve_settings(settings_of(output_dir=str(tmp_path), **keys))
+    arguments = finetune.make_sft_config(settings)
     assert (arguments.adam_beta2, arguments.neftune_noise_alpha) == (0.95, 5.0)
     assert settings.flat()["adam_beta2"] == 0.95
 
@@ -236,13 +237,13 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--model", "some/model"], "no GPU found"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy cannot be set, leave it out"),
-        ([*DEMO, "--dataset", "data/demo"], "no metadata.csv"),
+        ([*DEMO, "--dataset", "data/demo"], "no column is known|no metadata.csv"),
         ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "holds config.json, and no run"),
         ([*DEMO, "--codec", tmp_path / "none"], "no such folder"),
         ([*DEMO, "--max_length", "999999"], "over the .* tokens"),
         ([*DEMO, "--max_length", "30"], "no rows left of 96 clips"),
-        ([*DEMO, "learning_rate", "1"], "write keys as --key value"),
-        ([*DEMO, "--output_dir"], "write keys as --key value"),
+        ([*DEMO, "learning_rate", "1"], "'learning_rate'; write --key value"),
+        ([*DEMO, "--output_dir"], "--output_dir: expected one argument"),
     ]
     monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("a model was loaded"))
     for words, line in cases:
