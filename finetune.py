@@ -15,7 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from orpheus import hub, runs
+from orpheus import runs
+from orpheus.files import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    absolute_path_or_hub_id,
+    check_weights,
+    fetch,
+)
 from orpheus.settings import (
     Settings,
     UserError,
@@ -76,7 +83,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     compatibility.check_compatibility(settings, arguments)
 
     # 3. Clips → rows of tokens, before the base is loaded
-    tokenizer = models.load_tokenizer(hub.fetch(settings.model, hub.TOKENIZER_FILES))
+    tokenizer = models.load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
         train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
@@ -133,26 +140,31 @@ def make_sft_config(settings: Settings):
 
 def load_model(settings: Settings, arguments):
     """Loads the base, quantised as `weights` says, and adds a LoRA to its linear layers."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from orpheus.compatibility import check_loaded, keep_4bit_layout, resolve_dtype
+    from orpheus.compatibility import check_loaded
+    from orpheus.models import set_4bit_dtype, training_dtype
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
-    dtype = resolve_dtype(settings, arguments)
+    # Never left to a library: Unsloth would take bfloat16 wherever the machine has it
+    dtype = training_dtype(arguments)
+    if settings.full_finetuning and arguments.fp16:  # the gradient scaler needs fp32 gradients
+        dtype = torch.float32
+    folder = fetch(settings.model, MODEL_FILES)
+    check_weights(folder)
     disable_progress_bar()
-    if os.path.isdir(settings.model):  # otherwise it is not downloaded yet
-        hub.check_weights(Path(settings.model))
-    with hub.as_user_error(Path(settings.model)), quiet_libraries():
-        model = load(settings, dtype)
+    with quiet_libraries():
+        model = load(folder, settings, dtype)
     check_loaded(model, settings, dtype)
-    keep_4bit_layout(model)
+    set_4bit_dtype(model, dtype)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
-        config.base_model_name_or_path = hub.absolute_path_or_hub_id(settings.model)
+        config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
     return model
 
 
-def load_with_unsloth(settings: Settings, dtype):
+def load_with_unsloth(folder: Path, settings: Settings, dtype):
     from unsloth import FastLanguageModel
 
     from orpheus.models import LINEAR_LAYERS
@@ -160,7 +172,7 @@ def load_with_unsloth(settings: Settings, dtype):
     optional = {"load_in_fp8": True} if settings.weights == "fp8" else {}  # unknown on its CPU side
     optional |= {"device_map": settings.device_map} if settings.device_map else {}
     model, _ = FastLanguageModel.from_pretrained(
-        settings.model,
+        str(folder),
         max_seq_length=settings.max_length,
         dtype=dtype,
         load_in_4bit=settings.weights == "4bit",
@@ -184,22 +196,16 @@ def load_with_unsloth(settings: Settings, dtype):
     )
 
 
-def load_with_transformers(settings: Settings, dtype):
+def load_with_transformers(folder: Path, settings: Settings, dtype):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from orpheus.models import LINEAR_LAYERS, bitsandbytes_config, load_base
+    from orpheus.models import LINEAR_LAYERS, load_base
 
-    quantization = bitsandbytes_config(settings.weights, dtype)
-    model = load_base(
-        hub.fetch(settings.model, hub.MODEL_FILES),
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map=settings.device_map,
-    )
+    model = load_base(folder, settings.weights, dtype, settings.device_map)
     if settings.full_finetuning:
         return model
-    if quantization is not None:
+    if settings.weights != "16bit":
         checkpointing = bool(settings.gradient_checkpointing)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     lora = LoraConfig(

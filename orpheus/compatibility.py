@@ -12,7 +12,6 @@ import torch
 from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
-from orpheus.models import training_dtype
 from orpheus.runs import WORLD_SIZE
 from orpheus.settings import Settings, UserError, parse_trainer_keys
 
@@ -39,16 +38,6 @@ def resolve_precision(settings: Settings) -> Settings:
     if bf16 is None:
         bf16, fp16 = has_bf16 and not fp16, fp16 or not has_bf16
     return settings.replace(bf16=bf16, fp16=fp16)
-
-
-def resolve_dtype(settings: Settings, arguments: SFTConfig) -> torch.dtype:
-    """The dtype of the weights and of the computation, for both backends.
-
-    Never left to a library: Unsloth would take bfloat16 wherever the machine has it. Full
-    fine-tuning in fp16 keeps fp32 weights, because the gradient scaler needs fp32 gradients.
-    """
-    dtype = training_dtype(arguments)
-    return torch.float32 if settings.full_finetuning and arguments.fp16 else dtype
 
 
 def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
@@ -154,16 +143,6 @@ def check_schedule(arguments: SFTConfig, steps: int) -> None:
         ) from None
 
 
-def keep_4bit_layout(model) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16 in eval mode.
-
-    It does not undo that in training mode: after the first check there would be no gradients.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
 
 
@@ -172,7 +151,8 @@ def check_loaded(model, settings: Settings, dtype: torch.dtype) -> None:
     classes = {type(module).__name__ for module in model.modules()}
     if settings.weights in QUANTISED and QUANTISED[settings.weights] not in classes:
         raise UserError(
-            f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead"
+            f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead; "
+            "`python -m bitsandbytes` says what is wrong with it"
         )
     used = model.dtype if settings.weights == "16bit" else dtype
     if used != dtype:

@@ -1,13 +1,20 @@
-"""Files and folders that are whole or not there."""
+"""Whole files, and where a path or hub id lies; models as files."""
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from orpheus.settings import UserError
+from orpheus.settings import UserError, first_reason, read_json
+
+CONFIG_FILES = ["*config.json"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer*"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+GB = 10**9
+TOLD = GB // 20  # bytes; smaller downloads go without a line and bars
 
 
 @contextlib.contextmanager
@@ -39,10 +46,149 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: str, name: str) -> None:
-    """Makes a folder and tries to write into it; `UserError` names the key that it is set by."""
+    """Make a folder and try to write into it; the error names the key that it is set by."""
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         remedy = f"set --{name} to a folder that can be written"
-        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from error
+
+
+def absolute_path_or_hub_id(path: str) -> str:
+    """Return an absolute path if `path` exists on this machine, otherwise `path`, a hub id."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether `path` can only be a hub id: owner/name, and no such folder here."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None
+    return named and not os.path.exists(path)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder holds an adapter or a whole model."""
+    return is_adapter(folder) or (folder / "config.json").is_file()
+
+
+def fetch(path: str, patterns: list[str]) -> Path:
+    """Return the folder `path`, or that of a hub repository's files that match `patterns`.
+
+    What is in the hub's cache already is used without asking the hub. Otherwise it is downloaded;
+    a large download is announced by a line, and shows bars.
+
+    Raises:
+        UserError: there is neither, the repository is gated, the hub cannot be reached, or the
+            disk has too little space.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    if not is_hub_id(path):
+        raise UserError(f"{path}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import errors, snapshot_download
+
+    files = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+    with contextlib.suppress(errors.LocalEntryNotFoundError):
+        folder = Path(snapshot_download(path, local_files_only=True, **files))
+        if any(folder.glob(patterns[-1])):  # what an old version of the library left may lack it
+            return folder
+    try:
+        bars = announce_download(path, files)
+        return Path(snapshot_download(path, tqdm_class=bars, **files))
+    except errors.GatedRepoError as error:
+        message, cause = "gated: accept its terms on its page, then `hf auth login`", error
+    except errors.RepositoryNotFoundError as error:
+        message, cause = "no such folder here, and no such repository on the hub", error
+    except OSError as error:
+        message = "no such folder here, and the hub cannot be reached; check the network, or give a"
+        message, cause = f"{message} downloaded folder ({first_reason(error)})", error
+    raise UserError(f"{path}: {message}") from cause
+
+
+def announce_download(path: str, files: dict):
+    """Print what of a repository is missing here; return the class of its bars, None for the usual.
+
+    Raises:
+        UserError: it is more than the disk of the cache has room for.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys | {"disable": True})
+
+    found = snapshot_download(path, dry_run=True, tqdm_class=NoBar, **files)
+    missing = sum(file.file_size or 0 for file in found if file.will_download)
+    cache = constants.HF_HUB_CACHE
+    os.makedirs(cache, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    sizes = f"{missing / GB:.1f} GB to download to {cache}, where {free / GB:.1f} GB are free"
+    if missing > free:
+        raise UserError(f"{path}: {sizes}: make room, or set HF_HOME to a folder on another disk")
+    if missing < TOLD:
+        return NoBar
+    print(f"download {path}: {sizes}")
+    return None
+
+
+def read_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the type and shape of each weight in a folder, by its name in the safetensors files.
+
+    Raises:
+        UserError: a file is damaged, or there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files, headers = sorted(folder.glob("*.safetensors")), {}
+    if not files:
+        name = "adapter_model.safetensors" if is_adapter(folder) else "model.safetensors"
+        raise UserError(f"{folder}: no {name}: the weights are missing")
+    for file in files:
+        try:
+            with safe_open(file, "np") as weights:
+                slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+                headers |= {n: (part.get_dtype(), part.get_shape()) for n, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged or cut short: {first_reason(error)}") from error
+    return headers
+
+
+def check_weights(folder: Path) -> None:
+    """Check that weights are there and whole, and that a base has the layers of its config.
+
+    Both backends need this check: transformers fills missing layers with random numbers.
+
+    Raises:
+        UserError: they are not.
+    """
+    names = read_headers(folder)
+    if is_adapter(folder):
+        return
+    layers = {m[1] for m in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if m}
+    claimed = read_json(folder / "config.json").get("num_hidden_layers")
+    if claimed != len(layers):
+        fault = f"weights of {len(layers)} layers, and {claimed!r} in its config.json"
+        raise UserError(f"{folder}: {fault}; download or copy it again")
+
+
+def find_base(adapter: Path, patterns: list[str] = MODEL_FILES) -> Path:
+    """Return the folder of the base that an adapter names.
+
+    Raises:
+        UserError: it names none, or one that is not there; or it is no LoRA.
+    """
+    config = adapter / "adapter_config.json"
+    values = read_json(config)
+    base, kind = values.get("base_model_name_or_path"), values.get("peft_type")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{config}: base_model_name_or_path must name the base; set it")
+    if kind != "LORA":
+        raise UserError(f"{config}: peft_type is {kind!r}; only LORA adapters are supported")
+    if not os.path.isdir(base) and not is_hub_id(base):
+        raise UserError(f"{config}: no folder {base}; correct base_model_name_or_path")
+    return fetch(base, patterns)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from orpheus.hub import as_user_error, fetch, is_adapter
-from orpheus.models import LINEAR_LAYERS, read_model_config
+from orpheus.files import CONFIG_FILES, fetch, is_adapter
+from orpheus.models import LINEAR_LAYERS, check_stored, read_model_config
 from orpheus.runs import SAVED_CONFIG
 from orpheus.settings import Settings, UserError, read_json
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
@@ -42,10 +42,11 @@ def count_weights(config) -> Base:
 
 def read_config(settings: Settings):
     """The base's config.json; `UserError` for an adapter, or a max_length beyond its context."""
-    folder = fetch(settings.model, ["*config.json"])
+    folder = fetch(settings.model, CONFIG_FILES)
     if is_adapter(folder):
         raise UserError(f"model {folder} is an adapter; give the base that it was trained on")
     config = read_model_config(folder)
+    check_stored(settings, config)
     context = config.max_position_embeddings
     if settings.max_length > context:
         over = f"max_length {settings.max_length} is over"
@@ -55,9 +56,7 @@ def read_config(settings: Settings):
 
 def read_base(settings: Settings) -> Base:
     """The shape of the base that `settings.model` names."""
-    config = read_config(settings)
-    with as_user_error(Path(settings.model, "config.json")):
-        return count_weights(config)
+    return count_weights(read_config(settings))
 
 
 def state_bytes(optimiser: str, weight_value: int) -> float:

@@ -50,6 +50,8 @@ def merge(info, voice: str | None, out: Path) -> bool:
         Whether the merged model speaks as the adapter does over the weights that it was trained
         over (`orpheus.parity.compare`).
     """
+    import torch
+
     from orpheus.codec import load_codec
     from orpheus.models import device, load_model
     from orpheus.parity import compare, generate_greedy, speech_log_probs
@@ -61,7 +63,7 @@ def merge(info, voice: str | None, out: Path) -> bool:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder")
     weights, settings = held_weights(info), info.settings
-    dtype = speaking_dtype(info) if device() == "cuda" else None
+    dtype = speaking_dtype(info) if device() == "cuda" else torch.float32
     model, tokenizer = load_model(str(info.folder), weights, dtype=dtype)
     ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     rows = generate_greedy(model, tokenizer, ids, settings, voice)

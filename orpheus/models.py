@@ -1,7 +1,8 @@
-"""Loading models: tokenizer, base, adapter or merged model, dtype and quantisation."""
+"""Models: tokenizer, base, adapter or merged model; dtype and quantisation."""
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,24 +11,26 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from orpheus.files import write_text
-from orpheus.hub import (
+from orpheus.files import (
+    CONFIG_FILES,
     MODEL_FILES,
-    as_user_error,
     check_weights,
     fetch,
     find_base,
     is_adapter,
     is_hub_id,
-    weight_names,
+    read_headers,
+    write_text,
 )
-from orpheus.settings import UserError, read_json
+from orpheus.settings import Settings, UserError, read_json
 
 # cuDNN's attention, which torch 2.11 and newer prefer on Hopper, gives NaN gradients for some
 # masks (github.com/pytorch/pytorch/issues/196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FULL_BASE = "unsloth/orpheus-3b-0.1-ft"  # of which the default base is the copy in 4 bits
+CPU_WEIGHTS = 5 * 10**8  # in the layers of a hub's model: more would take days on a CPU
 
 
 def device() -> str:
@@ -35,41 +38,134 @@ def device() -> str:
 
 
 def check_machine(model: str) -> None:
-    """`UserError` for a hub's model on a machine without a GPU; a folder's may be small enough."""
+    """Refuse a hub's model, or a hub's adapter for one, that is too large for a CPU.
+
+    Raises:
+        UserError: it is, and torch sees no GPU; or `model` looks like a run's folder.
+    """
     if not is_hub_id(model):
         return
     if model.startswith("outputs/") or os.path.isdir(os.path.dirname(model)):
         raise UserError(f"{model}: no such folder; give a run's folder or a hub id")
-    if device() == "cpu":
+    if torch.cuda.is_available():
+        return
+    large = "orpheus-3b" in model.lower()  # told without asking the hub
+    if not large:
+        folder = fetch(model, CONFIG_FILES)
+        shape = read_model_config(find_base(folder, CONFIG_FILES) if is_adapter(folder) else folder)
+        layer = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+        large = shape.num_hidden_layers * layer > CPU_WEIGHTS
+    if large:
         raise UserError(
-            f"{model}: no GPU found (does nvidia-smi work?), and Orpheus-3B would take days on a "
-            "CPU; `make demo` runs the same path on a tiny model, --model takes a local folder"
+            f"{model}: {missing_gpu()}, and a model of this size would take days on a CPU; "
+            "`make demo` runs the same path on a tiny model, --model takes a local folder"
         )
 
 
+def missing_gpu() -> str:
+    """Return why torch sees no GPU."""
+    needed = torch.version.cuda
+    # Private: torch.cuda.is_available() is as false for a driver that is too old as for none
+    version = torch._C._cuda_getDriverVersion() if needed else 0
+    if 0 < version < 1000 * float(needed or 0):
+        driver = f"{version // 1000}.{version % 1000 // 10}"
+        return f"the driver has CUDA {driver}, and torch needs {needed} here: update the driver"
+    return "no GPU found (does nvidia-smi work?)"
+
+
 def read_model_config(folder: Path):
-    """The config of a Llama; `UserError` for a damaged config and for other models."""
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind != "llama":
-        raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; Orpheus is a llama")
-    with as_user_error(folder / "config.json"):
-        return AutoConfig.from_pretrained(str(folder))
+    """Return the config of a Llama, as transformers reads it.
+
+    Raises:
+        UserError: its file is damaged, it is another model, or quantised by another method than
+            bitsandbytes'.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    if (kind := values.get("model_type")) != "llama":
+        raise UserError(f"{path}: model_type is {kind!r}; Orpheus is a llama")
+    method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise UserError(f"{path}: its weights are quantised by {method}; give --model {FULL_BASE}")
+    return AutoConfig.from_pretrained(str(folder))
+
+
+def stored_weights(config) -> str | None:
+    """Return "4bit" or "8bit" for the config of a base that is stored so, else None."""
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    return "4bit" if stored["load_in_4bit"] else "8bit"
+
+
+def check_stored(settings: Settings, config) -> None:
+    """Refuse `weights` in which a base that is stored quantised cannot be trained over.
+
+    Raises:
+        UserError: with the base that can.
+    """
+    stored = stored_weights(config)
+    if stored in (None, settings.weights):
+        return
+    full = re.sub(r"(-unsloth)?-bnb-4bit$", "", settings.model)
+    full = full if is_hub_id(full) and full != settings.model else FULL_BASE
+    raise UserError(
+        f"settings: weights {settings.weights}: {settings.model} is stored in {stored[0]} bits: "
+        f'set weights to "{stored}", or train over --model {full}'
+    )
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model's folder; `UserError` if it is missing or damaged."""
+    """Return the tokenizer of a model's folder.
+
+    Raises:
+        UserError: there is none.
+    """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer.json: the tokenizer is missing")
-    with as_user_error(folder / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        tokenizer("anna: hello")  # some damage shows up only in use
-    return tokenizer
+    return AutoTokenizer.from_pretrained(str(folder))
 
 
-def bitsandbytes_config(weights: str, dtype):
-    """bitsandbytes' config for `weights` of "4bit" (NF4 with double quantisation, as in QLoRA,
-    arXiv 2305.14314) or "8bit" (arXiv 2208.07339), computing in `dtype`; None for others.
+def check_fit(folder: Path, missing: set, unexpected: set) -> None:
+    """Raise a UserError for missing weights, which transformers makes up, and for surplus ones."""
+    for names, fault in (missing, "are missing"), (unexpected, "have no place in its config"):
+        if names:
+            raise UserError(f"{folder}: {len(names)} weights {fault}, the first {min(names)}")
+
+
+def training_dtype(keys) -> torch.dtype:
+    """Return the dtype that a run computes in.
+
+    It follows from `fp16` and `bf16` (None counts as true) of its Settings, or of its SFTConfig, in
+    which Unsloth may have changed them for this machine.
+    """
+    if keys.fp16:
+        return torch.float16
+    return torch.float32 if keys.bf16 is False else torch.bfloat16
+
+
+def speaking_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """Return `dtype`, or for None that of the stored weights, where the machine computes in it.
+
+    A GPU without bfloat16 takes float16 instead. A CPU takes bfloat16 only for weights that are
+    stored in it, otherwise float32.
+    """
+    config = read_json(folder / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    if not torch.cuda.is_available():
+        bf16 = stored == "bfloat16" and dtype != torch.float32
+        return torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or (torch.float16 if stored == "float16" else torch.bfloat16)
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if dtype == torch.bfloat16 and not has_bf16 else dtype
+
+
+def bitsandbytes_config(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the config that quantises to `weights` on loading; None for 16bit and fp8.
+
+    4bit is NF4 with double quantisation, as in QLoRA (arXiv 2305.14314), 8bit is LLM.int8 (arXiv
+    2208.07339).
     """
     if weights == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -83,82 +179,67 @@ def bitsandbytes_config(weights: str, dtype):
     )
 
 
-def check_fit(folder: Path, missing: set, unexpected: set) -> None:
-    """`UserError` if weights are not those of the config: transformers makes up missing ones."""
-    for names, fault in (missing, "are missing"), (unexpected, "have no place in its config"):
-        if names:
-            raise UserError(f"{folder}: {len(names)} weights {fault}, the first {min(names)}")
+def set_4bit_dtype(model, dtype: torch.dtype) -> None:
+    """Let the 4-bit layers of a model compute in `dtype`, on every machine.
 
+    These are bitsandbytes' own names, of modules and of weights:
 
-def check_adapter(model, folder: Path) -> None:
-    """`UserError` if a PEFT model's adapter and the file that it was loaded from differ."""
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    held = weight_names(folder)
-    check_fit(folder, wanted - held, {name for name in held - wanted if "lora_" in name})
-
-
-def training_dtype(keys) -> torch.dtype:
-    """The dtype of a training by `bf16` and `fp16` of its Settings or SFTConfig.
-
-    A `bf16` that is not decided yet, None, counts as true.
+    - A base that is stored in 4 bits names the dtype of the machine that made it, mostly bfloat16,
+      twice: in its config and with each weight. A GPU before Ampere would emulate that.
+    - On CPUs with avx512_bf16, bitsandbytes repacks the weights in eval mode, and does not undo
+      that in training mode: after the first check there would be no gradients.
     """
-    if keys.fp16:
-        return torch.float16
-    return torch.float32 if keys.bf16 is False else torch.bfloat16
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.compute_dtype = state.dtype = dtype
+            module.support_avx512bf16_for_cpu = False
 
 
-def choose_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype` where the machine computes in it. On a GPU, None is that of the stored weights.
-
-    A GPU without bfloat16 takes float16 instead. A CPU takes bfloat16 only for weights that are
-    stored in it, otherwise float32.
-    """
-    config = read_json(folder / "config.json")
-    stored = config.get("dtype", config.get("torch_dtype"))
-    if not torch.cuda.is_available():
-        bf16 = stored == "bfloat16" and dtype in (torch.bfloat16, torch.float16)
-        return torch.bfloat16 if bf16 else torch.float32
-    dtype = dtype or (torch.float16 if stored == "float16" else torch.bfloat16)
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if dtype == torch.bfloat16 and not has_bf16 else dtype
-
-
-def load_base(folder: Path, dequantize_to=None, quantization_config=None, **keys):
-    """transformers' model of a folder; `UserError` if it is damaged or lacks weights.
+def load_base(folder: Path, weights: str, dtype: torch.dtype, device_map=None, dequantize_to=None):
+    """Return transformers' model of a folder, quantised as `weights` says or as it is stored.
 
     Args:
-        dequantize_to: a dtype, in which a model that is quantised on loading is dequantised layer
-            by layer. Its weights keep the values that quantisation gave them.
+        dtype: of what is not quantised, and of the computation.
+        dequantize_to: a dtype, in which quantised weights are dequantised layer by layer. They keep
+            the values that quantisation gave them.
+
+    Raises:
+        UserError: weights are missing, or are not those of its config.
     """
+    keys = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    if not stored_weights(read_model_config(folder)):
+        keys["quantization_config"] = bitsandbytes_config(weights, dtype)
     transformers_logging.disable_progress_bar()
-    keys["output_loading_info"] = True
-    if quantization_config:  # given as None, it would hide that of a base that is quantised already
-        keys["quantization_config"] = quantization_config
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # check_fit says what its table of weights would
-    try:
-        with as_user_error(folder / "config.json"):
-            model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
-            if dequantize_to and hasattr(model.config, "quantization_config"):
-                model = model.dequantize(dequantize_to).to(dequantize_to)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
     layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
     check_fit(folder, set(info["missing_keys"]), layers)
+    set_4bit_dtype(model, dtype)
+    if dequantize_to and hasattr(model.config, "quantization_config"):
+        model = model.dequantize(dequantize_to).to(dequantize_to)
+        # Private: how its 4-bit file was read, which save_pretrained would try to undo
+        model._weight_conversions = None
+    transformers_logging.set_verbosity(verbosity)
     return model
 
 
-def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=None):
-    """(model, tokenizer) of an adapter or checkpoint of finetune.py, a merged folder or a hub id.
+def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=torch.float32):
+    """Return (model, tokenizer) of an adapter, a checkpoint, a merged folder or a base.
 
     With weights "4bit" or "8bit", the base's weights get the values that they had in training. On
     a GPU those of 4 bits stay quantised; elsewhere they are dequantised, which is faster and gives
     the same logits on every CPU.
 
     Args:
+        path: a folder or hub id.
         weights: how the base's weights were held in training, as in config.json.
         merged: merge the adapter into its base, in fp16.
-        dtype: of the training, as `choose_dtype` takes it; None is float32 on a CPU.
+        dtype: of the training, as `speaking_dtype` takes it.
+
+    Raises:
+        UserError: there is no such model, or its weights are damaged, missing or not its config's.
     """
     folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
@@ -166,20 +247,19 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=No
     for part in {folder, whole}:
         check_weights(part)
     tokenizer = load_tokenizer(folder)
-    dtype = choose_dtype(whole, dtype)
-    config = bitsandbytes_config(weights, dtype)
+    dtype = speaking_dtype(whole, dtype)
     target = torch.float16 if merged else dtype
-    keys = {"dtype": dtype if config else target, "device_map": device()}
-    keys["quantization_config"] = config
-    if merged or weights != "4bit" or not torch.cuda.is_available():
-        keys["dequantize_to"] = target
-    model = load_base(whole, **keys)
+    plain = merged or weights != "4bit" or not torch.cuda.is_available()
+    held = dtype if weights in ("4bit", "8bit") else target
+    model = load_base(whole, weights, held, device(), target if plain else None)
     if whole != folder:
-        with as_user_error(folder / "adapter_config.json"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # check_adapter's
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # the next lines'
             model = PeftModel.from_pretrained(model, str(folder))
-            check_adapter(model, folder)
-            model = model.merge_and_unload() if merged else model
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        saved = set(read_headers(folder))
+        check_fit(folder, wanted - saved, {name for name in saved - wanted if "lora_" in name})
+        model = model.merge_and_unload() if merged else model
     if torch.cuda.is_available():  # PEFT loads a LoRA in fp32; autocast trained it in `dtype`
         for name, parameter in model.named_parameters():
             if "lora_" in name:

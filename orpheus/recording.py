@@ -13,7 +13,7 @@ import numpy as np
 import soxr
 
 from orpheus.align import Word
-from orpheus.audio import BLOCK_SECONDS, ClipError, open_audio, read_blocks
+from orpheus.audio import BLOCK_SECONDS, ClipError, mix, open_audio, read_blocks
 from orpheus.settings import UserError, first_reason
 from orpheus.tokens import SAMPLE_RATE
 
@@ -39,7 +39,7 @@ def resampled_blocks(path: Path, rate: int) -> Iterator[np.ndarray]:
         resampler = soxr.ResampleStream(sound.samplerate, rate, 1)
         for block in read_blocks(sound):
             last = len(block) < BLOCK_SECONDS * sound.samplerate
-            yield resampler.resample_chunk(block, last=last)
+            yield resampler.resample_chunk(mix(block)[0], last=last)
 
 
 def read_spans(path: Path, rate: int, spans: Iterable) -> Iterator[np.ndarray]:

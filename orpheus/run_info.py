@@ -91,10 +91,8 @@ def held_weights(run: RunInfo) -> str:
 
 
 def speaking_dtype(run: RunInfo) -> torch.dtype | None:
-    """The dtype that a run was trained in; without a run, bfloat16 on a CPU and None on a GPU."""
-    if run.home:
-        return training_dtype(run.settings)
-    return None if device() == "cuda" else torch.bfloat16
+    """The dtype that a run was trained in; None, that of the stored weights, without a run."""
+    return training_dtype(run.settings) if run.home else None
 
 
 def load_run(run: RunInfo):

@@ -15,11 +15,14 @@ os.chdir(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
+import orpheus.settings  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.settings import UserError  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 
+# config.json is the user's: no test looks at it.
+orpheus.settings.CONFIG = ROOT / "tests/no_config.json"
 # The import path of tests/programs: the project, then whatever this process has.
 PROGRAM_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -34,7 +34,7 @@ def record(path, seed=0, sentences=12, gain=1.0):
     table = read_rows(ROOT / "data/numbers")
     parts, truth, at = [np.zeros(RATE // 2)], [], 0.5
     for row in rng.permutation(table)[:sentences]:
-        audio, _, _ = read_audio(ROOT / "data/numbers" / row["file_name"])
+        audio, _ = read_audio(ROOT / "data/numbers" / row["file_name"])
         loud = np.flatnonzero(np.abs(audio) > 0.01)
         audio = audio[loud[0] : loud[-1] + 1]
         pause = np.zeros(int(rng.uniform(0.4, 1.2) * RATE))

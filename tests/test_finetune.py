@@ -20,7 +20,7 @@ from orpheus.compatibility import resolve_settings
 from orpheus.hub import is_adapter
 from orpheus.models import load_model
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, reporting_full_disk
-from orpheus.settings import UserError
+from orpheus.settings import Settings, UserError
 
 # ---------------------------------------------------------------- settings
 
@@ -33,8 +33,9 @@ def test_every_sftconfig_key_is_reachable(tmp_path):
     assert settings.flat()["adam_beta2"] == 0.95
 
 
-def test_the_top_level_config_without_a_gpu(tmp_path):
-    code, _, errors = script("finetune.py", "--output_dir", tmp_path / "out")
+def test_the_main_job_without_a_gpu(tmp_path):
+    model = Settings.model_fields["model"].default
+    code, _, errors = script("finetune.py", "--model", model, "--output_dir", tmp_path / "out")
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2 and "no GPU" in line and "days" in line and "make demo" in line
 
@@ -234,7 +235,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--output_dir", tmp_path / "file" / "out"], "cannot be written"),
         ([*DEMO, "--model", tmp_path / "llama"], "config.json: cannot be read"),
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
-        ([*DEMO, "--model", "some/model"], "no GPU found"),
+        ([*DEMO, "--model", "some/model"], "the hub cannot be reached"),
         ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy cannot be set, leave it out"),
         ([*DEMO, "--dataset", "data/demo"], "no column is known|no metadata.csv"),

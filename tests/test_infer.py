@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (["hi", "--model", tmp_path / "llama", *demo[:2]], "no adapter or model in it"),
         (["hi", "--model", "outputs/my voice"], "not a hub id"),
         (["hi", "--model", "data/demo/bas"], "no such folder"),
-        (["hi", "--model", "some/model"], "no GPU found"),
+        (["hi", "--model", "some/model"], "the hub cannot be reached"),
         (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
         (["hi", *demo[2:], "--codec", tmp_path / "snac"], r"pytorch_model\.bin: not plain weights"),
         (["hi", *demo, "--max_seconds", "0.01"], "less than a frame of speech"),

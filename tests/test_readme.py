@@ -12,6 +12,7 @@ from conftest import DEMO, ROOT, script
 
 from orpheus.doctor import FINDINGS
 from orpheus.scoring import CUT_OFF
+from orpheus.settings import Settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -118,8 +119,8 @@ def test_links_and_files_of_the_readme_exist():
         assert {f"{module}.py" for module in imported} <= set(listed[:n]), name
 
 
-def test_the_readme_s_table_has_the_keys_and_defaults_of_config_json():
-    config = json.loads((ROOT / "config.json").read_text())
+def test_the_readme_s_table_has_the_keys_and_their_defaults():
+    config = Settings().flat()
     rows = README.split("| key |")[1].split("\n\n")[0].splitlines()[2:]
     for row in rows:
         keys, values = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[1:3])
@@ -133,14 +134,13 @@ def test_the_readme_s_table_has_the_keys_and_defaults_of_config_json():
 def test_remedies_for_a_wrong_sound_name_what_exists():
     """Keys and findings, options of infer.py, and what is printed."""
     section = README.split("## If it sounds wrong")[1].split("\n## ")[0]
-    config = json.loads((ROOT / "config.json").read_text())
     help_text = script("infer.py", "--help")[1]
     code = re.findall(r"`([^`]+)`", section)
     options = {option for words in code for option in re.findall(r"--\w+", words)}
     assert {"--best_of", "--wav"} <= options
     assert all(f"{option} " in help_text or f"{option}\n" in help_text for option in options)
     names = {words for words in code if re.fullmatch(r"[a-z_]+", words)}
-    assert names <= config.keys() | FINDINGS.keys() | {"best"}
+    assert names <= Settings.model_fields.keys() | FINDINGS.keys() | {"best"}
     assert "cut off at the limit" in section and CUT_OFF.startswith("cut off at the limit")
 
 

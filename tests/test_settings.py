@@ -22,6 +22,7 @@ from orpheus.settings import (
     SpeakingSettings,
     UserError,
     read_command_line,
+    read_json,
     read_settings,
     trainer_keys,
 )
@@ -166,6 +167,20 @@ def test_a_config_that_cannot_be_read(tmp_path):
     for path in (tmp_path, "no.json"):
         with pytest.raises(UserError, match="cannot be read"):
             read_settings(path)
+
+
+def test_config_json_is_the_user_s(tmp_path, monkeypatch):
+    """Edited, with half of its lines deleted, or missing, it changes no other default."""
+    monkeypatch.setattr(orpheus.settings, "CONFIG", tmp_path / "config.json")
+    defaults, demo = Settings().flat(), read_json("data/demo/config.json")
+    assert read_settings().flat() == defaults
+    whole = {"dataset": str(tmp_path), "lora_r": 8, "output_dir": "outputs/anna", "max_steps": 5}
+    for edited in (whole, dict(list(whole.items())[:2]), {}):
+        (tmp_path / "config.json").write_text(json.dumps(edited))
+        assert read_settings().flat() == defaults | edited
+        assert Settings().flat() == defaults
+        settings = read_settings("data/demo/config.json", {"voice": "anna"})
+        assert settings.flat() == defaults | demo | {"voice": "anna"}
 
 
 def test_a_config_with_a_byte_order_mark(tmp_path):

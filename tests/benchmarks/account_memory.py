@@ -44,6 +44,7 @@ from trl.trainer.sft_trainer import _chunk  # noqa: E402
 
 from orpheus.memory import GIB, Base, count_weights, memory_plan  # noqa: E402
 from orpheus.models import LINEAR_LAYERS  # noqa: E402
+from orpheus.settings import Settings  # noqa: E402
 
 RANK, CHUNK = 64, 256  # of the LoRA; positions of the loss at a time
 
@@ -417,7 +418,7 @@ def account(shapes, backend, weights: str, checkpointing, row: int, accumulation
 
 def plan(base: Base, backend, weights: str, checkpointing, row: int, accumulation: int) -> float:
     """Bytes that --plan gives for the same step, without samples, the codec and CUDA's own."""
-    settings = json.loads((ROOT / "config.json").read_text())
+    settings = Settings().flat()
     settings |= {"backend": backend, "weights": weights, "gradient_checkpointing": checkpointing}
     settings |= {"max_length": row, "gradient_accumulation_steps": accumulation, "bf16": True}
     parts = memory_plan(settings | {"sample_texts": []}, base)
