@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec
@@ -214,8 +214,6 @@ def trainer_keys() -> set[str]:
     return set(re.findall(r"^    (\w+): .*(?: = |$)", source, re.M))
 
 
-# ---------------------------------------------------------------- names
-
 # Names that other tools have for keys.
 ALIASES = {
     "batch_size": "per_device_train_batch_size",
@@ -227,18 +225,18 @@ ALIASES = {
 }
 # SFTConfig's keys that a run sets itself, or that would do nothing.
 REFUSED = {
-    "packing padding_free pad_to_multiple_of": "it follows from batching",
+    "packing padding_free pad_to_multiple_of *_sampling_*": "it follows from batching",
     "use_cpu": "a GPU is used if there is one",
     "resume_from_checkpoint ignore_data_skip": "--resume continues from the last checkpoint",
     "push_to_hub hub_*": "`hf upload you/anna outputs/anna` publishes a finished run",
     "*eval* do_*": "sample_steps sets when a run is evaluated, held_out on what",
     "*best_model* greater_is_better": "the best checkpoint is always kept, and checks.csv names it",
-    "dataset_* *_dataset *_only_loss truncation_mode *_token": "the rows come ready made",
+    "dataset_* *_dataset *_only_loss truncation_mode chat_* *_token": "the rows come ready made",
     "model_init_kwargs trust_remote_code": "weights and device_map set how the base is loaded",
 }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """Return a hint at the one of the `known` names that is most like `name`."""
     if name in ALIASES:
         return f"use {ALIASES[name]}"
@@ -297,7 +295,8 @@ def validate(model: type[BaseModel], values: dict[str, Any], sources: dict) -> B
         errors = error.errors()
         name = errors[0]["loc"][0]
         reasons = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name))
-        wrong, field = json.dumps(values[name], ensure_ascii=False)[:80], model.model_fields[name]
+        wrong = json.dumps(values[name], ensure_ascii=False, default=str)[:80]
+        field = model.model_fields[name]
         default = "" if field.is_required() else json.dumps(field.default)
         usual = f"; the default is {default}" if 0 < len(default) < 60 else ""
         raise UserError(f"{sources[name]}: {name} is {wrong}: {reasons}{usual}") from error
@@ -322,10 +321,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
-        kind = "UTF-16" if utf_16 else f"another encoding ({error})"
-        message = f"{path}: cannot be read as UTF-8: it is {kind}; save it as UTF-8"
-        raise UserError(message) from error
+        is_utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "it is UTF-16" if is_utf_16 else f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path}: cannot be read as UTF-8: {kind}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -343,9 +341,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the command line
 
-
-SWITCH = {False: {"default": argparse.SUPPRESS}}
-SWITCH[True] = SWITCH[False] | {"nargs": "?", "const": "true"}  # so that --plan is --plan true
+SWITCH = {"nargs": "?", "const": "true"}  # so that --plan is --plan true
 
 
 class Parser(argparse.ArgumentParser):
@@ -368,9 +364,9 @@ class Parser(argparse.ArgumentParser):
                 default = json.dumps(field.default, ensure_ascii=False)
                 types = (field.annotation, *get_args(field.annotation))
                 choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
-                words = {"metavar": "|".join(choices) or "…"} | SWITCH[bool in types]
-                meaning = f"{field.description} (default: {default})"
-                group.add_argument(f"--{name}", help=meaning, **words)
+                words = {"help": f"{field.description} (default: {default})"}
+                words |= {"metavar": "|".join(choices) or "…"} | (SWITCH if bool in types else {})
+                group.add_argument(f"--{name}", **words)
 
     def parse(self, *names: str) -> tuple[argparse.Namespace, dict[str, Any]]:
         """Return the script's own options, and the settings of these `names` that are given.
@@ -380,7 +376,8 @@ class Parser(argparse.ArgumentParser):
         if names:
             self.add_settings(names)
         options, unknown = self.parse_known_args()
-        words = {name: vars(options).pop(name) for name in names if name in options}
+        words = {name: vars(options).pop(name) for name in set(names)}
+        words = {name: word for name, word in words.items() if word is not None}
         if unknown:
             hint = nearest(unknown[0].lstrip("-"), [*vars(options), *names])
             hint = hint if unknown[0][0] == "-" else "write --key value, as in --dataset my_voice"
@@ -396,7 +393,7 @@ def read_command_line(description: str) -> Settings:
     """Return the settings of a script that takes all of them, and SFTConfig's."""
     parser = Parser(description)
     for name in trainer_keys() - Settings.model_fields.keys():
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **SWITCH[True])
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **SWITCH)
     settings = parser.parse(*Settings.model_fields, *trainer_keys())[0].settings
     log_folders[:] = [Path(settings.output_dir), Path()]
     return settings

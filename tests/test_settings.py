@@ -126,8 +126,10 @@ def test_the_keys_of_sftconfig_are_known_before_its_import():
     assert trainer_keys() == {field.name for field in dataclasses.fields(SFTConfig) if field.init}
 
 
-@pytest.mark.parametrize("name", ["packing", "eval_steps", "push_to_hub", "hub_model_id",
-                                  "resume_from_checkpoint", "dataset_num_proc"])  # fmt: skip
+NOT_USED = ["packing", "train_sampling_strategy", "eval_steps", "push_to_hub", "hub_model_id"]
+
+
+@pytest.mark.parametrize("name", [*NOT_USED, "resume_from_checkpoint", "eos_token"])
 def test_keys_of_sftconfig_that_would_not_be_used_are_refused(name):
     line = f"^command line: {name} cannot be set, leave it out: [a-z`-]"
     with pytest.raises(UserError, match=line):
@@ -150,7 +152,7 @@ def test_a_changed_copy_leaves_the_settings_alone():
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b'{"voice": "\xff"}', "cannot be read as UTF-8"),
+        (b'{"voice": "\xff"}', "invalid start byte at byte 11"),
         ('{"voice": "a"}'.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         (b'{"limit": 1,\n "lora_r" 8}', "not JSON: .* line 2"),
         (b"", "not JSON"),
