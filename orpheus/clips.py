@@ -1,8 +1,10 @@
-"""The rows of a dataset, in any of the accepted forms (data/README.md) → clips."""
+"""A dataset in any of the accepted forms (data/README.md) → its clips."""
 
+import fnmatch
 import io
 import itertools
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -14,19 +16,43 @@ import numpy as np
 import soundfile
 
 from orpheus.audio import ClipError
-from orpheus.settings import DataSettings, UserError
+from orpheus.hub import is_hub_id
+from orpheus.settings import DataSettings, UserError, read_text
 from orpheus.tables import (
+    LOOSE,
+    SAVED,
+    SOUNDS,
+    TABLES,
     Table,
+    builder_kinds,
     column_key,
     find_audio,
     match_columns,
-    open_table,
+    open_file,
+    open_with_datasets,
     printable,
+    readable,
     shorten,
+    split_name,
 )
 
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "codes", "codes_list")
+PAIRED = (".normalized.txt", ".txt", ".lab", ".original.txt")
+UNKNOWN = 10**12  # rows of a stream
 PEEK = 1000  # rows whose texts decide whether texts begin with their voice
+# Corpora in forms of their own: a pattern of their files, what it is, and what to do.
+CORPORA = (
+    ("*wav.scp", "Kaldi's wav.scp and text", "write metadata.csv from them"),
+    ("*.trans.txt", "LibriSpeech's .trans.txt files", "write metadata.csv from them"),
+    ("*transcript*.txt", "a list of transcripts, as MLS's", "write metadata.csv from it"),
+    ("txt/*.txt", "texts apart from the recordings, as in VCTK", "put each .txt beside its own"),
+    ("*.textgrid", "Praat's TextGrids", "write the text of each to a .txt beside its recording"),
+    ("*.[sv][rt]t", "subtitles", "cut the recordings with data/cut.py"),
+    ("*.tar", "tar files, as WebDataset has them", "unpack them"),
+    ("*.zip", "zip files", "unpack them"),
+    ("*.xls*", "a table of Excel", "save it as metadata.csv, in UTF-8"),
+    ("*.json", "JSON files, one for each recording", "write metadata.csv from them"),
+)
 
 
 class Clip(NamedTuple):
@@ -65,7 +91,7 @@ def read_clips(settings: DataSettings) -> Clips:
     prefixed = find_prefixes(table, columns, settings)
     wanted = [*columns.values(), *(name for name in TOKEN_COLUMNS if name in table.columns)]
     first, end = find_slice(table, settings.dataset_split)
-    count = None if end is None else end - first
+    count = None if end in (None, UNKNOWN) else end - first
     if settings.limit is not None:
         count = min(settings.limit, settings.limit if count is None else count)
         end = first + count
@@ -95,12 +121,136 @@ def find_slice(table: Table, split: str) -> tuple[int, int | None]:
     try:
         if table.count is None and re.search("[%-]", rows):
             raise ValueError("its length is not known before it is read")
-        whole = {name: 10**12 if table.count is None else table.count}
+        whole = {name: UNKNOWN if table.count is None else table.count}
         part = ReadInstruction.from_spec(split).to_absolute(whole)[0]
     except (ValueError, AssertionError) as error:
         fault = f"dataset_split cannot be {split}: {error}"
         raise UserError(f"{table.name}: {fault}; give rows, as in train[:100]") from error
     return part.from_, part.to
+
+
+# ---------------------------------------------------------------- where the rows are
+
+
+def open_table(settings: DataSettings) -> Table:
+    """Return the table of the dataset, or of that split of it, which the settings name."""
+    path = Path(settings.dataset)
+    if settings.dataset_revision and path.exists():
+        raise UserError(f"dataset_revision is for hub datasets, and {path} is local; leave it out")
+    if path.is_dir():
+        return open_folder(path, settings)
+    if path.is_file():
+        return open_file(path, settings)
+    if is_hub_id(settings.dataset):
+        return open_hub(settings)
+    message = "no such folder; give one of clips (data/README.md), or a hub id (owner/name)"
+    raise UserError(f"{path}: {message}")
+
+
+def open_folder(folder: Path, settings: DataSettings) -> Table:
+    """Return the table of a folder: its own, that of a split below it, or its pairs of files."""
+    split, readme = split_name(settings), folder / "README.md"
+    described = readme.is_file() and "\nconfigs:" in readme.read_text("utf-8", "replace")
+    if described or any((folder / name).is_file() for name in SAVED):
+        return open_with_datasets(os.path.abspath(folder), settings, folder)
+    if config := settings.dataset_config:
+        if not (folder / config).is_dir():
+            fault = f"no configuration {config}: no README.md names it, and no folder has its name"
+            raise UserError(f"{folder}: {fault}")
+        return open_folder(folder / config, settings.replace(dataset_config=None))
+    inner = settings.replace(dataset_split=settings.dataset_split.replace(split, "train", 1))
+    of_split = [name.replace("metadata", split) for name in TABLES]
+    for name in (*TABLES, *of_split) if split == "train" else of_split:
+        if (folder / name).is_file():
+            return open_file(folder / name, inner)
+    for place in (folder / split, folder / "data" / split):
+        if any((place / name).is_file() for name in (*TABLES, *SAVED)):
+            return open_folder(place, inner)
+    files = list_files(folder)
+    suffixes = {path.suffix.lower() for path in files}
+    sounds = [path for path in files if path.suffix.lower() in SOUNDS]
+    if suffixes & ({".parquet", ".arrow"} if sounds else {".parquet", ".arrow", ".json", ".jsonl"}):
+        return open_with_datasets(os.path.abspath(folder), settings, folder)
+    if (folder / split).is_dir():
+        return open_folder(folder / split, inner)
+    if split != "train":
+        raise UserError(f"{folder}: no split {split}: neither a table nor a folder has its name")
+    if any(map(find_text, sounds)):
+        return open_pairs(folder, sounds)
+    raise UserError(f"{folder}: {describe_folder(folder, files, len(sounds))}")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return the files below a folder, but no hidden ones; 9.wav before 10.wav."""
+    paths = [os.path.join(home, name) for home, _, names in os.walk(folder) for name in names]
+    names = [os.path.relpath(path, folder) for path in paths]
+    parts = {name: re.split("([0-9]+)", os.path.splitext(name)[0]) for name in names}
+    names = [name for name in names if not re.search(r"(^|/)\.", name)]
+    names.sort(key=lambda name: [int(s) if n % 2 else s for n, s in enumerate(parts[name])])
+    return [folder / name for name in names]
+
+
+def describe_folder(folder: Path, files: list[Path], sounds: int) -> str:
+    """Return what is in a folder that has none of the accepted forms, and what to do."""
+    names = [printable(str(path.relative_to(folder))) for path in files]
+    for pattern, what, remedy in CORPORA:
+        if any(fnmatch.fnmatchcase(name.lower(), pattern) for name in names):
+            return f"it holds {what}; {remedy} (data/README.md)"
+    tables = [name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".list"))]
+    if inner := [str(Path(name).parent) for name in tables if Path(name).stem == "metadata"]:
+        return f"there are tables in {shorten(inner)}; choose one with --dataset_config"
+    if tables:
+        return f"no metadata.csv; give its table: --dataset {folder / tables[0]}"
+    return f"{sounds} recordings, but no metadata.csv and no .txt beside any (data/README.md)"
+
+
+def find_text(sound: Path) -> Path | None:
+    """Return the file of a recording's text, beside it."""
+    return next((path for path in map(sound.with_suffix, PAIRED) if path.is_file()), None)
+
+
+def open_pairs(folder: Path, sounds: list[Path]) -> Table:
+    """Return the table of recordings with a text beside each; several folders are the voices."""
+    base = os.path.commonpath([path.parent for path in sounds])
+    voices = {path: (*path.parent.relative_to(base).parts, None)[0] for path in sounds}
+    names = sorted({*voices.values()} - {None})
+    notes = [f"the folders are the voices ({shorten(names)})"] if len(names) > 1 else []
+
+    def read(_):
+        for sound in sounds:
+            try:
+                text = read_text(find_text(sound) or sound.with_suffix(".txt"))
+            except UserError as error:
+                text = ClipError(str(error), "no text")
+            row = {"audio": sound, "text": text, "voice": voices[sound] if notes else None}
+            yield str(sound.relative_to(folder)), row
+
+    return Table(folder, folder, ["audio", "text", "voice"], read, len(sounds), notes)
+
+
+def open_hub(settings: DataSettings) -> Table:
+    """Return the table of a hub dataset: streamed with `limit`, else downloaded and read here."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import snapshot_download
+
+    name, revision = settings.dataset, settings.dataset_revision
+    with readable(f"{name}: no such folder here, and on the hub it"):
+        try:
+            builder = load_dataset_builder(name, settings.dataset_config, revision=revision)
+            files = builder.config.data_files.get(split_name(settings), [])
+            # hf://datasets/owner/name@commit/data/train-0.parquet
+            wanted = [re.sub("^hf://[^@]*@[^/]*/", "", file) for file in files]
+            loose = builder_kinds(builder) & LOOSE
+            how = {"allow_patterns": None if loose else [*wanted, "README.md"]}
+        except ConnectionError:  # there may be what an earlier run downloaded
+            loose, how = True, {"local_files_only": True}
+        if loose or settings.limit is None:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, **how)
+            return open_folder(Path(folder), settings)
+    return open_with_datasets(name, settings, None, revision=revision)
+
+
+# ---------------------------------------------------------------- what columns hold
 
 
 def find_columns(table: Table, settings: DataSettings) -> dict[str, str]:
@@ -135,28 +285,30 @@ def find_columns(table: Table, settings: DataSettings) -> dict[str, str]:
 
 def split_prefix(text: str) -> tuple[str, str]:
     """Return (voice, rest) of a text such as `tara: one day`, and ("", text) of another."""
-    match = re.match(r"\s*([^\s:]{1,40}):\s+(?=\S)", text)
+    match = re.match(r"\s*([^\s:][^:.,;!?]{0,39}):\s+(?=\S)", text)
     return (match[1], text[match.end() :]) if match else ("", text)
 
 
 def find_prefixes(table: Table, columns: dict[str, str], settings: DataSettings) -> bool:
     """Return whether the texts begin with the voices that no column names; adds notes.
 
-    That is so if all of the first thousand texts begin with one word and a colon, and these words
-    recur. Raises: `UserError` for a table without rows.
+    That is so if all of the first thousand texts begin with a name and a colon, and names recur.
+    Raises: `UserError` for a table without rows.
     """
     wanted = [columns[kind] for kind in ("text", "voice", "tokens") if kind in columns][:2]
     rows = [row for _, row in itertools.islice(table.read(wanted), PEEK)]
     if not rows:
         raise UserError(f"{table.name}: no rows in it")
     pairs = [(row.get(columns.get("text")), row.get(columns.get("voice"))) for row in rows]
-    pairs = [(text, voice or settings.voice) for text, voice in pairs if isinstance(text, str)]
-    names = [split_prefix(text)[0] for text, _ in pairs if text.strip()]
+    pairs = [pair for pair in pairs if isinstance(pair[0], str) and pair[0].strip()]
+    names = [split_prefix(text)[0] for text, _ in pairs]
     voices = list(dict.fromkeys(names))
-    if "voice" not in columns and all(names) and 0 < len(voices) <= max(8, len(names) // 2):
+    few = 1 if " " in "".join(voices) else 8  # a few clips may each have a voice of one word
+    unnamed = all(names) and not any(voice for _, voice in pairs)
+    if unnamed and 0 < len(voices) <= max(few, len(names) // 2):
         table.notes.append(f"the texts begin with their voices ({shorten(voices)})")
         return True
-    if any(remove_voice(text, voice) != text for text, voice in pairs):
+    if any(remove_voice(text, voice or settings.voice) != text for text, voice in pairs):
         table.notes.append("texts begin with their own voice, which is taken off")
     return False
 

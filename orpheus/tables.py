@@ -1,8 +1,7 @@
-"""Folders, files and hub datasets → tables: rows of values by column, and where they lie."""
+"""Files of csv, JSON, and what datasets reads → tables: rows of values by column."""
 
 import contextlib
 import csv
-import fnmatch
 import itertools
 import json
 import os
@@ -17,30 +16,28 @@ from pathlib import Path
 import numpy as np
 
 from orpheus.audio import NEED_FFMPEG, ClipError
-from orpheus.hub import is_hub_id
 from orpheus.settings import DataSettings, UserError, read_text
 
 TABLES = tuple(f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"))
 LOOSE = {"FolderBasedBuilder", "Csv"}  # of datasets: AudioFolder wants torchcodec
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", *NEED_FFMPEG)
-PAIRED = (".normalized.txt", ".txt", ".lab", ".original.txt")
 # What columns hold, by their names in lower case without signs; earlier patterns are preferred.
 UNIT = "(time|at)?(s|sec|secs|seconds|ms)?"
 COLUMNS = {
     "audio": (
-        "audio|filename|path|audiopath",
+        *("audio", "filename", "path", "audiopath"),
         "(audio|wav|sound|clip|recording|speech)(file)?s?(name|path)?|file(path)?",
-        "array|samples|waveform|id|utt(erance)?id|key",
+        "(audio)?(array|samples|waveform|values)|inputvalues",
+        "id|utt(erance)?id|key",
     ),
     "text": (
-        "text|sentence|transcription|normalizedtext",
-        "transcripts?|(text)?normali[sz]ed(text|sentence|transcript(ion)?)?",
+        *("text", "sentence", "transcription", "normalizedtext", "transcripts?"),
+        "(text|transcript(ion)?)?normali[sz]ed(text|sentence|transcript(ion)?)?",
         "(raw|original|spoken)text|text(raw|original)|utterance|caption|words",
     ),
     "voice": (
-        "speaker|voice",
-        "(speaker|spk|spkr|voice|narrator|reader)name",
+        *("speaker", "voice", "(speaker|spk|spkr|voice|narrator|reader)name"),
         "(speaker|spk|spkr|voice|client|narrator|reader|talker|actor|singer)s?"
         "(id|no|num|number|label|code|key|index|idx)?s?",
         "source",
@@ -48,20 +45,9 @@ COLUMNS = {
     "start": (f"(segment|audio|clip)?(start|begin|offset){UNIT}",),
     "end": (f"(segment|audio|clip)?(end|stop){UNIT}",),
     "duration": (f"(segment|audio|clip)?(duration|dur){UNIT}",),
-    "rate": ("(sampl(e|ing))?(rate|freq|frequency)(hz)?|sr|fs",),
+    "rate": ("(audio)?(sampl(e|ing))?(rate|freq|frequency)(hz)?|sr|fs",),
 }
-# Corpora in forms of their own: a pattern of their files, what it is, and what to do.
-CORPORA = (
-    ("*wav.scp", "Kaldi's wav.scp and text", "write metadata.csv from them"),
-    ("*.trans.txt", "LibriSpeech's .trans.txt files", "write metadata.csv from them"),
-    ("*transcripts.txt", "MLS's transcripts.txt", "write metadata.csv from it"),
-    ("txt/*.txt", "texts apart from the recordings, as in VCTK", "put each .txt beside its own"),
-    ("*.textgrid", "Praat's TextGrids", "write the text of each to a .txt beside its recording"),
-    ("*.[sv][rt]t", "subtitles", "cut the recordings with data/cut.py"),
-    ("*.tar", "tar files, as WebDataset has them", "unpack them"),
-    ("*.zip", "zip files", "unpack them"),
-    ("*.xls*", "a table of Excel", "save it as metadata.csv, in UTF-8"),
-)
+QUOTED = re.compile('^"((?:[^"]|"")*)"$')
 
 
 @dataclass
@@ -76,107 +62,9 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what was not obvious
 
 
-def open_table(settings: DataSettings) -> Table:
-    """Return the table of the dataset, or of that split of it, which the settings name."""
-    path = Path(settings.dataset)
-    if settings.dataset_revision and path.exists():
-        raise UserError(f"dataset_revision is for hub datasets, and {path} is local; leave it out")
-    if path.is_dir():
-        return open_folder(path, settings)
-    if path.is_file():
-        return open_file(path, settings)
-    if is_hub_id(settings.dataset):
-        return open_hub(settings)
-    message = "no such folder; give one of clips (data/README.md), or a hub id (owner/name)"
-    raise UserError(f"{path}: {message}")
-
-
 def split_name(settings: DataSettings) -> str:
     """Return the split's name without rows, as in train[:10]."""
     return settings.dataset_split.partition("[")[0]
-
-
-# ---------------------------------------------------------------- folders
-
-
-def open_folder(folder: Path, settings: DataSettings) -> Table:
-    """Return the table of a folder: its own, that of a split below it, or its pairs of files."""
-    split, readme = split_name(settings), folder / "README.md"
-    described = readme.is_file() and "\nconfigs:" in read_text(readme)
-    if described or any((folder / name).is_file() for name in SAVED):
-        return open_with_datasets(str(folder), settings, folder)
-    if config := settings.dataset_config:
-        if not (folder / config).is_dir():
-            fault = f"no configuration {config}: no README.md names it, and no folder has its name"
-            raise UserError(f"{folder}: {fault}")
-        return open_folder(folder / config, settings.replace(dataset_config=None))
-    inner = settings.replace(dataset_split=settings.dataset_split.replace(split, "train", 1))
-    of_split = [name.replace("metadata", split) for name in TABLES]
-    for name in (*TABLES, *of_split) if split == "train" else of_split:
-        if (folder / name).is_file():
-            return open_file(folder / name, inner)
-    if any((folder / split / name).is_file() for name in (*TABLES, *SAVED)):
-        return open_folder(folder / split, inner)
-    files = list_files(folder)
-    suffixes = {path.suffix.lower() for path in files}
-    sounds = [path for path in files if path.suffix.lower() in SOUNDS]
-    if suffixes & ({".parquet", ".arrow"} if sounds else {".parquet", ".arrow", ".json", ".jsonl"}):
-        return open_with_datasets(str(folder), settings, folder)
-    if (folder / split).is_dir():
-        return open_folder(folder / split, inner)
-    if split != "train":
-        raise UserError(f"{folder}: no split {split}: neither a table nor a folder has its name")
-    if any(map(find_text, sounds)):
-        return open_pairs(folder, sounds)
-    raise UserError(f"{folder}: {describe_folder(folder, files, len(sounds))}")
-
-
-def list_files(folder: Path) -> list[Path]:
-    """Return the files below a folder, but no hidden ones; 9.wav before 10.wav."""
-    paths = [os.path.join(home, name) for home, _, names in os.walk(folder) for name in names]
-    names = [os.path.relpath(path, folder) for path in paths]
-    parts = {name: re.split("([0-9]+)", os.path.splitext(name)[0]) for name in names}
-    names = [name for name in names if not re.search(r"(^|/)\.", name)]
-    names.sort(key=lambda name: [int(s) if n % 2 else s for n, s in enumerate(parts[name])])
-    return [folder / name for name in names]
-
-
-def describe_folder(folder: Path, files: list[Path], sounds: int) -> str:
-    """Return what is in a folder that has none of the accepted forms, and what to do."""
-    names = [printable(str(path.relative_to(folder))) for path in files]
-    for pattern, what, remedy in CORPORA:
-        if any(fnmatch.fnmatchcase(name.lower(), pattern) for name in names):
-            return f"it holds {what}; {remedy} (data/README.md)"
-    tables = [name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".list"))]
-    if inner := [str(Path(name).parent) for name in tables if Path(name).stem == "metadata"]:
-        return f"there are tables in {shorten(inner)}; choose one with --dataset_config"
-    if tables:
-        return f"no metadata.csv; give its table: --dataset {folder / tables[0]}"
-    return f"{sounds} recordings, but no metadata.csv and no .txt beside any (data/README.md)"
-
-
-def find_text(sound: Path) -> Path | None:
-    """Return the file of a recording's text, beside it."""
-    return next((path for path in map(sound.with_suffix, PAIRED) if path.is_file()), None)
-
-
-def open_pairs(folder: Path, sounds: list[Path]) -> Table:
-    """Return the table of recordings with a text beside each; several folders are the voices."""
-    base = os.path.commonpath([path.parent for path in sounds])
-    voices = {path: (*path.parent.relative_to(base).parts, None)[0] for path in sounds}
-    names = sorted({*voices.values()} - {None})
-    notes = [f"the folders are the voices ({shorten(names)})"] if len(names) > 1 else []
-
-    def read(_):
-        for sound in sounds:
-            try:
-                text = read_text(find_text(sound) or sound.with_suffix(".txt"))
-            except UserError as error:
-                text = ClipError(str(error), "no text")
-            row = {"audio": sound, "text": text, "voice": voices[sound] if notes else None}
-            yield str(sound.relative_to(folder)), row
-
-    return Table(folder, folder, ["audio", "text", "voice"], read, len(sounds), notes)
 
 
 def printable(name: str) -> str:
@@ -211,9 +99,6 @@ def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
                 if os.path.isfile(found):
                     return found
     return home / path
-
-
-# ---------------------------------------------------------------- files
 
 
 def open_file(path: Path, settings: DataSettings) -> Table:
@@ -275,12 +160,14 @@ def open_text_table(path: Path, settings: DataSettings) -> Table:
     """
     text = read_text(path)
     header = text.lstrip("\n").partition("\n")[0]
-    chosen = {settings.audio_column, settings.text_column, settings.voice_column}
+    chosen = (settings.audio_column, settings.text_column, settings.voice_column)
+    chosen = {column_key(name) for name in chosen if name}
 
     def count_known(separator: str) -> tuple[int, int]:
         names = [cell.strip('" ') for cell in header.split(separator)]
         known = {name for kind in COLUMNS for name in match_columns(kind, names)}
-        return len(known | chosen.intersection(names)), len(names)
+        known |= {name for name in names if column_key(name) in chosen}
+        return len(known), len(names)
 
     separator = max(",;\t|", key=count_known)
     least = 2 if "|" in header else 1  # a text of LJSpeech's first row may be a known name
@@ -291,39 +178,40 @@ def open_text_table(path: Path, settings: DataSettings) -> Table:
         fault = f"the first line is no header with known columns ({header[:80].strip()})"
         raise UserError(f"{path}: {fault}; {remedy}" if header else f"{path}: no rows in it")
     quoting, notes = choose_quoting(path, separator)
-    rows = read_cells(path, separator, quoting)
-    columns, count = next(rows)[1], sum(1 for _ in rows)
+    columns = next(read_cells(path, separator, quoting))[1]
     keys = Counter(column_key(name) for name in columns if name)
     if twice := [name for name, times in keys.items() if times > 1]:
         raise UserError(f"{path}: two columns are named {twice[0]}; rename one of them")
+    return table_of_cells(path, separator, quoting, columns, notes)
+
+
+def table_of_cells(path: Path, separator: str, quoting: int, columns: list, notes: list) -> Table:
+    """Return the table of a file with these columns; surplus cells of a row are under None."""
 
     def read(_):
-        for line, cells in itertools.islice(read_cells(path, separator, quoting), 1, None):
-            yield f"{path.name} row {line}", as_row(columns, cells)
+        for line, cells in read_cells(path, separator, quoting):
+            row = dict(zip(columns, cells, strict=False))
+            if any(cells[len(columns) :]):
+                row[None] = cells[len(columns) :]
+            if "normalized_text" in columns and not row.get("normalized_text"):
+                row["normalized_text"] = row.get("text")
+            if cells != columns:  # the header
+                yield f"{path.name} row {line}", row
 
-    return Table(path, path.parent, columns, read, count, notes)
-
-
-def as_row(columns: list[str], cells: list[str]) -> dict:
-    """Return cells by column, and those that are too many under None."""
-    surplus = cells[len(columns) :]
-    return dict(zip(columns, cells, strict=False)) | ({None: surplus} if any(surplus) else {})
+    return Table(path, path.parent, columns, read, sum(1 for _ in read(None)), notes)
 
 
 def read_cells(path: Path, separator: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which a row begins, its cells)."""
     dialect = {"delimiter": separator, "quoting": quoting, "skipinitialspace": True, "strict": True}
-    unquote = quoting == csv.QUOTE_NONE and separator != "|"
     with open(path, encoding="utf-8-sig") as file:
         rows, line = csv.reader(file, **dialect), 1
         try:
             for cells in rows:
                 first, line = line, rows.line_num + 1
                 cells = [cell.strip() for cell in cells]
-                if unquote:  # cells that are quoted as they should be
-                    whole = [re.fullmatch('"(([^"]|"")*)"', cell) for cell in cells]
-                    pairs = zip(whole, cells, strict=True)
-                    cells = [m[1].replace('""', '"') if m else cell for m, cell in pairs]
+                if quoting == csv.QUOTE_NONE and separator != "|":  # some cells may be quoted well
+                    cells = [QUOTED.sub(lambda m: m[1].replace('""', '"'), c) for c in cells]
                 if any(cells):
                     yield first, cells
         except csv.Error as error:
@@ -363,41 +251,35 @@ def holds_row(cell: str, separator: str, home: Path) -> bool:
 
 
 def open_ljspeech(path: Path, settings: DataSettings) -> Table:
-    """Return the table of `id|text` or `id|text|normalized text`, or of GPT-SoVITS's lists."""
+    """Return the table of `id|text` or `id|text|normalized text`, or of GPT-SoVITS's lists.
+
+    A third column is the normalized text if it resembles the second. It could also be a voice.
+    """
     widths = Counter(len(cells) for _, cells in read_cells(path, "|", csv.QUOTE_NONE))
     width = widths.most_common(1)[0][0]
-    columns, notes, text = ["file_name", "text", "normalized_text"][:width], [], "text"
     rows = (cells for _, cells in read_cells(path, "|", csv.QUOTE_NONE))
     rows = list(itertools.islice((row for row in rows if len(row) == width and row[-1]), 200))
     if width == 4 and all(re.fullmatch("[A-Za-z]{2,3}", row[2]) for row in rows):
         columns = ["file_name", "voice", "language", "text"]
-        notes = [f"{path.name} has no header: read as file_name|voice|language|text"]
-    elif width > 3:
-        remedy = "add a header line such as file_name|text|voice"
+        notes = [f"{path.name} has no header: read as {'|'.join(columns)}"]
+        return table_of_cells(path, "|", csv.QUOTE_NONE, columns, notes)
+    remedy = "add a header line such as file_name|text|voice"
+    if width > 3:
         raise UserError(f"{path}: {width} columns and no header to name them; {remedy}")
-    elif rows and width == 3:
-        text = settings.text_column or choose_ljspeech(path, rows)
-        place = {"text": "second", "normalized_text": "third"}.get(text)
-        notes = [f"{path.name} has no header; its {place} column holds the texts"] if place else []
-
-    def read(_):
-        for line, cells in read_cells(path, "|", csv.QUOTE_NONE):
-            row = as_row(columns, cells)
-            row["normalized_text"] = row.get("normalized_text") or row.get("text")
-            yield f"{path.name} row {line}", row
-
-    used = columns if width == 4 else ["file_name", text]
-    return Table(path, path.parent, used, read, widths.total(), notes)
-
-
-def choose_ljspeech(path: Path, rows: list[list[str]]) -> str:
-    """Return the third column, which could be a voice, if it resembles the second."""
-    pairs = [(row[1].lower(), row[2].lower()) for row in rows]
-    if np.mean([SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]) < 0.5:
-        fault = "the third column does not resemble the second, so it may be voices or texts"
-        remedy = "add a header line such as file_name|text|voice; a dataset takes --text_column"
-        raise UserError(f"{path}: {fault}; {remedy} text (the second) or normalized_text")
-    return "normalized_text"
+    columns, used = ["file_name", "text", "normalized_text"][:width], "text"
+    table = table_of_cells(path, "|", csv.QUOTE_NONE, columns, [])
+    if rows and width == 3:
+        pairs = [(row[1].lower(), row[2].lower()) for row in rows]
+        likeness = np.mean([SequenceMatcher(None, *p, autojunk=False).ratio() for p in pairs])
+        if settings.text_column is None and likeness < 0.5:
+            fault = "the third column does not resemble the second, so it may be voices or texts"
+            remedy += "; a dataset takes --text_column text (the second) or normalized_text"
+            raise UserError(f"{path}: {fault}; {remedy}")
+        used = settings.text_column or "normalized_text"
+        place = {"text": "second", "normalized_text": "third"}.get(used, "no")
+        table.notes.append(f"{path.name} has no header; its {place} column holds the texts")
+    table.columns = ["file_name", used]
+    return table
 
 
 # ---------------------------------------------------------------- what datasets reads
@@ -452,7 +334,7 @@ def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
     """Return the table of the rows that a builder of datasets streams."""
     from pyarrow.parquet import read_metadata
 
-    split, features, count = split_name(settings), builder.info.features, None
+    split, features, count, notes = split_name(settings), builder.info.features, None, []
     files, is_parquet = builder.config.data_files[split], "Parquet" in builder_kinds(builder)
     if builder_kinds(builder) & LOOSE:
         tables = [file for file in files if Path(file).name in TABLES or file.endswith(".csv")]
@@ -470,6 +352,10 @@ def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
                 fault = f"its columns differ from those of {Path(files[0]).name}: {other}"
                 raise UserError(f"{file}: {fault}; make them the same")
 
+        places = sorted({os.path.relpath(os.path.dirname(file), home) for file in files})
+        if len(places) > 1:
+            notes = [f"the folders {shorten(places)} are read together"]
+
     def stream(columns):
         builder.info.features = features
         if is_parquet:  # which then reads these alone, and not a million rows at once
@@ -477,7 +363,9 @@ def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
         dataset = builder.as_streaming_dataset(split=split)
         return dataset.select_columns(columns) if columns else dataset
 
-    return table_of_stream(stream, settings.dataset, home, count)
+    table = table_of_stream(stream, settings.dataset, home, count)
+    table.notes += notes
+    return table
 
 
 def table_of_stream(stream: Callable, name: str, home: Path | None, count: int | None) -> Table:
@@ -496,25 +384,3 @@ def table_of_stream(stream: Callable, name: str, home: Path | None, count: int |
     with readable(name):
         columns = stream(None).column_names
     return Table(name, home, columns or list(next(read(None), ("", {}))[1]), read, count)
-
-
-def open_hub(settings: DataSettings) -> Table:
-    """Return the table of a hub dataset: streamed with `limit`, else downloaded and read here."""
-    from datasets import load_dataset_builder
-    from huggingface_hub import snapshot_download
-
-    name, revision = settings.dataset, settings.dataset_revision
-    with readable(f"{name}: no such folder here, and on the hub it"):
-        try:
-            builder = load_dataset_builder(name, settings.dataset_config, revision=revision)
-            files = builder.config.data_files.get(split_name(settings), [])
-            # hf://datasets/owner/name@commit/data/train-0.parquet
-            wanted = [re.sub("^hf://[^@]*@[^/]*/", "", file) for file in files]
-            loose = builder_kinds(builder) & LOOSE
-            how = {"allow_patterns": None if loose else [*wanted, "README.md"]}
-        except ConnectionError:  # there may be what an earlier run downloaded
-            loose, how = True, {"local_files_only": True}
-        if loose or settings.limit is None:
-            folder = snapshot_download(name, repo_type="dataset", revision=revision, **how)
-            return open_folder(Path(folder), settings)
-    return open_with_datasets(name, settings, None, revision=revision)

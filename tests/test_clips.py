@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -206,8 +207,17 @@ def test_columns_of_voices(tmp_path):
 
 
 def test_which_of_several_columns(tmp_path):
-    names = ("id", "text", "speaker_gender", "source", "speaker_id", "speaker_name", "audio_file")
-    rows = [("1", "one", "f", "x.mp3", "3", "anna", "a.wav")]
+    names = (
+        "id",
+        "path",
+        "text",
+        "speaker_gender",
+        "source",
+        "speaker_id",
+        "speaker_name",
+        "audio",
+    )
+    rows = [("1", "x", "one", "f", "x.mp3", "3", "anna", "a.wav")]
     clips, note = read(table(folder_of(tmp_path, rows, names), "", "a.wav", ()))
     assert clips[0].audio == tmp_path / "a.wav" and clips[0].voice == "anna"
     assert note == "column speaker_name has the voices"
@@ -243,6 +253,7 @@ def test_columns_can_be_named(tmp_path):
         (["Note: this", "one day", "At 10:30 we left: all of us"], None, "- - -"),
         (["Note: this", "tara: one day", "two"], "tara", "- tara -"),
         (["He said: no", "She said: yes"], None, "- -"),
+        (["Mary Ann: no", "Mary Ann: yes", "Mary Ann: well"], None, "Mary_Ann Mary_Ann Mary_Ann"),
         (["http://a.b", "10:30"], None, "- -"),
         ([f"w{n}: one day" for n in range(20)], None, "- " * 20),  # headwords
     ],
@@ -253,7 +264,7 @@ def test_voices_before_the_texts(given, voice, wanted, tmp_path):
     clips, note = read(tmp_path / "list.jsonl", voice=voice or "null")
     for clip, text, name in zip(clips, given, wanted.split(), strict=True):
         assert clip.text.strip() == (text if name == "-" else text.split(": ", 1)[1])
-        assert clip.voice == (None if name == "-" or voice == "tara" else name)
+        assert clip.voice == (None if name == "-" or voice == "tara" else name.replace("_", " "))
     assert bool(note) == (wanted.strip(" -") != "")
 
 
@@ -338,6 +349,7 @@ def hub_folders(tmp_path_factory):
         readme += f"- config_name: {name}\n  data_files:\n"
         for split in ("train", "test"):
             readme += f"  - split: {split}\n    path: {name}/{split}-*\n"
+    shutil.copytree(home / "configs", home / "configs2")
     (home / "configs/README.md").write_text(readme + "---\n")
     return home
 
@@ -350,6 +362,7 @@ def test_splits_of_a_downloaded_folder(hub_folders):
     assert texts(folder, dataset_split="train[1:3]", limit=1) == ["two"]
     assert texts(folder, dataset_split="train[-25%:]") == ["four"]
     assert read(folder)[0][0].audio.startswith(b"RIFF")
+    assert "folders de, en are read" in read(hub_folders / "configs2")[1]
     assert "no split dev; there are: train, validation, test" in refusal(
         folder, dataset_split="dev"
     )
@@ -370,6 +383,8 @@ def test_splits_and_configs_of_our_own_forms(tmp_path):
     table(tmp_path / "tables", "path\tsentence\nc.mp3\tone\n", "train.tsv", ["clips/c.mp3"])
     table(tmp_path / "tables", "path\tsentence\nc.mp3\ttwo\n", "test.tsv")
     de = {"dataset_config": "de"}
+    table(tmp_path / "data/test", "file_name,text\na.wav,three\n")
+    assert texts(tmp_path, dataset_split="test") == ["three"]
     assert texts(tmp_path, **de) == ["de/train one", "de/train two"]
     assert texts(tmp_path, **de, dataset_split="test[1:]") == ["de/test two"]
     assert texts(tmp_path / "en", dataset_split="train[:50%]") == ["en/train one"]
