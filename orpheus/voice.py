@@ -19,25 +19,26 @@ from transformers.generation import BaseStreamer
 
 from orpheus.audio import concat_with_pauses
 from orpheus.codec import decode_stream, load_codec
-from orpheus.hub import absolute_path_or_hub_id
-from orpheus.models import device
-from orpheus.run_info import choose_voice, load_run, load_run_info
+from orpheus.hub import MODEL_FILES, fetch, is_model
+from orpheus.models import check_machine, device, load_model, training_dtype
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, last_checkpoint
 from orpheus.scoring import BY_ITSELF, CUT_OFF, choose_best, detect_failure
-from orpheus.settings import Settings, UserError
+from orpheus.settings import Settings, UserError, read_json, read_settings
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
     SLOTS,
     SpeechIds,
     ids_to_codes,
-    parts_of,
     prompt_ids,
     read_speech_ids,
+    speakable,
+    split_text,
 )
 
 
 @dataclass
-class Part:
+class Utterance:
     """A text that is spoken in one go, and what has been generated for it."""
 
     text: str
@@ -87,7 +88,7 @@ class SlotSampler(LogitsProcessor):
     random numbers depend on the seed and its candidate alone, not on the rest of the batch.
     """
 
-    def __init__(self, parts: list[Part], ids: SpeechIds, settings: Settings, start: int):
+    def __init__(self, parts: list[Utterance], ids: SpeechIds, settings: Settings, start: int):
         self.ids, self.settings, self.start = ids, settings, start  # start: length of the prompts
         shape = max(part.max_frames for part in parts) + 1, SLOTS  # one more for the end token
         generators = [np.random.default_rng([settings.seed, part.candidate]) for part in parts]
@@ -119,7 +120,7 @@ class SlotSampler(LogitsProcessor):
 class PartsEnd(StoppingCriteria):
     """Ends each row at its own length and, if there are other candidates, once it has failed."""
 
-    def __init__(self, parts: list[Part], ids: SpeechIds, start: int, pace, watch: bool):
+    def __init__(self, parts: list[Utterance], ids: SpeechIds, start: int, pace, watch: bool):
         self.parts, self.ids, self.start, self.pace, self.watch = parts, ids, start, pace, watch
         self.lengths = torch.tensor([part.max_frames * SLOTS for part in parts])
 
@@ -161,7 +162,7 @@ class FrameStreamer(BaseStreamer):
         self.frames.put(None)
 
 
-def format_end(parts: list[Part]) -> str:
+def format_end(parts: list[Utterance]) -> str:
     """How many frames the parts of a text have, and how the first that was cut off ended."""
     frames = sum(len(part.codes) for part in parts)
     cut_off = [part for part in parts if part.end != BY_ITSELF]
@@ -174,7 +175,7 @@ class Speech:
     """What a text became."""
 
     text: str
-    parts: list[Part]  # of a long text several
+    parts: list[Utterance]  # of a long text several
     pieces: Iterator[np.ndarray]  # of (samples,); to be taken once, unless `audio` is read
 
     @cached_property
@@ -204,7 +205,9 @@ class Voice:
     name: str | None = None  # of the voice in the prompt
     pace: float | None = None  # seconds a character of the recordings that it was trained on
     folder: Path | None = None  # of the model
-    home: Path | None = None  # the folder of the run's saved settings and report, if there is one
+    home: Path | None = None  # of the run's saved settings and report
+    weights: str = "16bit"  # how those of the base are held, as in training
+    dtype: torch.dtype | None = None  # as load_model takes it
 
     @cached_property
     def ids(self) -> SpeechIds:
@@ -241,11 +244,13 @@ class Voice:
             pieces = concat_with_pauses([self.decode(part, stream) for part in parts])
             yield Speech(text, parts, pieces)
 
-    def make_parts(self, text: str) -> list[Part]:
+    def make_parts(self, text: str) -> list[Utterance]:
         """Return the parts of a text, each with room for at least a frame of speech."""
         wanted = int(self.settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)  # frames
         parts = []
-        for words in parts_of(text, self.settings):
+        if not speakable(text):
+            raise UserError(f"{text[:40]!r}: nothing to speak: no letter or digit")
+        for words in split_text(text, self.settings, self.pace):
             prompt = prompt_ids(self.tokenizer, self.ids, words, self.name)
             room = (self.model.config.max_position_embeddings - len(prompt) - 1) // SLOTS
             if wanted < 1:
@@ -254,11 +259,11 @@ class Voice:
             if room < 1:
                 fault = f"a text of {len(prompt)} tokens leaves no room for a frame of speech"
                 raise UserError(f"{words[:40]!r}: {fault}; shorten it")
-            parts.append(Part(words, prompt, min(wanted, room)))
+            parts.append(Utterance(words, prompt, min(wanted, room)))
         return parts
 
     @torch.inference_mode()
-    def generate(self, parts: list[Part], streamer: FrameStreamer | None = None) -> None:
+    def generate(self, parts: list[Utterance], streamer: FrameStreamer | None = None) -> None:
         """Generate the codes of parts in one batch; with `best_of`, failed ones end early."""
         prompts = [torch.tensor(part.prompt) for part in parts]
         tokens = pad_sequence(prompts, True, self.ids.pad, padding_side="left")
@@ -287,7 +292,7 @@ class Voice:
             part.end = part.end or (BY_ITSELF if by_itself else CUT_OFF)
             part.codes = ids_to_codes(speech[: frames * SLOTS], self.ids)
 
-    def generate_best(self, parts: list[Part]) -> Iterator[Part]:
+    def generate_best(self, parts: list[Utterance]) -> Iterator[Utterance]:
         """Generate parts in batches; yield each, or the best of its `best_of` candidates."""
         count = self.settings.best_of
         size = max(1, self.settings.speak_batch_size // count)
@@ -303,14 +308,14 @@ class Voice:
                         part.audio = np.concatenate([*self.decode(part)])
                 yield choose_best(group, self.pace) if count > 1 else group[0]
 
-    def decode(self, part: Part, stream: bool = False) -> Iterator[np.ndarray]:
+    def decode(self, part: Utterance, stream: bool = False) -> Iterator[np.ndarray]:
         """Yield the samples of a part, (samples,) in pieces; in a stream, generate it meanwhile."""
         if part.audio is not None:
             return iter([part.audio])
         frames = self.stream_frames(part) if stream else part.codes
         return decode_stream(self.codec, frames, seed=self.settings.seed)
 
-    def stream_frames(self, part: Part) -> Iterator[np.ndarray]:
+    def stream_frames(self, part: Utterance) -> Iterator[np.ndarray]:
         """Yield (7,) codes of a part while another thread generates it."""
         streamer = FrameStreamer(self.ids)
         with ThreadPoolExecutor(1) as executor:
@@ -326,23 +331,77 @@ class Voice:
             done.result()
 
 
-def load_voice(model: str | Path | None = None, config: str | None = None, **changes) -> Voice:
+def default_model(settings: Settings) -> str:
+    """Return output_dir if it holds a run, otherwise the base model; print which."""
+    out = settings.output_dir
+    trained = is_model(Path(out))
+    print(f"model    {out if trained else f'{settings.model}, the base: no run in output_dir yet'}")
+    return out if trained else settings.model
+
+
+@dataclass
+class Run:
+    """A model's folder, and what finetune.py left in it or, if it is a checkpoint, above it."""
+
+    folder: Path
+    settings: Settings
+    home: Path | None = None  # the folder of the saved settings and report; None without them
+    voices: list[str] = field(default_factory=list)  # that it was trained on
+    pace: float | None = None  # seconds a character of their recordings
+
+
+def find_run(model: str | Path, files: list[str] = MODEL_FILES, **changes) -> Run:
+    """Return the Run of a folder or hub id, of which `files` are fetched.
+
+    Its settings are those of the run, without one those of config.json, under `changes`.
+    """
+    folder = fetch(str(model), files)
+    if not is_model(folder):
+        remedy = "give a finished run, a checkpoint or a model"
+        if checkpoint := last_checkpoint(folder):
+            remedy = f"give {checkpoint}, or finish the run with finetune.py --resume"
+        raise UserError(f"{folder}: no adapter or model in it; {remedy}")
+    for home in (folder, folder.resolve().parent):
+        if (home / SAVED_CONFIG).is_file():
+            settings = read_settings(home / SAVED_CONFIG, changes, saved=True)
+            report = read_json(home / SAVED_REPORT)
+            pace = report["seconds"] / report["characters"] if report["characters"] else None
+            return Run(folder, settings, home, list(report["voices"]), pace)
+    return Run(folder, read_settings(words=changes))
+
+
+def load_voice(model: str | Path | None = None, **changes) -> Voice:
     """Load an adapter, a checkpoint, a merged model or a base, with its codec.
+
+    It speaks in the precision and over the weights of its training, and a base without a run in
+    bfloat16 on a CPU, on a GPU as config.json says.
 
     Args:
         model: folder or hub id; None is the run of config.json, or its base if there is none yet.
-        config: file of settings that go over those of the run.
-        changes: settings that go over both (`temperature`, `seed`, `codec`, …), and `voice`, one of
-            the names that the model was trained on.
+        changes: settings that go over those of the run (temperature, seed, codec, …), and `voice`,
+            one of the names that the model was trained on, if not the first.
 
     Raises:
-        UserError: what is given is no model, or a setting or voice that does not exist.
+        UserError: there is no such model, voice or setting.
     """
     name = changes.pop("voice", None)
-    if "codec" in changes:
-        changes["codec"] = absolute_path_or_hub_id(changes["codec"])
-    info = load_run_info(str(model) if model else None, changes, config=config)
-    name = choose_voice(name, info)
-    codec = load_codec(info.settings.codec, device())
-    model, tokenizer = load_run(info)
-    return Voice(model, tokenizer, codec, info.settings, name, info.pace, info.folder, info.home)
+    model = model or default_model(read_settings())
+    check_machine(str(model))
+    run = find_run(model, **changes)
+    if name and run.voices and name not in run.voices:
+        raise UserError(f"voice {name}: {run.folder} was trained on {', '.join(run.voices)}")
+    codec, cpu = load_codec(run.settings.codec, device()), device() == "cpu"
+    weights = run.settings.weights if run.home or not cpu else "16bit"
+    dtype = torch.bfloat16 if cpu else None
+    dtype = training_dtype(run.settings) if run.home else dtype
+    model, tokenizer = load_model(str(run.folder), weights, dtype=dtype)
+    notes = {
+        "16bit": "",
+        "4bit": "; 4-bit weights",
+        "8bit": "; 8-bit weights",
+        "fp8": "; trained over fp8 weights, speaks over 16-bit ones instead",
+    }
+    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{notes[weights]}")
+    name = name or next(iter(run.voices), run.settings.voice)
+    held = {"folder": run.folder, "home": run.home, "weights": weights, "dtype": dtype}
+    return Voice(model, tokenizer, codec, run.settings, name, run.pace, **held)
