@@ -281,7 +281,7 @@ class Voice:
             streamer=streamer,
             eos_token_id=self.ids.eos,
             pad_token_id=self.ids.eos,
-            cache_implementation=getattr(self.settings, "cache_implementation", None),
+            cache_implementation=self.settings.cache_implementation,
             use_cache=True,
             **NEUTRAL,
         )
