@@ -92,7 +92,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     if checkpoint:
         runs.check_resumed(settings, report.digest, checkpoint)
     runs.set_aside(settings)
-    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out, train_rows)
+    evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out)
 
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)

@@ -2,64 +2,51 @@
 
 python infer.py "Hello there"                                 # the run of config.json
 python infer.py "Hello there" --model outputs/numbers --voice slt --out hello.wav
-python infer.py --file lines.txt --out lines/                 # lines/001.wav, lines/002.wav, …
+python infer.py --file book.txt --out book/                   # book/001.wav, book/002.wav, …
 python infer.py "Hello there" --stream --out - | aplay        # played while it is generated
 python infer.py --wav recording.flac --out decoded.wav        # what the codec alone does to it
 python infer.py --tokens ids.txt --out ids.wav                # ids from another program
+
+Settings for speaking are those of the run; --config and the options go over them.
 """
 
 import argparse
 import contextlib
 import sys
+import time
 from pathlib import Path
 
-from orpheus.options import Parser, overrides, read_texts
-from orpheus.settings import UserError, run
+from orpheus.settings import Parser, SpeakingSettings, UserError, run
 
-INPUTS = ("texts", "file", "wav", "tokens")
-DECODING = {"model", "config", "out", "codec", "seed"}  # the options of --wav and --tokens
 STREAM_TARGETS = ("-", "pcm")  # names of --out that write to standard output
 
 
-def read_arguments() -> argparse.Namespace:
-    """The command line; `UserError` for options that do not go together."""
+def read_options() -> tuple[argparse.Namespace, dict]:
+    """Return the command line, and the settings that it and --config give."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="what to say; each text becomes a wav")
-    words = "texts, one a line; or a metadata.csv, with whose recordings --score compares"
+    words = "a text file: its paragraphs if empty lines separate any, else each line, become wavs"
     add("--file", metavar="FILE", help=words)
     add("--wav", metavar="FILE", help="a recording to encode and decode instead")
-    add("--tokens", metavar="FILE", help="a file of ids to decode instead")
+    add("--tokens", metavar="FILE", help="a file of ids to decode instead, as any program prints")
     words = "adapter, checkpoint, merged folder or hub id (config.json's run)"
-    add("--model", metavar="…", action="append", help=words)
+    add("--model", metavar="…", help=words)
+    add("--voice", metavar="NAME", help="voice name (the adapter's first)")
     words = "wav, or folder for several texts (out.wav, out/); streams also: -, pcm"
     add("--out", metavar="…", help=words)
     add("--stream", action="store_true", help="write the audio while it is generated")
-    parser.add_scoring_options()
-    parser.add_run_options()
-    arguments = parser.parse_options()
-    check_options(arguments)
-    arguments.model = arguments.model[0] if arguments.model else None
-    return arguments
-
-
-def check_options(arguments: argparse.Namespace) -> None:
-    """`UserError` for options that exclude each other, so that none is ignored."""
-    given = [name for name, value in vars(arguments).items() if value]
-    inputs = [name for name in INPUTS if name in given]
-    if len(inputs) != 1:
+    options, given = parser.parse("codec", *SpeakingSettings.model_fields)
+    inputs = [options.texts, options.file, options.wav, options.tokens]
+    if sum(map(bool, inputs)) != 1:
         raise UserError("command line: give one of: texts, --file, --tokens, --wav")
-    for name in given if inputs[0] in ("wav", "tokens") else []:
-        if name not in {*inputs, *DECODING}:
-            raise UserError(f"command line: --{name} does nothing with --{inputs[0]}; leave it out")
-    if len(arguments.model or []) > 1:
-        raise UserError("command line: only a page takes several --model: python -m orpheus.page")
+    return options, given
 
 
-def output_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
-    """The file of each text: --out or numbered wavs in it; `UserError` for several in one wav."""
-    several = bool(arguments.file) or count > 1
-    out = Path(arguments.out or ("out" if several else "out.wav"))
+def output_paths(options: argparse.Namespace, count: int) -> list[Path]:
+    """Return the file of each text: --out, or numbered wavs in it."""
+    several = bool(options.file) or count > 1
+    out = Path(options.out or ("out" if several else "out.wav"))
     if several and out.suffix.lower() in (".wav", ".flac"):
         raise UserError(f"--out {out}: several texts need a folder, such as --out {out.stem}/")
     if str(out) not in STREAM_TARGETS:
@@ -69,63 +56,66 @@ def output_paths(arguments: argparse.Namespace, count: int) -> list[Path]:
     return [out] * count
 
 
-def decode_input(arguments: argparse.Namespace, stream: bool, out: Path) -> None:
-    """Writes what the codec makes of a recording, or of ids from another program."""
+def decode_input(options: argparse.Namespace, given: dict):
+    """Return as Speech what the codec makes of a recording, or of ids from another program."""
     import torch
 
-    from orpheus.audio import read_audio
-    from orpheus.codec import decode, encode, load_codec
-    from orpheus.generation import save_speech
-    from orpheus.hub import TOKENIZER_FILES
-    from orpheus.models import device, load_tokenizer
-    from orpheus.run_info import load_run_info
-    from orpheus.scoring import Utterance
-    from orpheus.tokens import read_tokens
+    from orpheus import audio, codec, hub, models, tokens, voice
 
-    audio = read_audio(Path(arguments.wav))[0] if arguments.wav else None
-    info = load_run_info(arguments.model, overrides(arguments), TOKENIZER_FILES, arguments.config)
-    codec = load_codec(info.settings.codec, device())
-    if audio is not None:
-        codes, end = encode(codec, [audio])[0], "encoded and decoded"
+    settings, tokenizer = options.settings, None
+    if options.model or hub.is_model(Path(settings.output_dir)):
+        run = voice.find_run(options.model or settings.output_dir, hub.TOKENIZER_FILES, **given)
+        settings, tokenizer = run.settings, models.load_tokenizer(run.folder)
+    snac = codec.load_codec(settings.codec, models.device())
+    if options.wav:
+        codes, end = codec.encode(snac, [audio.read_audio(Path(options.wav))[0]])[0], "encoded"
     else:
-        tokenizer = load_tokenizer(info.folder) if info.folder else None
-        codes, end = read_tokens(Path(arguments.tokens), tokenizer, codec.codebook_size), "decoded"
-    torch.manual_seed(info.settings.seed)
-    utterance = Utterance("", [], 0, frames=list(codes), end=end)
-    save_speech(iter([([utterance], [decode(codec, codes)])]), out, stream)
+        codes, end = tokens.read_tokens(Path(options.tokens), tokenizer, snac.codebook_size), "read"
+    torch.manual_seed(settings.seed)
+    part = voice.Utterance("", [], 0, codes=codes, end=f"{end} and decoded")
+    return voice.Speech("", [part], iter([codec.decode(snac, codes)]))
 
 
-def speak_texts(arguments, stream: bool, texts: list[str], recordings, paths: list[Path]) -> None:
-    """Speaks each text to its path, and scores it with --score."""
-    from orpheus.codec import load_codec
-    from orpheus.generation import speak
-    from orpheus.models import device
-    from orpheus.run_info import choose_voice, load_run, load_run_info
-    from orpheus.scoring import load_judges
+def write_speech(speeches, path: Path, stream: bool) -> None:
+    """Write the next speech and print a line. The file is opened first, as it may not be writable.
 
-    judges = load_judges(arguments.whisper or "base", recordings) if arguments.score else None
-    info = load_run_info(arguments.model, overrides(arguments), config=arguments.config)
-    if stream and info.settings.best_of > 1:
-        raise UserError("--stream plays what comes first: leave out --best_of, or set it to 1")
-    voice = choose_voice(arguments.voice, info)
-    codec = load_codec(info.settings.codec, device())
-    model, tokenizer = load_run(info)
-    options = {"pace": info.pace, "stream": stream, "judges": judges, "keep": arguments.score}
-    speak(texts, paths, model, tokenizer, codec, info.settings, voice, **options)
+    In a stream, each piece is written as soon as it can be decoded.
+    """
+    from orpheus import audio, tokens, voice
+
+    started, length, first = time.perf_counter(), 0, 0
+    with (audio.streamed_audio if stream else audio.audio_file)(path) as write:
+        speech = next(speeches)
+        for piece in speech.pieces:
+            write(piece)
+            first = first or time.perf_counter() - started
+            length += len(piece)
+    seconds, spent = length / tokens.SAMPLE_RATE, time.perf_counter() - started
+    end = voice.format_end(speech.parts)
+    message = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {end}"
+    if stream:
+        message += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
+    print(message, flush=True)
 
 
 def main() -> None:
-    arguments = read_arguments()
-    decoding = bool(arguments.wav or arguments.tokens)
-    texts, recordings = ([], []) if decoding else read_texts(arguments.texts, arguments.file)
-    paths = output_paths(arguments, 1 if decoding else len(texts))
-    piped = str(paths[0]) in STREAM_TARGETS
-    stream = arguments.stream or piped
+    options, given = read_options()
+    piped = options.out in STREAM_TARGETS
     with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
-        if decoding:
-            decode_input(arguments, stream, paths[0])
+        from orpheus import tokens
+
+        texts = tokens.read_texts(Path(options.file)) if options.file else options.texts or [""]
+        paths, stream = output_paths(options, len(texts)), options.stream or piped
+        if options.wav or options.tokens:
+            speeches = iter([decode_input(options, given)])
         else:
-            speak_texts(arguments, stream, texts, recordings, paths)
+            from orpheus.voice import default_model, load_voice
+
+            given |= {"voice": options.voice} if options.voice else {}
+            model = options.model or default_model(options.settings)
+            speeches = load_voice(model, **given).speak(texts, stream)
+        for path in paths:
+            write_speech(speeches, path, stream)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,29 @@
 """Checks of a model in training: its loss on held-out rows by slot, and how it speaks."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from orpheus.codec import decode_stream
+from orpheus.audio import audio_file
 from orpheus.doctor import Report
 from orpheus.files import write_text
-from orpheus.generation import make_utterance, speak
 from orpheus.memory import read_config
 from orpheus.models import training_dtype
-from orpheus.runs import RANK
-from orpheus.scoring import Judge, load_judges
 from orpheus.settings import Settings
-from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds, parts_of, read_speech_ids, whole_frames
+from orpheus.tokens import SAMPLE_RATE, SLOTS, SpeechIds
+from orpheus.voice import Speech, Voice
 
-SCORES = ("wer", "likeness", "mos")  # the judges' that the console shows
-REFERENCES = 20  # recordings whose voice the samples are compared with
 POSITIONS = 256  # whose logits are held at once: those of a whole row would fill a small GPU
 
 
 def held_out_metrics(
     model, rows: list[dict], ids: SpeechIds, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Mean loss (nats) and accuracy over held-out rows: of all tokens, and by kind of token.
+    """Return mean loss (nats) and accuracy over held-out rows: of all tokens, and by kind of token.
 
     Kinds are text, slots 0 to 6, and the end of speech.
 
@@ -63,85 +60,63 @@ def held_out_metrics(
 
 
 def target_kinds(targets: torch.Tensor, ids: SpeechIds) -> torch.Tensor:
-    """(n,) ids → (n,) kinds: 0–6 for the slot of a code, 7 for the end of speech, 8 for text."""
+    """Return the kinds of (n,) ids: 0–6 for the slot of a code, 7 for the end, 8 for text."""
     kind = (targets - ids.audio).div(ids.codebook_size, rounding_mode="floor")
     kind[(kind < 0) | (kind >= SLOTS)] = SLOTS + 1
     kind[(targets == ids.eos) | (targets == ids.eoa)] = SLOTS
     return kind
 
 
-@dataclass
 class SampleEvaluator:
-    """Evaluates a model in training: held-out loss and spoken `sample_texts`.
+    """Evaluates a model in training: held-out loss, and `sample_texts` as infer.py would say them.
 
-    Making one raises `UserError` for a sample text for which the base's context has no room.
+    Args:
+        tokenizer, codec: of the base.
+        report: on the data; the samples are spoken by its first voice.
+        held_out: rows that are not trained on.
+
+    Raises:
+        UserError: the base's context has no room for one of the texts.
     """
 
-    tokenizer: object
-    codec: object
-    settings: Settings
-    report: Report
-    held_out: list[dict]  # rows
-    trained: list[dict]  # rows, whose voice the judges compare with if none is held out
-
-    def __post_init__(self):
-        self.ids = read_speech_ids(self.tokenizer, self.codec.codebook_size)
-        self.voice = next(iter(self.report.voices), None)
-        config = read_config(self.settings)
-        for text in self.settings.sample_texts:
-            for part in parts_of(text, self.settings):
-                make_utterance(config, self.tokenizer, self.ids, part, self.settings, self.voice)
-        self.judges = self.load_judges() if self.settings.judge_samples and not RANK else []
-
-    def load_judges(self) -> list[Judge]:
-        """The judges that are installed; the recordings through the codec are the voice."""
-        model = self.settings.judge_samples
-        rows = [row for row in self.held_out if row["voice"] == (self.voice or "")]
-        rows = rows or [row for row in self.trained if row["voice"] == (self.voice or "")]
-        speech = [
-            row["input_ids"][np.argmax(row["input_ids"] == self.ids.sos) + 1 :] for row in rows
-        ]
-        codes = [whole_frames(ids, self.ids)[0] for ids in speech[:REFERENCES]]
-        recordings = [np.concatenate([*decode_stream(self.codec, c, seed=0)]) for c in codes]
-        return load_judges("base" if model is True else model, recordings)
+    def __init__(self, tokenizer, codec, settings: Settings, report: Report, held_out):
+        self.settings, self.held_out = settings, held_out
+        base = SimpleNamespace(config=read_config(settings))  # the model comes with each check
+        name, pace = (
+            next(iter(report.voices), settings.voice),
+            report.seconds / max(report.characters, 1),
+        )
+        self.voice = Voice(base, tokenizer, codec, settings, name, pace)
+        for text in settings.sample_texts:
+            self.voice.make_parts(text)
 
     def __call__(self, model, step: int) -> tuple[dict[str, float], list]:
-        """(metrics, [(samples, whether the speech ended by itself), …]); writes the wavs.
+        """Return the metrics of a step, and (samples, whether it ended by itself) of each text.
 
+        The samples are written to wavs.
         Neither the training RNG nor the model's mode is changed.
         """
-        settings, texts = self.settings, self.settings.sample_texts
-        folder = sample_folder(settings, step)
-        paths = [folder / f"{n:02}.wav" for n in range(1, len(texts) + 1)]
+        settings, dtype = self.settings, training_dtype(self.settings)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        dtype = training_dtype(settings)
         # Unsloth's full fine-tuning has norms in fp32 and the rest in bf16: without autocast such a
         # model cannot generate
         mixed = settings.full_finetuning and dtype == torch.bfloat16
         autocast = torch.autocast(model.device.type, dtype, enabled=mixed)
         set_mode(model, settings, "inference")
-        with torch.random.fork_rng(devices):
-            loaded = model, self.tokenizer, self.codec
-            with autocast:
-                samples = speak(texts, paths, *loaded, settings, self.voice, quiet=True)
-            scores = self.judge(samples)
-        metrics = held_out_metrics(model, self.held_out, self.ids, dtype)
+        with torch.random.fork_rng(devices), autocast:
+            voice = dataclasses.replace(self.voice, model=model)
+            samples = list(voice.speak(settings.sample_texts))
+            for n, speech in enumerate(samples, 1):
+                with audio_file(sample_folder(settings, step) / f"{n:02}.wav") as write:
+                    write(speech.audio)
+        metrics = held_out_metrics(model, self.held_out, voice.ids, dtype)
         set_mode(model, settings, "training")
-        loss = metrics.get("eval_loss", 0.0)
-        return metrics | speech_metrics(texts, samples, self.report, loss, scores), samples
-
-    def judge(self, samples: list) -> dict[str, float]:
-        """The mean of each judge's scores over the samples that it has scored."""
-        scores = [
-            {name: value for judge in self.judges for name, value in judge(audio, text).items()}
-            for text, (audio, _) in zip(self.settings.sample_texts, samples, strict=True)
-        ]
-        names = dict.fromkeys(name for row in scores for name in row)
-        return {name: float(np.mean([r[name] for r in scores if name in r])) for name in names}
+        metrics |= speech_metrics(samples, voice.pace, metrics.get("eval_loss", 0))
+        return metrics, [(speech.audio, speech.ended) for speech in samples]
 
 
 def set_mode(model, settings: Settings, mode: str) -> None:
-    """`mode` is training or inference. Unsloth's models have methods of their own for it."""
+    """Set a model's mode, training or inference; Unsloth's have methods of their own for it."""
     if settings.backend == "unsloth":
         getattr(model, f"for_{mode}")()
     else:
@@ -152,31 +127,23 @@ def sample_folder(settings: Settings, step: int) -> Path:
     return Path(settings.output_dir) / f"samples/step-{step:06}"
 
 
-def speech_metrics(
-    texts: list[str], samples: list, report: Report, loss: float, scores: dict[str, float]
-) -> dict:
-    """The share of samples that ended by themselves, their pace, and a score to compare steps by.
+def speech_metrics(samples: list[Speech], pace: float, loss: float) -> dict[str, float]:
+    """Return the share of samples that ended by themselves, their pace, and a score of the step.
 
-    The pace is seconds a character, relative to the data's. The score weighs the share that ended
-    first, then the pace, the held-out loss last. With the judges' `scores`, it weighs the share
-    that ended, the word errors, the likeness, the pace and the loss, each ten times the next.
+    The pace is in multiples of the data's `pace`, which is in seconds a character. The score weighs
+    the share that ended first, then the pace, the held-out loss last.
     """
     if not samples:
         return {"eval_score": -loss / 10}
-    ended = sum(end for _, end in samples) / len(samples)
-    seconds = sum(len(audio) for audio, _ in samples) / SAMPLE_RATE
-    pace = seconds / sum(map(len, texts)) / (report.seconds / report.characters)
-    distance = min(abs(math.log(pace)), 5)
-    score = 100 * ended - 10 * distance - loss / 10
-    if scores:
-        words, likeness = min(scores.get("wer", 0.0), 2), scores.get("likeness", 0.0)
-        score = 1000 * ended - 100 * words + 10 * likeness - distance - loss / 10
-    metrics = {"eval_ended": ended, "eval_pace": pace, "eval_score": score}
-    return metrics | {f"eval_{name}": value for name, value in scores.items()}
+    ended = sum(speech.ended for speech in samples) / len(samples)
+    seconds = sum(len(speech.audio) for speech in samples) / SAMPLE_RATE
+    relative = seconds / sum(len(speech.text) for speech in samples) / pace
+    score = 100 * ended - 10 * min(abs(math.log(relative)), 5) - loss / 10
+    return {"eval_ended": ended, "eval_pace": relative, "eval_score": score}
 
 
 def format_check(logs: dict, step: int, settings: Settings) -> str:
-    """The console's line for one check; checks.csv and TensorBoard have all of its values."""
+    """Return the console's line for one check; checks.csv and TensorBoard have all values."""
     parts = [f"check    step {step}"]
     if "eval_loss" in logs:
         parts.append(f"held-out {logs['eval_loss']:.2f}")
@@ -185,13 +152,12 @@ def format_check(logs: dict, step: int, settings: Settings) -> str:
     if "eval_ended" in logs:
         count = len(settings.sample_texts)
         parts.append(f"ended {round(logs['eval_ended'] * count)}/{count}")
-        parts += [f"{n} {logs[f'eval_{n}']:.2f}" for n in SCORES if f"eval_{n}" in logs]
         parts += [f"pace {logs['eval_pace']:.2f}", f"samples: {sample_folder(settings, step)}/"]
     return "   ".join(parts)
 
 
 def save_checks(log_history: list[dict], out: Path) -> None:
-    """Writes the table of all checks to checks.csv, and prints which step was the best."""
+    """Write the table of all checks to checks.csv, and print which step was the best."""
     checks = [log for log in log_history if "eval_score" in log]
     if not checks:
         return
@@ -204,7 +170,7 @@ def save_checks(log_history: list[dict], out: Path) -> None:
     ]
     write_text(out / "checks.csv", "\n".join(lines) + "\n")
     best = max(checks, key=lambda log: log["eval_score"])
-    shown = (f"eval_{name}" for name in ("ended", *SCORES, "pace", "loss"))
+    shown = (f"eval_{name}" for name in ("ended", "pace", "loss"))
     parts = [f"{name[5:]} {best[name]:.3g}" for name in shown if name in best]
     checkpoint = out / f"checkpoint-{best['step']}"
     parts += [f"kept in {checkpoint}"] if checkpoint.is_dir() else []

@@ -11,7 +11,7 @@ from snac import SNAC
 from snac.layers import Snake1d
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from orpheus.hub import as_user_error, fetch
+from orpheus.hub import fetch
 from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to_levels
 
@@ -19,25 +19,24 @@ CODEC_FILES = ["config.json", "pytorch_model.bin"]
 
 
 def load_codec(path: str, device: str = "cpu") -> SNAC:
-    """Loads SNAC from a folder or hub id, for inference on `device`.
+    """Load SNAC from a folder or hub id, for inference on `device`.
 
-    Raises `UserError` for damaged or unsafe files, and for a codec that is not at 24 kHz with
-    levels of 1, 2 and 4 codes a frame.
+    Raises:
+        UserError: its files are missing, damaged or unsafe, or it is not at 24 kHz with levels of
+            1, 2 and 4 codes a frame.
     """
     folder = fetch(path, CODEC_FILES)
     for name in CODEC_FILES:
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder}: no {name}: not a SNAC codec, as hubertsiuzdak/snac_24khz is"
-            )
+            raise UserError(f"{folder}: no {name}: no codec as hubertsiuzdak/snac_24khz is one")
     weights = folder / "pytorch_model.bin"
-    with as_user_error(folder / "config.json"):
-        codec = SNAC.from_config(folder / "config.json")
-    with as_user_error(weights):
-        try:
-            codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
-        except (UnpicklingError, EOFError):  # torch's message advises to load the file all the same
-            raise UserError(f"{weights}: not plain weights: damaged, or unsafe to load") from None
+    codec = SNAC.from_config(folder / "config.json")
+    try:
+        codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        # torch's message advises to load an unsafe file all the same
+        fault = "damaged, unsafe to load, or of another config.json; download it again"
+        raise UserError(f"{weights}: {fault}") from error
     shape = (codec.sampling_rate, int(codec.hop_length) * 4, list(codec.vq_strides))
     if shape != (SAMPLE_RATE, FRAME_SAMPLES, [4, 2, 1]):
         raise UserError(f"{folder}: not SNAC at 24 kHz with three levels: {shape}")
@@ -84,7 +83,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:
-    """Encodes clips of (samples,) at 24 kHz to codes of (frames, 7), frames = ⌈samples / 2048⌉.
+    """Encode clips of (samples,) at 24 kHz to codes of (frames, 7), frames = ⌈samples / 2048⌉.
 
     A clip gets the same codes alone and in any batch, since as many zeros follow it as the encoder
     looks ahead.
@@ -102,7 +101,7 @@ def encode(codec: SNAC, clips: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def decode(codec: SNAC, codes: np.ndarray) -> np.ndarray:
-    """Decodes (frames, 7) codes to (frames × 2048,) float32 samples at 24 kHz.
+    """Decode (frames, 7) codes to (frames × 2048,) float32 samples at 24 kHz.
 
     The full-size decoder adds noise: seed torch to get the same samples again.
     """
@@ -122,7 +121,7 @@ def decode_stream(
     size: int = STREAM_FRAMES,
     seed: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Decodes frames of (7,) codes as they come, in pieces of `size` frames.
+    """Decode frames of (7,) codes as they come, in pieces of `size` frames.
 
     Each piece is decoded with its context, so that together they are the samples of the whole. A
     `seed` for torch fixes the decoder's noise.

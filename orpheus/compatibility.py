@@ -75,9 +75,6 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
         "dataloader_persistent_workers needs dataloader_num_workers above 0": (
             arguments.dataloader_persistent_workers and not workers
         ),
-        'cuda_graph does not work in training with weights "8bit"; give it to infer.py instead': (
-            settings.cuda_graph and settings.weights == "8bit" and gpu
-        ),
         "fit plans for a single GPU: leave it out with several ranks, device_map or fsdp": (
             settings.fit and (WORLD_SIZE > 1 or settings.device_map or arguments.fsdp)
         ),

@@ -158,8 +158,6 @@ def speak_frames(
             batch.drop_ended()
         inputs = batch.tokens, batch.positions, batch.uniforms[:, frame]
         with torch.no_grad():
-            if frame == 2 and static and settings.cuda_graph:
-                step = capture_cuda_graph(step, inputs)
             codes, batch.tokens, batch.positions = step(*inputs)
         ends = batch.endings(codes[:, 0])
         for row, row.end, frame_codes in zip(batch.rows, ends, codes.cpu().numpy(), strict=True):
@@ -167,22 +165,3 @@ def speak_frames(
                 row.frames.append(frame_codes)
         if not all(row.end for row in batch.rows):
             yield
-
-
-def capture_cuda_graph(function: Callable, inputs: tuple[torch.Tensor, ...]) -> Callable:
-    """Captures function(*inputs) in a CUDA graph: one launch instead of thousands.
-
-    Returns a function for inputs of the same shapes, whose results its next call overwrites.
-    """
-    buffers, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-    # A thread that pins memory for the training's batches would break the default mode
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = function(*buffers)
-
-    def replay(*inputs):
-        for buffer, tensor in zip(buffers, inputs, strict=True):
-            buffer.copy_(tensor)
-        graph.replay()
-        return results
-
-    return replay

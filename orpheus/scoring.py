@@ -57,11 +57,11 @@ def detect_failure(row: Utterance, pace: float | None) -> str:
     coarsest, have repeated with a period of up to two seconds, at least three times and for at
     least two seconds.
     """
-    seconds = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE
+    seconds = len(row.codes) * FRAME_SAMPLES / SAMPLE_RATE
     expected = len(row.text) * (pace or 0)
     if pace and seconds > MAX_LENGTH * expected + 1:
         return f"runaway: {seconds:.1f} s, the voice would take {expected:.1f} s"
-    coarse = [int(frame[0]) for frame in row.frames[-3 * LOOP_FRAMES :]]
+    coarse = row.codes[-3 * LOOP_FRAMES :, 0].tolist()
     for period in range(1, LOOP_FRAMES + 1):
         span = period * max(3, math.ceil(LOOP_FRAMES / period))
         last = coarse[-span:]
@@ -253,7 +253,7 @@ def rank(row: Utterance, scores: dict[str, float]) -> tuple:
     return bool(rejection_reason(row, scores)), scores.get("wer", 0), -likeness, -mos, pace
 
 
-def choose_best(candidates: list[Utterance], pace: float | None, judges) -> Utterance:
+def choose_best(candidates: list[Utterance], pace: float | None, judges=()) -> Utterance:
     """Scores the decoded candidates of a text; prints why any failed, and returns the best."""
     ranks, reasons = [], []
     for row in candidates:

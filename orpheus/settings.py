@@ -153,7 +153,6 @@ class OutputSettings(Part):
     save_total_limit: Count | None = key(2, "How many checkpoints to keep; null: all")
     sample_steps: Count = key(100, "Steps between checks: held-out loss, and spoken sample_texts")
     sample_texts: list[str] = key(SAMPLE_TEXTS, "Texts that are spoken at checks and at the end")
-    judge_samples: bool | str = key(False, "Score the samples of each check by judges")
     logging_steps: Positive = key(1, "Steps between lines of the log")
     logging_nan_inf_filter: bool = key(False, "Hide losses that are not finite from the log")
     include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = key(
@@ -173,7 +172,7 @@ class SpeakingSettings(Part):
     speak_batch_size: Count = key(8, "Texts, or candidates of one, generated in one batch")
     best_of: Count = key(1, "Candidates generated for a text, of which the best is kept")
     language: str = key("en", "ISO code of the language, for sentences", pattern="^[a-z]{2,3}$")
-    cuda_graph: bool = key(False, "Run each frame as one CUDA graph when speaking on a GPU")
+    cache_implementation: str | None = key(None, "generate's cache; static: compiled, on a GPU")
 
 
 # pydantic takes the fields of the last base first.

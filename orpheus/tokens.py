@@ -1,15 +1,17 @@
 """The speech language of Orpheus: special tokens, the prompt, slots ↔ codes ↔ ids."""
 
 import re
-import textwrap
+from bisect import bisect_right
 from collections import namedtuple
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
+from unicodedata import category, east_asian_width
 
 import numpy as np
 import sentencex
 
-from orpheus.settings import Settings, UserError, read_text
+from orpheus.settings import SpeakingSettings, UserError, read_text
 
 SAMPLE_RATE = 24_000  # Hz
 FRAME_SAMPLES = 2_048  # samples in one frame of 7 ids, 85.3 ms
@@ -45,31 +47,59 @@ def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
 
 
 TAG = re.compile(r"<\w+>")  # an emotion tag, as <laugh>
-SLOWEST_PACE = 10  # characters a second that a slow voice speaks
+# Seconds that a slow voice takes for a character: an alphabet's, and one that is a syllable or
+# more, as in Chinese, Japanese and Korean. A voice that is known can be 1.4 times as slow.
+SLOW, SLOW_WIDE, SLOWER = 0.1, 0.3, 1.4
 
 
-def parts_of(text: str, settings: Settings) -> list[str]:
-    """Splits `text` into parts that even a slow voice speaks within `max_seconds`."""
-    max_characters = max(20, int(settings.max_seconds * SLOWEST_PACE))
-    return split_text(text, max_characters, settings.language)
+def speakable(text: str) -> bool:
+    """Return whether there is a letter or digit to speak in a text."""
+    return any(map(str.isalnum, text))
 
 
-def split_text(text: str, max_characters: int, language: str = "en") -> list[str]:
-    """Splits `text` into parts of at most `max_characters`, and folds its white space.
+def split_text(text: str, settings: SpeakingSettings, pace: float | None = None) -> list[str]:
+    """Split a text into parts that take at most `max_seconds`, and fold its white space.
 
-    Parts are whole sentences, found by the rules of `language`. A sentence that is too long is
-    split between words; a word that is too long stays whole.
+    Parts are whole sentences, by the rules of `language`. A sentence that is too long is split
+    between words or after commas of full width, and where there are none, anywhere.
+
+    Args:
+        pace: seconds a character of the voice, if they are known.
     """
-    text, parts = " ".join(text.split()), [""]
-    if len(text) <= max_characters:
-        return [text]
-    wrapper = textwrap.TextWrapper(max_characters, break_long_words=False, break_on_hyphens=False)
-    for sentence in sentencex.segment(language, text):
-        for line in wrapper.wrap(sentence):
-            if parts[-1] and len(parts[-1]) + 1 + len(line) > max_characters:
-                parts.append("")
-            parts[-1] = f"{parts[-1]} {line}".strip()
-    return parts
+    text = " ".join(text.split())
+    wide = sum(east_asian_width(character) in "WF" for character in text) / max(len(text), 1)
+    slow = pace * SLOWER if pace else SLOW + (SLOW_WIDE - SLOW) * wide
+    most = max(20, int(settings.max_seconds / slow))  # characters
+    sentences = sentencex.segment(settings.language, text) if len(text) > most else []
+    ends = [0, *(len(text[:end].rstrip()) for end in accumulate(map(len, sentences)))]
+    breaks = [0, *(match.start() for match in re.finditer(r" |(?<=[、，；：])", text))]
+    parts, start = [], 0
+    while len(text) - start > most:
+        limit = start + most
+        cuts = [cuts[bisect_right(cuts, limit) - 1] for cuts in (ends, breaks)]
+        cut = next((cut for cut in cuts if cut > start), limit)
+        while category(text[cut])[0] == "M" and cut > start + 1:  # an accent stays with its letter
+            cut -= 1
+        parts.append(text[start:cut])
+        start = cut + (text[cut] == " ")
+    return [part for part in [*parts, text[start:]] if speakable(part)]
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the texts of a file: its paragraphs if empty lines separate any, otherwise its lines.
+
+    Prints which. Raises a UserError for a file that is empty or a table.
+    """
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise UserError(f"{path}: a table; give a text file, or see python -m orpheus.evaluate")
+    text, kind = read_text(path).strip(), "paragraphs"
+    texts = re.split(r"\n\s*\n", text)
+    if len(texts) == 1:
+        texts, kind = text.split("\n"), "lines"
+    if not texts[0]:
+        raise UserError(f"{path}: the text is empty; give some to say")
+    print(f"texts    {path}: {len(texts)} {kind}, each a text of its own")
+    return texts
 
 
 def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -> list[int]:
@@ -156,18 +186,23 @@ def orpheus_ids(codebook_size: int = 4096) -> SpeechIds:
 
 
 def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.ndarray:
-    """Reads (frames, 7) codes from a JSON list, ids between white space, or `<custom_token_N>`.
+    """Return the (frames, 7) codes among the ids that another program printed.
 
-    Plain ids are looked up in `tokenizer`; without it they are Orpheus's own. All whole frames are
-    read, also those after an end token. The positions of other ids are printed, except those of
-    the prompt and of control tokens. Raises `UserError` if the file holds anything else or no whole
-    frame.
+    These are `<custom_token_N>`, escaped as JSON or not, or numbers: within brackets and
+    parentheses if there are any, as in lists, tuples, arrays, tensors and JSON, else between white
+    space and commas. Numbers are looked up in `tokenizer`; without it they are Orpheus's own. All
+    whole frames are read, also those after an end token. The positions of other ids are printed,
+    except those of the prompt and of control tokens.
+
+    Raises:
+        UserError: the file holds anything else or no whole frame.
     """
-    text = read_text(path)
+    text = re.sub(r"\\u003([cCeE])", lambda match: "<>"["eE".find(match[1]) >= 0], read_text(path))
     names = re.findall(r"<custom_token_(\d+)>", text)
-    words = names or re.sub(r"[\[\],]", " ", text).split()
+    lists = re.findall(r"[\[(]([-\d,\s]*\d[-\d,\s]*)[\])]", text)
+    words = names or re.split(r"[\s,]+", " ".join(lists or [text]).strip(" ,\n"))
     if not all(re.fullmatch(r"-?\d+", word) for word in words):
-        raise UserError(f"{path}: neither a list of ids nor <custom_token_N> text")
+        raise UserError(f"{path}: neither <custom_token_N> nor a list of ids without a gap")
     numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is longer
     speech = np.array(numbers, dtype=np.int64) + (FIRST_CUSTOM_TOKEN if names else 0)
     if tokenizer is None or names:

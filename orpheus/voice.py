@@ -1,21 +1,173 @@
-"""A voice: a model, its tokenizer and codec, and the settings that it speaks with."""
+"""Speaking: a model's folder → a Voice; a text → parts → codes by `generate` → samples."""
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Semaphore
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation import BaseStreamer
 
-from orpheus.codec import load_codec
-from orpheus.generation import synthesize
-from orpheus.hub import absolute_path_or_hub_id
-from orpheus.models import device
-from orpheus.run_info import choose_voice, load_run, load_run_info
-from orpheus.scoring import BY_ITSELF, Utterance
-from orpheus.settings import Settings
+from orpheus.audio import concat_with_pauses
+from orpheus.codec import decode_stream, load_codec
+from orpheus.hub import MODEL_FILES, fetch, is_model
+from orpheus.models import check_machine, device, load_model, training_dtype
+from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, last_checkpoint
+from orpheus.scoring import BY_ITSELF, CUT_OFF, choose_best, detect_failure
+from orpheus.settings import Settings, UserError, read_json, read_settings
+from orpheus.tokens import (
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    SLOTS,
+    SpeechIds,
+    ids_to_codes,
+    prompt_ids,
+    read_speech_ids,
+    speakable,
+    split_text,
+)
+
+
+@dataclass
+class Utterance:
+    """A text that is spoken in one go, and what has been generated for it."""
+
+    text: str
+    prompt: list[int]
+    max_frames: int
+    candidate: int = 0  # its number among those of best_of; each has its own random numbers
+    codes: np.ndarray = field(default_factory=lambda: np.zeros((0, SLOTS), np.int64))  # (frames, 7)
+    end: str = ""  # how it ended; empty while it is generated
+    audio: np.ndarray | None = None  # (samples,), if it has been decoded
+
+
+def sample_codes(
+    logits: torch.Tensor, seen: torch.Tensor, settings: Settings, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Sample by inverting the cumulative distribution, so that equal uniforms give equal codes.
+
+    Args:
+        logits: (rows, choices).
+        seen: (rows, choices), True where repetition_penalty applies.
+        uniforms: (rows,) random numbers in [0, 1).
+
+    Returns:
+        (rows,) indices of the choices.
+    """
+    if (penalty := settings.repetition_penalty) != 1:
+        penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalized, logits)
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / settings.temperature).softmax(-1).sort(descending=True)
+    probs.masked_fill_(probs.cumsum(-1) - probs >= settings.top_p, 0)
+    cumulative = probs.cumsum(-1)
+    index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    index = index.minimum((probs > 0).sum(-1, keepdim=True) - 1)  # rounding may step past the last
+    return order.gather(-1, index)[:, 0]
+
+
+# What a model's own generation_config may say otherwise, and generate would do or warn of
+NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1}
+NEUTRAL |= {"repetition_penalty": 1.0, "max_length": None}
+
+
+class SlotSampler(LogitsProcessor):
+    """Draws each row's next id, and forbids all others, so that `generate` has no choice left.
+
+    Slot s takes the codes of codebook s; the end token may come after each whole frame. A row's
+    random numbers depend on the seed and its candidate alone, not on the rest of the batch.
+    """
+
+    def __init__(self, parts: list[Utterance], ids: SpeechIds, settings: Settings, start: int):
+        self.ids, self.settings, self.start = ids, settings, start  # start: length of the prompts
+        shape = max(part.max_frames for part in parts) + 1, SLOTS  # one more for the end token
+        generators = [np.random.default_rng([settings.seed, part.candidate]) for part in parts]
+        uniforms = np.stack([g.random(shape, dtype=np.float32) for g in generators])
+        self.uniforms = torch.from_numpy(uniforms)  # (rows, frames, 7) in [0, 1)
+        # (rows, 7, choices), True for what a slot has had before
+        self.seen = torch.zeros(len(parts), SLOTS, ids.codebook_size + 1, dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take (rows, length) ids and (rows, vocabulary) scores; all but one become −inf."""
+        frame, slot = divmod(input_ids.shape[1] - self.start, SLOTS)
+        size, end = self.ids.codebook_size, self.ids.eos
+        first = self.ids.audio + slot * size
+        logits = torch.cat([scores[:, first : first + size], scores[:, end : end + 1]], dim=-1)
+        if frame == slot == 0:
+            self.uniforms, self.seen = self.uniforms.to(scores.device), self.seen.to(scores.device)
+            if not torch.isfinite(logits).all():
+                raise UserError("the model computes NaN: its weights are damaged, or it diverged")
+        if slot > 0 or frame == 0:
+            logits[:, size] = float("-inf")  # an end comes between two frames
+        uniforms = self.uniforms[:, frame, slot]
+        choice = sample_codes(logits, self.seen[:, slot], self.settings, uniforms)[:, None]
+        if self.settings.repetition_penalty != 1:
+            self.seen[:, slot].scatter_(1, choice, True)
+        chosen = torch.where(choice == size, end, choice + first)
+        return scores.fill_(float("-inf")).scatter_(1, chosen, 0.0)
+
+
+class PartsEnd(StoppingCriteria):
+    """Ends each row at its own length and, if there are other candidates, once it has failed."""
+
+    def __init__(self, parts: list[Utterance], ids: SpeechIds, start: int, pace, watch: bool):
+        self.parts, self.ids, self.start, self.pace, self.watch = parts, ids, start, pace, watch
+        self.lengths = torch.tensor([part.max_frames * SLOTS for part in parts])
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        length = input_ids.shape[1] - self.start
+        if self.watch and length % (6 * SLOTS) == 0:  # twice a second
+            for part, speech in zip(self.parts, input_ids[:, self.start :].cpu(), strict=True):
+                if self.ids.eos not in speech:
+                    part.codes = ids_to_codes(speech, self.ids)
+                    part.end = detect_failure(part, self.pace)
+            failed = torch.tensor([part.end != "" for part in self.parts])
+            self.lengths = self.lengths.masked_fill(failed.to(self.lengths.device), 0)
+        self.lengths = self.lengths.to(input_ids.device)
+        return self.lengths < length
+
+
+class FrameStreamer(BaseStreamer):
+    """Hands over the frames of one row, (7,) codes, one by one, and None at the end.
+
+    `generate` goes on when the next one is wanted, so that it does not compete with the codec.
+    """
+
+    def __init__(self, ids: SpeechIds):
+        self.ids, self.speech, self.closed = ids, [], False
+        self.frames, self.wanted = SimpleQueue(), Semaphore(0)
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if tokens.numel() > 1:  # the prompt
+            return
+        self.speech.append(tokens.item())
+        if len(self.speech) == SLOTS:
+            self.frames.put(ids_to_codes(self.speech, self.ids)[0])
+            self.speech.clear()
+            self.wanted.acquire()
+        if self.closed:  # nobody listens any more
+            raise EOFError
+
+    def end(self, *_) -> None:
+        self.frames.put(None)
+
+
+def format_end(parts: list[Utterance]) -> str:
+    """How many frames the parts of a text have, and how the first that was cut off ended."""
+    frames = sum(len(part.codes) for part in parts)
+    cut_off = [part for part in parts if part.end != BY_ITSELF]
+    share = f" in {len(cut_off)} of {len(parts)} parts" if cut_off and len(parts) > 1 else ""
+    return f"{frames} frames, {cut_off[0].end if cut_off else BY_ITSELF}{share}"
 
 
 @dataclass
@@ -53,7 +205,13 @@ class Voice:
     name: str | None = None  # of the voice in the prompt
     pace: float | None = None  # seconds a character of the recordings that it was trained on
     folder: Path | None = None  # of the model
-    home: Path | None = None  # the folder of the run's saved settings and report, if there is one
+    home: Path | None = None  # of the run's saved settings and report
+    weights: str = "16bit"  # how those of the base are held, as in training
+    dtype: torch.dtype | None = None  # as load_model takes it
+
+    @cached_property
+    def ids(self) -> SpeechIds:
+        return read_speech_ids(self.tokenizer, self.codec.codebook_size)
 
     def say(self, text: str | list[str]) -> np.ndarray | list[np.ndarray]:
         """Return (samples,) float32 at 24 kHz, or a list of them for a list of texts."""
@@ -65,37 +223,185 @@ class Voice:
         """Yield the same samples as `say` in pieces, each as soon as it can be decoded."""
         return next(self.speak([text], stream=True)).pieces
 
-    def speak(self, texts: list[str], stream: bool = False) -> Iterator[Speech]:
-        """Yield the Speech of each text, generated in batches or, in a stream, as it is taken."""
-        common = self.model, self.tokenizer, self.codec, self.settings, self.name, self.pace
-        for text, (parts, pieces) in zip(
-            texts, synthesize(texts, *common, stream=stream), strict=True
-        ):
-            yield Speech(text, parts, pieces)
-
     def replace(self, **changes) -> Self:
         """Return a copy that shares the model, with another `voice` name or other settings."""
         name = changes.pop("voice", self.name)
         return dataclasses.replace(self, name=name, settings=self.settings.replace(**changes))
 
+    def speak(self, texts: list[str], stream: bool = False) -> Iterator[Speech]:
+        """Yield the Speech of each text, generated in batches or, in a stream, as it is taken.
 
-def load_voice(model: str | Path | None = None, config: str | None = None, **changes) -> Voice:
+        Raises:
+            UserError: a text is empty or too long for the model, or its weights are damaged.
+        """
+        if stream and self.settings.best_of > 1:
+            raise UserError("a stream plays what comes first: leave out best_of, or set it to 1")
+        lines = [self.make_parts(text) for text in texts]
+        if not stream:
+            spoken = self.generate_best([part for parts in lines for part in parts])
+            lines = ([*islice(spoken, len(parts))] for parts in lines)
+        for text, parts in zip(texts, lines, strict=True):
+            pieces = concat_with_pauses([self.decode(part, stream) for part in parts])
+            yield Speech(text, parts, pieces)
+
+    def make_parts(self, text: str) -> list[Utterance]:
+        """Return the parts of a text, each with room for at least a frame of speech."""
+        wanted = int(self.settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)  # frames
+        parts = []
+        if not speakable(text):
+            raise UserError(f"{text[:40]!r}: nothing to speak: no letter or digit")
+        for words in split_text(text, self.settings, self.pace):
+            prompt = prompt_ids(self.tokenizer, self.ids, words, self.name)
+            room = (self.model.config.max_position_embeddings - len(prompt) - 1) // SLOTS
+            if wanted < 1:
+                fault = f"max_seconds {self.settings.max_seconds} is less than a frame of speech"
+                raise UserError(f"{words[:40]!r}: {fault}; raise it")
+            if room < 1:
+                fault = f"a text of {len(prompt)} tokens leaves no room for a frame of speech"
+                raise UserError(f"{words[:40]!r}: {fault}; shorten it")
+            parts.append(Utterance(words, prompt, min(wanted, room)))
+        return parts
+
+    @torch.inference_mode()
+    def generate(self, parts: list[Utterance], streamer: FrameStreamer | None = None) -> None:
+        """Generate the codes of parts in one batch; with `best_of`, failed ones end early."""
+        prompts = [torch.tensor(part.prompt) for part in parts]
+        tokens = pad_sequence(prompts, True, self.ids.pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
+        start, device = tokens.shape[1], self.model.device
+        longest = max(part.max_frames for part in parts) * SLOTS + 1  # one for the end token
+        room = self.model.config.max_position_embeddings - start
+        several = self.settings.best_of > 1
+        generated = self.model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=min(longest, room),
+            logits_processor=[SlotSampler(parts, self.ids, self.settings, start)],
+            stopping_criteria=[PartsEnd(parts, self.ids, start, self.pace, watch=several)],
+            streamer=streamer,
+            eos_token_id=self.ids.eos,
+            pad_token_id=self.ids.eos,
+            cache_implementation=self.settings.cache_implementation,
+            use_cache=True,
+            **NEUTRAL,
+        )
+        for part, speech in zip(parts, generated[:, start:].cpu().numpy(), strict=True):
+            end = next(iter(np.flatnonzero(speech == self.ids.eos)), len(speech))
+            frames = min(end // SLOTS, part.max_frames)
+            by_itself = frames * SLOTS == end < len(speech)
+            part.end = part.end or (BY_ITSELF if by_itself else CUT_OFF)
+            part.codes = ids_to_codes(speech[: frames * SLOTS], self.ids)
+
+    def generate_best(self, parts: list[Utterance]) -> Iterator[Utterance]:
+        """Generate parts in batches; yield each, or the best of its `best_of` candidates."""
+        count = self.settings.best_of
+        size = max(1, self.settings.speak_batch_size // count)
+        for first in range(0, len(parts), size):
+            groups = [
+                [dataclasses.replace(part, candidate=n) for n in range(count)]
+                for part in parts[first : first + size]
+            ]
+            self.generate([part for group in groups for part in group])
+            for group in groups:
+                if count > 1:
+                    for part in group:
+                        part.audio = np.concatenate([*self.decode(part)])
+                yield choose_best(group, self.pace) if count > 1 else group[0]
+
+    def decode(self, part: Utterance, stream: bool = False) -> Iterator[np.ndarray]:
+        """Yield the samples of a part, (samples,) in pieces; in a stream, generate it meanwhile."""
+        if part.audio is not None:
+            return iter([part.audio])
+        frames = self.stream_frames(part) if stream else part.codes
+        return decode_stream(self.codec, frames, seed=self.settings.seed)
+
+    def stream_frames(self, part: Utterance) -> Iterator[np.ndarray]:
+        """Yield (7,) codes of a part while another thread generates it."""
+        streamer = FrameStreamer(self.ids)
+        with ThreadPoolExecutor(1) as executor:
+            done = executor.submit(self.generate, [part], streamer)
+            done.add_done_callback(streamer.end)  # an error ends the frames as well
+            try:
+                while (frame := streamer.frames.get()) is not None:
+                    yield frame
+                    streamer.wanted.release()
+            finally:
+                streamer.closed = True
+                streamer.wanted.release()
+            done.result()
+
+
+def default_model(settings: Settings) -> str:
+    """Return output_dir if it holds a run, otherwise the base model; print which."""
+    out = settings.output_dir
+    trained = is_model(Path(out))
+    print(f"model    {out if trained else f'{settings.model}, the base: no run in output_dir yet'}")
+    return out if trained else settings.model
+
+
+@dataclass
+class Run:
+    """A model's folder, and what finetune.py left in it or, if it is a checkpoint, above it."""
+
+    folder: Path
+    settings: Settings
+    home: Path | None = None  # the folder of the saved settings and report; None without them
+    voices: list[str] = field(default_factory=list)  # that it was trained on
+    pace: float | None = None  # seconds a character of their recordings
+
+
+def find_run(model: str | Path, files: list[str] = MODEL_FILES, **changes) -> Run:
+    """Return the Run of a folder or hub id, of which `files` are fetched.
+
+    Its settings are those of the run, without one those of config.json, under `changes`.
+    """
+    folder = fetch(str(model), files)
+    if not is_model(folder):
+        remedy = "give a finished run, a checkpoint or a model"
+        if checkpoint := last_checkpoint(folder):
+            remedy = f"give {checkpoint}, or finish the run with finetune.py --resume"
+        raise UserError(f"{folder}: no adapter or model in it; {remedy}")
+    for home in (folder, folder.resolve().parent):
+        if (home / SAVED_CONFIG).is_file():
+            settings = read_settings(home / SAVED_CONFIG, changes, saved=True)
+            report = read_json(home / SAVED_REPORT)
+            pace = report["seconds"] / report["characters"] if report["characters"] else None
+            return Run(folder, settings, home, list(report["voices"]), pace)
+    return Run(folder, read_settings(words=changes))
+
+
+def load_voice(model: str | Path | None = None, **changes) -> Voice:
     """Load an adapter, a checkpoint, a merged model or a base, with its codec.
+
+    It speaks in the precision and over the weights of its training, and a base without a run in
+    bfloat16 on a CPU, on a GPU as config.json says.
 
     Args:
         model: folder or hub id; None is the run of config.json, or its base if there is none yet.
-        config: file of settings that go over those of the run.
-        changes: settings that go over both (`temperature`, `seed`, `codec`, …), and `voice`, one of
-            the names that the model was trained on.
+        changes: settings that go over those of the run (temperature, seed, codec, …), and `voice`,
+            one of the names that the model was trained on, if not the first.
 
     Raises:
-        UserError: what is given is no model, or a setting or voice that does not exist.
+        UserError: there is no such model, voice or setting.
     """
     name = changes.pop("voice", None)
-    if "codec" in changes:
-        changes["codec"] = absolute_path_or_hub_id(changes["codec"])
-    info = load_run_info(str(model) if model else None, changes, config=config)
-    name = choose_voice(name, info)
-    codec = load_codec(info.settings.codec, device())
-    model, tokenizer = load_run(info)
-    return Voice(model, tokenizer, codec, info.settings, name, info.pace, info.folder, info.home)
+    model = model or default_model(read_settings())
+    check_machine(str(model))
+    run = find_run(model, **changes)
+    if name and run.voices and name not in run.voices:
+        raise UserError(f"voice {name}: {run.folder} was trained on {', '.join(run.voices)}")
+    codec, cpu = load_codec(run.settings.codec, device()), device() == "cpu"
+    weights = run.settings.weights if run.home or not cpu else "16bit"
+    dtype = torch.bfloat16 if cpu else None
+    dtype = training_dtype(run.settings) if run.home else dtype
+    model, tokenizer = load_model(str(run.folder), weights, dtype=dtype)
+    notes = {
+        "16bit": "",
+        "4bit": "; 4-bit weights",
+        "8bit": "; 8-bit weights",
+        "fp8": "; trained over fp8 weights, speaks over 16-bit ones instead",
+    }
+    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{notes[weights]}")
+    name = name or next(iter(run.voices), run.settings.voice)
+    held = {"folder": run.folder, "home": run.home, "weights": weights, "dtype": dtype}
+    return Voice(model, tokenizer, codec, run.settings, name, run.pace, **held)

@@ -194,15 +194,9 @@ def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
 
 
 BROKEN_CODECS = {
-    "cut weights": (lambda d: cut(d / "pytorch_model.bin", 5000), "pytorch_model.bin"),
-    "empty weights": (lambda d: cut(d / "pytorch_model.bin", 0), "pytorch_model.bin: not plain"),
-    "odd weights": (
-        lambda d: torch.save({1: torch.zeros(1)}, d / "pytorch_model.bin"),
-        "pytorch_model.bin: does not load",
-    ),
-    "a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: does not load"),
-    "no rates": (lambda d: change(d / "config.json", decoder_rates=[]), "config.json: does not"),
-    "other shapes": (lambda d: change(d / "config.json", encoder_dim=32), "size mismatch"),
+    "cut weights": (lambda d: cut(d / "pytorch_model.bin", 5000), "pytorch_model.bin: damaged"),
+    "empty weights": (lambda d: cut(d / "pytorch_model.bin", 0), "pytorch_model.bin: damaged"),
+    "other shapes": (lambda d: change(d / "config.json", encoder_dim=32), "of another config.json"),
     "16 kHz": (lambda d: change(d / "config.json", sampling_rate=16_000), "not SNAC at 24 kHz"),
 }
 
@@ -225,7 +219,7 @@ class Evil:
 def test_a_malicious_codec_is_not_loaded_nor_excused(tmp_path, capsys):
     codec = shutil.copytree(ROOT / "data/demo/codec", tmp_path / "codec")
     torch.save({"x": Evil()}, codec / "pytorch_model.bin")
-    with pytest.raises(UserError, match="not plain weights") as caught:
+    with pytest.raises(UserError, match="unsafe to load") as caught:
         load_codec(str(codec))
     assert "weights_only" not in str(caught.value) and capsys.readouterr().out == ""
     (codec / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))

@@ -37,17 +37,6 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         check_compatibility(settings, finetune.make_sft_config(settings))
 
 
-def test_a_cuda_graph_and_8_bit_weights_are_refused_in_training(monkeypatch):
-    """bitsandbytes looks for outliers in each 8-bit layer, and a capture must not wait for that."""
-    keys = {"weights": "8bit", "cuda_graph": "true", "backend": "transformers"}
-    settings = resolve_settings(settings_of(**keys, gradient_checkpointing="false"))
-    arguments = finetune.make_sft_config(settings)
-    check_compatibility(settings, arguments)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="cuda_graph does not work in training"):
-        check_compatibility(settings, arguments)
-
-
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [

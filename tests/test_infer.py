@@ -1,6 +1,5 @@
 """infer.py: ids and recordings in place of texts, options, and a person's mistakes."""
 
-import itertools
 import json
 import re
 import shutil
@@ -10,14 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import one_line, script
+from running import same_file
+from speaking import SHORT, say
 
 import infer
 import orpheus.codec
-import orpheus.options
 from orpheus.audio import read_audio
 from orpheus.codec import encode
 from orpheus.models import load_tokenizer
-from orpheus.settings import RUN_KEYS, read_settings
 from orpheus.tokens import codes_to_ids, read_tokens
 
 
@@ -48,24 +47,41 @@ def test_wav_and_tokens(tmp_path, ids, codec):
     assert (soundfile.read(tmp_path / "ids.wav", dtype="float32")[0] == heard).all()
 
 
-def test_lines_of_a_file_in_order(tmp_path, finished):
+def test_stream_pipe_and_file_are_bit_for_bit_the_same(tmp_path, monkeypatch, capfdbinary):
+    words = ["seven two nine", *SHORT, "--voice", "rms"]
+    say(monkeypatch, *words, "--out", tmp_path / "whole.wav")
+    whole = soundfile.read(tmp_path / "whole.wav", dtype="int16")[0]
+    assert len(whole) > 0
+    say(monkeypatch, *words, "--stream", "--out", tmp_path / "grown.wav")
+    printed = capfdbinary.readouterr().out
+    assert b"first audio after" in printed and b"real-time factor" in printed
+    assert np.array_equal(soundfile.read(tmp_path / "grown.wav", dtype="int16")[0], whole)
+    for name, header in (("-", 44), ("pcm", 0)):
+        say(monkeypatch, *words, "--out", name)
+        sys.__stdout__.flush()
+        piped = capfdbinary.readouterr()
+        assert np.array_equal(np.frombuffer(piped.out[header:], "<i2"), whole), name
+        assert b"first audio after" in piped.err
+
+
+def test_texts_of_a_file_have_their_numbers(tmp_path, monkeypatch, capsys):
+    """An empty line separates paragraphs, of which each has its wav; they are as said alone."""
     lines = tmp_path / "lines.txt"
-    lines.write_text("seven two\n\nnine\n")
-    out, _ = finished
-    code, printed, errors = script(
-        "infer.py",
-        "--file",
-        lines,
-        "--model",
-        out,
-        "--out",
-        tmp_path / "said",
-        "--max_seconds",
-        "1",
-    )
-    assert code == 0, errors
-    assert [line.split()[0][-7:] for line in printed.splitlines()[1:]] == ["001.wav", "002.wav"]
+    lines.write_text("seven\ntwo\n\nnine\n")
+    say(monkeypatch, "--file", lines, *SHORT, "--out", tmp_path / "said")
+    assert f"{lines}: 2 paragraphs" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "said").iterdir()) == ["001.wav", "002.wav"]
+    for text, name in (("seven two", "001.wav"), ("nine", "002.wav")):
+        say(monkeypatch, text, *SHORT, "--out", tmp_path / "alone.wav")
+        assert same_file(tmp_path / "alone.wav", tmp_path / "said" / name)
+
+
+def test_the_settings_of_a_config_go_over_those_of_the_run(finished, tmp_path, monkeypatch):
+    """From any folder, with a checkpoint."""
+    (tmp_path / "mine.json").write_text('{"max_seconds": 0.2, "lora_r": 3, "output_dir": "other"}')
+    monkeypatch.chdir(tmp_path)
+    say(monkeypatch, "two", "--model", finished[0] / "checkpoint-2", "--config", "mine.json")
+    assert soundfile.info("out.wav").frames == 2 * 2048
 
 
 def bad_tokens(tmp_path, text):
@@ -82,26 +98,32 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "snac/pytorch_model.bin").write_bytes(b"no weights")
     demo = ["--codec", "data/demo/codec", "--model", "data/demo/base"]
     cases = [
-        ([""], "the text is empty"),
+        ([*demo, "?!"], "nothing to speak"),
+        ([*demo, "seven", "\U0001f600"], "nothing to speak"),
         (["--file", tmp_path / "empty"], "the text is empty"),
         (["--file", tmp_path / "none"], "cannot be read"),
         (["hi", "--model", tmp_path / "none"], "no such folder"),
         (["hi", "--model", "data/demo/base", "--codec", tmp_path / "none"], "no such folder"),
-        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "not a SNAC codec"),
+        (["hi", "--model", "data/demo/base", "--codec", tmp_path / "llama"], "no codec as"),
         (["hi", "--model", tmp_path / "llama", *demo[:2]], "no adapter or model in it"),
         (["hi", "--model", "outputs/my voice"], "not a hub id"),
         (["hi", "--model", "data/demo/bas"], "no such folder"),
         (["hi", "--model", "some/model"], "the hub cannot be reached"),
         (["hi", "--model", "data/demo/base", "--codec", "some/codec"], "hub cannot be reached"),
-        (["hi", *demo[2:], "--codec", tmp_path / "snac"], r"pytorch_model\.bin: not plain weights"),
+        (["hi", *demo[2:], "--codec", tmp_path / "snac"], r"pytorch_model\.bin: damaged"),
         (["hi", *demo, "--max_seconds", "0.01"], "less than a frame of speech"),
         (["hi", *demo, "--temperature", "warm"], "temperature"),
         (["hi", *demo, "--out", tmp_path / "a.xyz", "--max_seconds", "0.2"], "end the name in"),
         (["--wav", tmp_path / "none.wav", *demo], "does not exist"),
         (["--wav", tmp_path / "text.wav", *demo], "not audio"),
+        ([*demo, "hi", "--stream", "--out", tmp_path / "a.flac"], "a stream goes to a .wav"),
+        ([*demo, "hi", "--stream", "--best_of", "2"], "leave out best_of"),
+        ([*demo, "hi", "again", "--out", "-"], "a wav holds one text"),
+        ([*demo, "hi", "--out", tmp_path / "empty/a.wav"], "cannot be written"),
+        ([*demo, "hi", "--stream", "--out", tmp_path / "empty/a.wav"], "cannot be written"),
         (bad_tokens(tmp_path, "1 2 3"), "no whole frame"),
         (bad_tokens(tmp_path, "1 2 3 4 5 6 7"), "no whole frame"),
-        (bad_tokens(tmp_path, "hello"), "neither a list"),
+        (bad_tokens(tmp_path, "hello"), "neither <custom"),
     ]
     for words, line in cases:
         assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
@@ -109,50 +131,10 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")
 
 
-def words_of(name):
-    """An option of infer.py with a value that is right by itself."""
-    values = {"best_of": "2", "seed": "1", "speak_batch_size": "2", "language": "de"}
-    if name == "texts":
-        return ["hello"]
-    switch = name in ("stream", "score", "cuda_graph")
-    return [f"--{name}"] if switch else [f"--{name}", values.get(name, "1")]
-
-
-OTHERS = {"voice", "out", "stream", "score", "whisper", "model", "config", *RUN_KEYS}
-INPUTS = ("texts", "file", "tokens", "wav")
-DECODING = {"model", "config", "out", "codec", "seed"}
-
-
-def test_every_pair_of_options_works_or_is_refused(monkeypatch):
-    monkeypatch.setattr(orpheus.options, "read_settings", lambda path: read_settings())
-    for first, second in itertools.combinations(INPUTS, 2):
-        line = one_line(infer.read_arguments, monkeypatch, *words_of(first), *words_of(second))
-        assert "give one of" in line
-    for way in INPUTS:
-        for names in itertools.combinations(sorted(OTHERS), 2):
-            words = [*words_of(way), *words_of(names[0]), *words_of(names[1])]
-            accepted = way in ("texts", "file") or {*names} <= DECODING
-            if accepted and ("whisper" not in names or "score" in names):
-                monkeypatch.setattr(sys, "argv", ["infer.py", *words])
-                infer.read_arguments()
-            else:
-                line = one_line(infer.read_arguments, monkeypatch, *words)
-                assert any(f"--{name}" in line for name in names), words
-
-
-def test_every_option_is_in_a_pair(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["infer.py", "--help"])
-    with pytest.raises(SystemExit):
-        infer.read_arguments()
-    options = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
-    assert options == OTHERS | set(INPUTS) - {"texts"}
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["hi", "--temprature", "1"], "the nearest is .temperature"),
-        (["hi", "--model", "a", "--model", "b"], "only a page takes several"),
         ([], "give one of"),
         (["hi", "--model", "outputs/nothing_here"], "^outputs/nothing_here: no such folder"),
         (["hi", "--model", "tests/nothing_here"], "^tests/nothing_here: no such folder"),
@@ -163,22 +145,3 @@ def test_every_option_is_in_a_pair(monkeypatch, capsys):
 )
 def test_mistakes_of_infer(words, line, monkeypatch):
     assert re.search(line, one_line(infer.main, monkeypatch, *words)), words
-
-
-def test_a_checkpoint_speaks_from_any_folder(finished, tmp_path, monkeypatch):
-    out, _ = finished
-    monkeypatch.chdir(tmp_path)
-    words = ["two", "--model", str(out / "checkpoint-2"), "--max_seconds", "0.5"]
-    monkeypatch.setattr(sys, "argv", ["infer.py", *words])
-    infer.main()
-    assert soundfile.info(tmp_path / "out.wav").frames >= 2048
-
-
-def test_an_unfinished_run_names_its_checkpoint(run_copy, monkeypatch):
-    (run_copy / "adapter_config.json").unlink()
-    line = one_line(infer.main, monkeypatch, "two", "--model", run_copy)
-    checkpoint = run_copy / "checkpoint-3"
-    assert line == (
-        f"{run_copy}: no adapter or model in it; give {checkpoint}, or finish the run with "
-        "finetune.py --resume"
-    )

@@ -1,7 +1,6 @@
 """Failures, silence, the judges and what they are given, and the choice of a candidate."""
 
 import csv
-import re
 import sys
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -12,10 +11,9 @@ import pytest
 import soundfile
 import soxr
 import torch
-from speaking import SHORT, say
+from speaking import SHORT
 
 import orpheus.scoring
-from orpheus.audio import read_audio
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
@@ -52,14 +50,6 @@ def test_silence_is_measured():
     assert longest_silence(gap) == pytest.approx(1.5, abs=0.05)
     assert longest_silence(np.concatenate([tone, 0.001 * tone])) == pytest.approx(1, abs=0.1)
     assert longest_silence(np.zeros(48_000, np.float32)) > 1.9
-
-
-def test_missing_judges_are_named_with_their_packages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: None)
-    say(monkeypatch, "seven", *SHORT, "--score", "--out", tmp_path / "a.wav")
-    printed = capsys.readouterr().out
-    assert "scores   silence, pace; not: wer, cer (pip install faster-whisper jiwer)" in printed
-    assert re.search(r"\n +silence \d\.\d\d\n", printed)  # no pace: the base's is not known
 
 
 JUDGES = ("faster_whisper", "jiwer", "resemblyzer", "speechmos")
@@ -105,57 +95,6 @@ def two_lines(tmp_path):
         csv.writer(file).writerows([["file_name", "text"], *rows])
     words = ["--max_seconds", "3", "--temperature", "0.3", "--voice", "rms"]  # ends by itself
     return ["--file", tmp_path / "lines.csv", *SHORT, *words]
-
-
-@pytest.mark.parametrize("better", [0, 1])
-@pytest.mark.parametrize("judge", ["wer", "embed", "mos"])
-def test_the_candidate_that_judges_prefer_is_kept(
-    tmp_path, monkeypatch, capsys, two_lines, judge, better
-):
-    """One judge prefers one of two candidates of each text, the others find them equal."""
-    worse, best = {"wer": (0.25, 0.0), "embed": ([1, 0], [0.6, 0.8]), "mos": MOS}[judge]
-    answers = {"wer": [0.25], "embed": [[1, 0]], "mos": MOS[:1]}
-    answers[judge] = [best if n == better else worse for n in (0, 1, 0, 1)] + [best]
-    answers["embed"] = [[1, 0], [0, 1], *answers["embed"]]  # the recordings come first
-    mock_judges(monkeypatch, **answers)
-    say(monkeypatch, *two_lines, "--best_of", "2", "--score", "--out", tmp_path)
-    printed = capsys.readouterr().out
-    assert printed.count(f"kept candidate {better + 1} of 2, 0 failed\n") == 2
-    scores = {"wer": "0.25", "embed": "0.71", "mos": "3.00"}
-    scores[judge] = {"wer": "0.00", "embed": "0.99", "mos": "4.00"}[judge]
-    line = "wer {wer}, cer 0.12, likeness {embed}, mos {mos}\n".format(**scores)
-    assert printed.count(line) == 2
-    say(monkeypatch, *two_lines, "--out", tmp_path / "first")
-    wavs = [(tmp_path / folder / "001.wav").read_bytes() for folder in ("first", ".")]
-    assert (wavs[0] == wavs[1]) == (better == 0)
-
-
-def test_what_judges_are_given(tmp_path, monkeypatch, capsys, two_lines):
-    mocks, calls = mock_judges(monkeypatch, wer=[0.5], embed=[[1, 0]], mos=MOS)
-    say(monkeypatch, *two_lines, "--score", "--whisper", "a/model", "--out", tmp_path / "said")
-    first = capsys.readouterr().out.splitlines()[0].split()
-    assert first[:6] == ["scores", "silence,", "pace,", "wer,", "cer,", "likeness,"]
-    assert first[6:] == ["mos;", "not:", "distillmos", "(pip", "install", "distillmos)"]
-    wavs = [tmp_path / f"said/{n:03}.wav" for n in (1, 2)]
-    generated = [read_audio(wav)[0] for wav in wavs]
-    at_16_khz = [soxr.resample(audio, 24_000, 16_000) for audio in generated]
-
-    mocks["faster_whisper"].WhisperModel.assert_called_once_with("a/model", compute_type="int8")
-    for sound, expected in zip(arguments_of(calls["transcribe"]), at_16_khz, strict=True):
-        assert not sound[:8000].any() and not sound[-8000:].any()  # half a second
-        assert abs(sound[8000:-8000] - expected).max() < 1e-3
-    pair = ("7 5 5 6", "7 5 6")  # no tag, no marks, every digit a word
-    assert [call.args for call in calls["wer"]] == [pair] * 2
-    assert [call.args for call in mocks["jiwer"].cer.call_args_list] == [pair] * 2
-    for sound, expected in zip(arguments_of(calls["mos"]), at_16_khz, strict=True):
-        assert abs(sound - expected).max() < 1e-3
-    assert all(call.kwargs == {"sr": 16_000} for call in calls["mos"])
-    recordings = [read_audio(tmp_path / f"{n}.wav")[0] for n in (0, 1)]
-    embedded = arguments_of(calls["embed"])
-    for sound, expected in zip(embedded, [*recordings, *generated], strict=True):
-        assert abs(sound - expected).max() < 1e-3
-    resampled = mocks["resemblyzer"].preprocess_wav.call_args_list
-    assert [call.kwargs for call in resampled] == [{"source_sr": 24_000}] * 4
 
 
 def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):

@@ -7,14 +7,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from orpheus.settings import UserError, read_settings
+from orpheus.settings import SpeakingSettings, UserError
 from orpheus.tokens import (
     TOKEN_NAMES,
     codes_to_ids,
     ids_to_codes,
-    parts_of,
     prompt_ids,
     read_speech_ids,
+    read_texts,
     read_tokens,
     split_text,
     whole_frames,
@@ -145,14 +145,82 @@ def test_ids_after_an_end_token_and_garbage(tmp_path, capsys):
         read_tokens(path)
 
 
-def test_long_text_is_split_at_sentences_then_at_words():
+def split(text, seconds, pace=None, language="en"):
+    return split_text(text, SpeakingSettings(max_seconds=seconds, language=language), pace)
+
+
+def test_long_text_is_split_at_sentences_then_at_words_then_anywhere():
     text = "Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he? Yes, e.g. today! " + "word " * 30
-    parts = split_text(text, 60)
+    parts = split(text, 6)
     assert " ".join(parts) == " ".join(text.split())
     assert parts[:2] == ["Dr. Smith paid 3.50 in the U.S.A. <laugh> Did he?", "Yes, e.g. today!"]
     assert [len(part) for part in parts[2:]] == [59, 59, 29]
-    assert split_text(" short.  one ", 60) == ["short. one"]
-    assert split_text("one. " + "x" * 99, 60) == ["one.", "x" * 99]
+    assert split(" short.  one ", 6) == ["short. one"]
+    assert split("one. " + "x" * 99, 6) == ["one.", "x" * 60, "x" * 39]
+    assert len(split("one." + " ?" * 40, 6)) == 1  # the rest is nothing to speak
+    assert len(split("ก็" * 40, 6)) == 2 and all(p[0] == "ก" for p in split("ก็" * 39, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("sentences", "language", "most"),
+    [
+        ("今天天气很好。我们去公园吧！你说呢？", "zh", 66),
+        ("今日はいい天気ですね。公園に行きましょう！", "ja", 66),
+        ("今天天气很好，我们去公园吧", "en", 66),
+        ("今天天气很好我们去公园吧", "zh", 66),
+        ("오늘은 날씨가 좋네요. 공원에 갑시다! ", "ko", 90),
+        ("Τι κάνεις; Είμαι καλά. ", "el", 200),
+    ],
+)
+def test_text_of_any_language_fits_max_seconds(sentences, language, most):
+    """At 0.3 s for a character of Chinese, Japanese or Korean, or 1.4 times the voice's pace."""
+    text = (sentences * 28).strip()
+    for pace, longest in ((None, most), (0.5, 28)):
+        parts = split(text, 20, pace, language)
+        assert "".join(parts) == text if " " not in text else " ".join(parts) == text
+        assert longest / 2 < max(map(len, parts)) <= longest
+        if not pace and "好我" not in text:  # which has no mark at all
+            assert all(part[-1] in "。！？!.，;" for part in parts[:-1])
+
+
+def test_texts_of_a_file(tmp_path, capsys):
+    path = tmp_path / "book.txt"
+    path.write_text("one two\nthree\n")
+    assert read_texts(path) == ["one two", "three"]
+    assert f"{path}: 2 lines" in capsys.readouterr().out
+    path.write_text("\ufeff\r\none two\r\nthree\r\n \t\r\n\r\nfour\r\n\r\n", "utf-8")
+    assert [text.split() for text in read_texts(path)] == [["one", "two", "three"], ["four"]]
+    assert f"{path}: 2 paragraphs" in capsys.readouterr().out
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="the text is empty"):
+        read_texts(path)
+    with pytest.raises(UserError, match="a table"):
+        read_texts(tmp_path / "metadata.csv")
+
+
+def test_ids_as_other_programs_print_them(tmp_path):
+    """vLLM's outputs, llama.cpp's server and its streams, transformers' tensors, NumPy's arrays."""
+    names = [10 + 4096 * slot + slot for slot in range(7)]
+    ids, path = [n + 128_256 for n in names], tmp_path / "printed"
+    escaped = "".join(f'data: {{"content":"\\u003ccustom_token_{n}\\u003E"}}\n\n' for n in names)
+    chunks = "".join(f'data: {{"index":0,"tokens":[{n}],"stop":false,"tps":9.5}}\n' for n in ids)
+    forms = [
+        f"CompletionOutput(index=0, text='', token_ids={tuple(ids)}, cumulative_logprob=None)",
+        f"token_ids=array('l', {ids}), finish_reason=None",
+        f"tensor([[128000, 9906,\n  128257, {', '.join(map(str, ids))}]], device='cuda:0')",
+        "[" + " ".join(map(str, ids)) + "]",
+        json.dumps({"prompt_token_ids": [1, 2], "tokens": [ids], "tokens_predicted": 7}),
+        ", ".join(map(str, ids)),
+        escaped,
+        chunks,
+    ]
+    for form in forms:
+        path.write_text(form)
+        assert read_tokens(path).tolist() == [list(range(7))], form
+    for form in ("tensor([[128266, ..., 128270]])", "hello", "1.5 2.5"):
+        path.write_text(form)
+        with pytest.raises(UserError, match="neither"):
+            read_tokens(path)
 
 
 def test_audio_tokens_out_of_order_are_refused():
@@ -165,10 +233,3 @@ def test_audio_tokens_out_of_order_are_refused():
 
     with pytest.raises(UserError, match="mine: its audio tokens are not in order"):
         read_speech_ids(Tokenizer())
-
-
-def test_sentences_are_split_by_their_language():
-    text = "Τι κάνεις; Είμαι καλά."
-    assert len(split_text(text, 12, "el")) == 2
-    settings = read_settings(None, {"language": "el", "max_seconds": "1"})
-    assert parts_of(text, settings)[0] == "Τι κάνεις;"
