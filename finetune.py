@@ -26,7 +26,6 @@ from orpheus.files import (
 from orpheus.settings import (
     Settings,
     UserError,
-    is_out_of_memory,
     quiet_libraries,
     read_command_line,
     read_json,
@@ -38,9 +37,9 @@ def main() -> None:
     started = time.perf_counter()
     settings = read_command_line(__doc__)
     if settings.plan:
-        from orpheus import compatibility, memory
+        from orpheus import memory, trainer
 
-        settings = compatibility.resolve_settings(settings)
+        settings = trainer.resolve_settings(settings)
         memory.print_plan(settings, memory.read_base(settings))
         return
     if runs.RANK:
@@ -52,6 +51,7 @@ def main() -> None:
 
 def import_backend(settings: Settings) -> None:
     """Imports unsloth before transformers, trl and peft, which it patches."""
+    print(f"loading  torch, trl and {settings.backend}")
     if settings.backend == "unsloth":
         # Unsloth counts runs by downloading from the hub, and waits minutes for one that is down
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -73,14 +73,18 @@ def fine_tune(settings: Settings, started: float) -> None:
         print(f"warning  no complete checkpoint in {out}: training starts from the beginning")
     dataset = clips.read_clips(settings)
     import_backend(settings)
-    from orpheus import checks, codec, compatibility, doctor, memory, models, rows, trainer
+    from orpheus import checks, codec, doctor, memory, models, rows, trainer
 
     # 2. The settings, as this machine and its memory allow
     models.check_machine(settings.model)
-    settings = compatibility.resolve_settings(settings)
-    settings = memory.choose_fit(settings, memory.read_base(settings), checkpoint)
+    settings = trainer.resolve_settings(settings)
     arguments = make_sft_config(settings)
-    compatibility.check_compatibility(settings, arguments)
+    trainer.check_compatibility(settings, arguments)
+    trainer.print_machine(settings)
+    memory.print_memory(settings, memory.read_base(settings))
+    if checkpoint and arguments.auto_find_batch_size:  # go on with the rows that it came to
+        state = read_json(checkpoint / "trainer_state.json")
+        arguments.per_device_train_batch_size = state["train_batch_size"]
 
     # 3. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
@@ -97,7 +101,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
     sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
-    compatibility.print_changes(settings, sft_trainer.args)
+    trainer.print_changes(settings, sft_trainer.args)
 
     # 5. Training, and saving
     if not runs.RANK:
@@ -119,9 +123,11 @@ def make_sft_config(settings: Settings):
     import torch
     from trl import SFTConfig
 
+    from orpheus.trainer import use_one_gpu
+
     pad_to_max = settings.batching == "pad_to_max"
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             **settings.trainer  # has output_dir, seed and max_length, too
             | {
                 "packing": settings.batching == "pack",
@@ -129,13 +135,15 @@ def make_sft_config(settings: Settings):
                 "pad_to_multiple_of": settings.max_length if pad_to_max else None,
                 "gradient_checkpointing": bool(settings.gradient_checkpointing),
                 "use_cpu": not torch.cuda.is_available(),
-                "eval_strategy": "no",  # callbacks.TrainingMonitor evaluates every sample_steps
+                "eval_strategy": "no",  # TrainingMonitor evaluates every sample_steps
                 "metric_for_best_model": "eval_score",  # keeps the best checkpoint from rotation
                 "greater_is_better": True,
             }
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"settings: {error}") from None
+        raise UserError(f"settings: {error}") from error
+    use_one_gpu(arguments)
+    return arguments
 
 
 def load_model(settings: Settings, arguments):
@@ -143,8 +151,7 @@ def load_model(settings: Settings, arguments):
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from orpheus.compatibility import check_loaded
-    from orpheus.models import set_4bit_dtype, training_dtype
+    from orpheus.models import check_loaded, set_4bit_dtype, training_dtype
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     # Never left to a library: Unsloth would take bfloat16 wherever the machine has it
@@ -153,6 +160,7 @@ def load_model(settings: Settings, arguments):
         dtype = torch.float32
     folder = fetch(settings.model, MODEL_FILES)
     check_weights(folder)
+    print(f"loading  {settings.model}")
     disable_progress_bar()
     with quiet_libraries():
         model = load(folder, settings, dtype)
@@ -253,8 +261,7 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
 
 def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
     """Trains to the end, and returns the tokens seen. A signal makes it save and exit with 130."""
-    from orpheus.callbacks import StopOnSignal, TrainingMonitor
-    from orpheus.memory import step_down
+    from orpheus.trainer import StopOnSignal, TrainingMonitor
 
     out = Path(settings.output_dir)
     before = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
@@ -263,19 +270,10 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     watched = runs.reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
-    try:
-        with StopOnSignal() as stop, watched:
-            for callback in (TrainingMonitor(settings), stop):
-                trainer.add_callback(callback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if settings.fit is not False and trainer.state.global_step == 0:
-            step_down(settings)
-        step = f"step {trainer.state.global_step + 1}: out of GPU memory: try --plan, or --fit"
-        last = runs.last_checkpoint(out) or "none yet"
-        raise UserError(f"{step}; last checkpoint: {last}") from None
+    with StopOnSignal() as stop, watched:
+        for callback in (TrainingMonitor(settings), stop):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state  # resuming made a new one
     if stop.requested and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step}; checkpoint in {out}")

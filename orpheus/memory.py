@@ -1,4 +1,4 @@
-"""The GPU memory that a run needs, from the base's config alone, and the settings that fit a GPU.
+"""The GPU memory that a run needs, from the base's config alone, and what fits a GPU.
 
 tests/benchmarks/account_memory.py counts the same tensor by tensor; the two agree within 5 %.
 """
@@ -8,24 +8,20 @@ import json
 import math
 import os
 import resource
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from orpheus.files import CONFIG_FILES, fetch, is_adapter
 from orpheus.models import LINEAR_LAYERS, check_stored, read_model_config
-from orpheus.runs import SAVED_CONFIG
-from orpheus.settings import Settings, UserError, read_json
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # Bytes per weight; NF4 with its scales: one per 64 weights, which are quantised themselves
 BYTES_PER_WEIGHT = {"4bit": 0.516, "8bit": 1, "fp8": 1}
-FIT_KEYS = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
 # A model's config; the weights of its linear layers, of all else, and of a LoRA of rank 1
 Base = namedtuple("Base", "config linear others lora")
 
@@ -174,11 +170,6 @@ def total_bytes(config: dict, base: Base) -> float:
     return sum(memory_plan(config, base).values())
 
 
-def first_fit(config: dict, base: Base, free: float, changes) -> dict | None:
-    """The first of the changes with which a run needs no more than `free` bytes."""
-    return next((new for new in changes if total_bytes(config | new, base) <= free), None)
-
-
 def smallest_change(config: dict, base: Base, free: float) -> dict | None:
     """The fewest settings to change for a run within `free` bytes, those that cost least first."""
     rows, steps = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
@@ -196,25 +187,14 @@ def smallest_change(config: dict, base: Base, free: float) -> dict | None:
     counts = range(len(remedies) + 1)
     chosen = itertools.chain(*(itertools.combinations(remedies, n) for n in counts))
     changes = ({k: v for remedy in group for k, v in remedy.items()} for group in chosen)
-    return first_fit(config, base, free, changes)
+    return next((new for new in changes if total_bytes(config | new, base) <= free), None)
 
 
-def best_fit(config: dict, base: Base, free: float) -> dict | None:
-    """The fastest values of FIT_KEYS that `free` bytes allow, at the same rows per optimiser step.
-
-    No checkpointing before any, since that does a third of the work twice; then as many rows per
-    batch as possible.
-    """
-    rows = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-    ways = (False, True, "unsloth")[: 3 if config["backend"] == "unsloth" else 2]
-    batches = [(n, rows // n) for n in range(rows, 0, -1) if rows % n == 0]
-    values = ((way, *batch) for way, batch in itertools.product(ways, batches))
-    changes = (dict(zip(FIT_KEYS, value, strict=True)) for value in values)
-    return first_fit(config, base, free, changes)
-
-
-def fit_of(config: dict) -> dict:
-    return {name: config[name] for name in FIT_KEYS}
+def most_rows(config: dict, base: Base, free: float) -> int:
+    """The most rows per batch with which a run needs no more than `free` bytes; 0: not even one."""
+    key = "per_device_train_batch_size"
+    fits = (total_bytes(config | {key: rows}, base) <= free for rows in range(1, 513))
+    return sum(itertools.takewhile(bool, fits))
 
 
 def format_settings(change: dict | None) -> str:
@@ -224,21 +204,21 @@ def format_settings(change: dict | None) -> str:
 
 
 def print_plan(settings: Settings, base: Base) -> None:
-    """--plan: where the memory goes, and what this and other cards hold."""
+    """--plan: where the memory goes, and what this GPU or, without one, other cards hold."""
     config = settings.flat()
-    fit = format_settings(fit_of(config))
-    print(f"{settings.model}: {settings.max_length} tokens a row, {fit}")
+    keys = "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps"
+    chosen = format_settings({name: config[name] for name in keys})
+    print(f"{settings.model}: {settings.max_length} tokens a row, {chosen}")
     for name, size in memory_plan(config, base).items():
         if size:
             print(f"  {name:26}{size / GIB:8.2f} GiB")
     print(f"  {'in all':26}{total_bytes(config, base) / GIB:8.2f} GiB, an estimate")
-    here = free_memory() / GIB if torch.cuda.is_available() else None
-    for card in [here] if here else CARDS if isinstance(settings.fit, bool) else [settings.fit]:
+    for card in [free_memory() / GIB] if torch.cuda.is_available() else CARDS:
         change = smallest_change(config, base, card * GIB)
         verdict = "fits" if change == {} else f"too small: {format_settings(change)}"
-        fit = best_fit(config, base, card * GIB)
-        takes = f"; --fit would choose {format_settings(fit)}" if fit else ""
-        print(f"{card:4.4g} GiB: {verdict}{takes}")
+        rows = most_rows(config, base, card * GIB)
+        room = f"; room for {rows} row{'s' * (rows > 1)} a batch" if rows else ""
+        print(f"{card:4.4g} GiB: {verdict}{room}")
 
 
 def free_memory() -> int:
@@ -246,45 +226,16 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
 
 
-def choose_fit(settings: Settings, base: Base, checkpoint: Path | None) -> Settings:
-    """The settings with FIT_KEYS chosen for `fit`; prints what the run will need.
-
-    `UserError` with the smallest change if `fit` finds none. Without `fit` it only warns, since the
-    plan is an estimate. It is for a single GPU: `device_map` and FSDP go without.
-    """
-    config, gpu = settings.flat(), torch.cuda.is_available()
-    if settings.device_map or settings.trainer.get("fsdp"):  # the plan is for a single GPU
-        return settings
-    if not gpu and settings.fit is True:
-        raise UserError("settings: fit true asks a GPU for its memory; without, say --fit 12 (GiB)")
-    if not gpu and settings.fit is False:
-        return settings
-    free = free_memory() if isinstance(settings.fit, bool) else settings.fit * GIB
-    fit, plan = fit_of(config), memory_plan(config, base)
-    if settings.fit is not False:
-        fit = best_fit(config, base, free)
-        if checkpoint:  # a resumed run goes on with what it had
-            fit = fit_of(read_json(Path(settings.output_dir) / SAVED_CONFIG))
-    remedy = smallest_change(config, base, free)
-    fixed = sum(plan.values()) - plan.get("activations", 0)
-    if settings.fit is not False and (fit is None or fixed > free):
-        needs = f"{total_bytes(config, base) / GIB:.1f} GiB needed, {free / GIB:.1f} GiB available"
-        raise UserError(f"out of memory: {needs}; {format_settings(remedy)}")
-    total = total_bytes(config | fit, base)
-    print(f"memory   {total / GIB:.1f} GiB planned of {free / GIB:.1f}: {format_settings(fit)}")
-    if total > free:
-        print(f"warning  it may not fit; what would: {format_settings(remedy)}")
-    return settings.replace(**fit)
-
-
-def step_down(settings: Settings) -> None:
-    """After running out of memory in the first step: starts anew, planning for a tenth less.
-
-    In a new process, which has all of the GPU's memory again. The clips are in the cache.
-    """
-    less = f"{0.9 * total_bytes(settings.flat(), read_base(settings)) / GIB:.2f}"
-    print(f"out of memory in the first step: starting anew with --fit {less}", flush=True)
-    os.execv(sys.executable, [sys.executable, *sys.argv, "--fit", less])
+def print_memory(settings: Settings, base: Base) -> None:
+    """Print what the run will need of the GPU's memory, and a warning if it may not fit."""
+    if not torch.cuda.is_available() or settings.device_map or settings.trainer.get("fsdp"):
+        return  # the plan is for a single GPU
+    config, free = settings.flat(), free_memory()
+    need = total_bytes(config, base)
+    print(f"memory   {need / GIB:.1f} GiB planned of {free / GIB:.1f} free")
+    if need > free:
+        change = format_settings(smallest_change(config, base, free))
+        print(f"warning  the run may not fit; what would: {change}")
 
 
 def peak_memory() -> int:

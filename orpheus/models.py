@@ -287,3 +287,28 @@ def add_old_names(folder: Path) -> None:
                 new["additional_special_tokens"] = values.pop("extra_special_tokens")
         if new:
             write_text(path, json.dumps(values | new, indent=2, ensure_ascii=False) + "\n")
+
+
+QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
+
+
+def check_loaded(model, settings: Settings, dtype: torch.dtype) -> None:
+    """Print what was loaded for training.
+
+    Raises: UserError where the weights are not held as was asked.
+    """
+    classes = {type(module).__name__ for module in model.modules()}
+    if settings.weights in QUANTISED and QUANTISED[settings.weights] not in classes:
+        raise UserError(
+            f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead; "
+            "`python -m bitsandbytes` says what is wrong with it"
+        )
+    used = model.dtype if settings.weights == "16bit" else dtype
+    if used != dtype:
+        print(f"changed dtype: {dtype} was asked for, {settings.backend} loaded {used}")
+    weights = str(used).removeprefix("torch.")
+    if settings.weights != "16bit":
+        weights = f"{settings.weights.replace('bit', '-bit')}, {weights}"
+    method = "all weights" if settings.full_finetuning else f"LoRA r={settings.lora_r}"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    print(f"model    {settings.model}, {weights}; {method}: {trained:.3g} M parameters to train")

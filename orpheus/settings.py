@@ -23,9 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 # bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Unsloth's banner at the start of training says once more what our lines say.
-BANNER = "Unsloth - 2x faster free finetuning"
-logging.getLogger("transformers.trainer").addFilter(lambda r: BANNER not in r.getMessage())
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.json"

@@ -16,11 +16,11 @@ from conftest import DEMO, ROOT, one_line, program, script
 from running import KEYS, PLAIN, run_here, same_file, settings_of
 
 import finetune
-from orpheus.compatibility import resolve_settings
-from orpheus.hub import is_adapter
+from orpheus.files import is_adapter
 from orpheus.models import load_model
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, reporting_full_disk
 from orpheus.settings import Settings, UserError
+from orpheus.trainer import resolve_settings
 
 # ---------------------------------------------------------------- settings
 
@@ -112,7 +112,7 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
     step, check = lines[2:4]
     number = r"[\d,.]+"
     pattern = rf"step     4/4   loss {number}   lr {number}e-\d   {number} tok/s   "
-    assert re.fullmatch(pattern + rf"{number} h heard   {number} GiB   0 s left", step), step
+    assert re.fullmatch(pattern + rf"{number} h of audio   {number} GiB   0 s left", step), step
     samples = re.escape(f"samples: {out}/samples/step-000004/")
     pattern = rf"check    step 4   held-out {number}   slots 0–6:( {number}){{7}}   "
     assert re.fullmatch(pattern + rf"ended \d/2   pace {number}   {samples}", check), check

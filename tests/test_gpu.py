@@ -60,7 +60,7 @@ REMEDIES = {
     "paged": ["--weights", "4bit", "--optim", "paged_adamw_8bit"],
     "plain": ["--weights", "4bit", "--backend", "transformers", "--gradient_checkpointing", "true"],
     "full": ["--weights", "16bit", "--full_finetuning", "true", "--optim", "adamw_8bit"],
-    "fit": ["--weights", "4bit", "--fit", "true"],
+    "rows": ["--weights", "4bit", "--auto_find_batch_size", "true"],
 }
 
 

@@ -1,32 +1,29 @@
-"""--plan and --fit: the memory that a run needs, from the base's config.json alone."""
+"""--plan: the memory that a run needs, from the base's config.json alone."""
 
 import shutil
-import sys
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, one_line, script
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTTrainer
 
 import finetune
-from orpheus.compatibility import resolve_settings
 from orpheus.memory import (
     CARDS,
     GIB,
-    best_fit,
-    choose_fit,
     count_weights,
     layer_bytes,
     memory_plan,
+    most_rows,
+    print_memory,
     read_base,
     smallest_change,
     total_bytes,
 )
 from orpheus.models import LINEAR_LAYERS
-from orpheus.runs import SAVED_CONFIG
-from orpheus.settings import read_json, read_settings
+from orpheus.settings import read_settings
+from orpheus.trainer import resolve_settings
 
 
 @pytest.fixture
@@ -48,9 +45,9 @@ def config_and_base(folder, **overrides):
 
 
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):
-    code, printed, errors = script("finetune.py", "--model", orpheus, "--plan", "--fit", "6.5")
+    code, printed, errors = script("finetune.py", "--model", orpheus, "--plan")
     assert code == 0, errors
-    assert "in all" in printed and " 6.5 GiB: fits; --fit would choose " in printed
+    assert "in all" in printed and "   8 GiB: fits; room for 16 rows a batch" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
 
 
@@ -154,19 +151,7 @@ def test_the_mask_grows_with_the_square_of_a_packed_row(orpheus):
     assert packed - padded == (28 * 2 + 1) * (4 * 4 - 4) * 2048**2
 
 
-def test_a_fit_changes_a_copy_of_the_settings(orpheus, capsys):
-    settings = read(orpheus, fit=20, gradient_accumulation_steps=4)
-    before = settings.flat()
-    fit = choose_fit(settings, read_base(settings), None)
-    chosen = {"gradient_checkpointing": False, "per_device_train_batch_size": 2}
-    assert fit.flat() == before | chosen | {"gradient_accumulation_steps": 2}
-    assert settings.flat() == before
-    assert "planned of 20.0: gradient_checkpointing false" in capsys.readouterr().out
-    without = settings.replace(fit=False)
-    assert choose_fit(without, read_base(settings), None) == without
-
-
-def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
+def test_a_change_is_the_smallest_and_keeps_the_step(orpheus):
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     config, base = config_and_base(orpheus, weights="16bit", **batches)
     total = total_bytes(config, base)
@@ -177,69 +162,28 @@ def test_a_change_is_the_smallest_and_a_fit_keeps_the_step(orpheus):
     assert change["weights"] == "4bit"
     assert total_bytes(config | change, base) <= 6 * GIB
     assert smallest_change(config, base, GIB) is None
-    last = 0
-    for card in CARDS:
-        fit = best_fit(config, base, card * GIB)
-        if fit is None:
-            assert card == 8
-            continue
-        rows = fit["per_device_train_batch_size"]
-        assert rows * fit["gradient_accumulation_steps"] == 8
-        assert total_bytes(config | fit, base) <= card * GIB
-        speed = (fit["gradient_checkpointing"] is False) * 100 + rows
-        assert speed >= last
-        last = speed
 
 
-WORDS = [*DEMO, "--backend", "transformers", "--cache_dir", "null", "--limit", "8"]
-WORDS += ["--held_out", "0", "--sample_texts", "[]", "--max_steps", "2"]
+def test_the_most_rows_are_those_that_still_fit(orpheus):
+    config, base = config_and_base(orpheus, weights="16bit", per_device_train_batch_size=2)
+    counts = [most_rows(config, base, card * GIB) for card in CARDS]
+    assert counts == sorted(counts) and counts[0] == 0 < counts[-1]
+    row = {"per_device_train_batch_size": counts[-1]}
+    assert total_bytes(config | row, base) <= 80 * GIB
+    row = {"per_device_train_batch_size": counts[-1] + 1}
+    assert total_bytes(config | row, base) > 80 * GIB
 
 
-def full(*_, **__):
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-
-def run(monkeypatch, out, *words):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *WORDS, "--output_dir", str(out), *words])
-    finetune.main()
-    return read_json(out / SAVED_CONFIG)
-
-
-def test_fit_sets_rows_and_steps_down_where_the_first_step_is_too_much(
-    tmp_path, monkeypatch, capsys
-):
-    """Eight rows at once are planned; the first step runs out; the next process plans for less."""
-
-    def start(program, words):
-        raise SystemExit(" ".join(words[-2:]))
-
-    words = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
-    with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "training_step", full)
-        patch.setattr(finetune.os, "execv", start)
-        with pytest.raises(SystemExit) as ended:
-            run(patch, tmp_path / "out", *words, "--fit", "3")
-    first = capsys.readouterr().out
-    assert "per_device_train_batch_size 8, gradient_accumulation_steps 1" in first
-    assert "starting anew with --fit" in first
-    saved = run(monkeypatch, tmp_path / "out", *words, *str(ended.value).split())
-    assert saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"] == 8
-    assert saved["per_device_train_batch_size"] < 8 or saved["gradient_checkpointing"]
-
-
-def test_without_fit_a_full_gpu_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(SFTTrainer, "training_step", full)
-    words = [*WORDS, "--output_dir", tmp_path / "out"]
-    line = one_line(finetune.main, monkeypatch, *words)
-    assert line == "step 1: out of GPU memory: try --plan, or --fit; last checkpoint: none yet"
-
-
-def test_what_cannot_fit_is_told_before_it_is_loaded(tmp_path, monkeypatch):
-    words = [*WORDS, "--output_dir", tmp_path / "out"]
-    line = one_line(finetune.main, monkeypatch, *words, "--fit", "0.5")
-    assert line.startswith("out of memory: ") and "no change of settings makes it fit" in line
-    line = one_line(finetune.main, monkeypatch, *words, "--fit")
-    assert "fit true asks a GPU" in line
+def test_a_run_that_may_not_fit_is_warned_of(orpheus, monkeypatch, capsys):
+    settings = read(orpheus, per_device_train_batch_size=8)
+    print_memory(settings, read_base(settings))
+    assert capsys.readouterr().out == ""  # without a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (5 * GIB, 8 * GIB))
+    print_memory(settings, read_base(settings))
+    planned, warning = capsys.readouterr().out.splitlines()
+    assert planned.startswith("memory   ") and planned.endswith(" GiB planned of 5.0 free")
+    assert warning.endswith("would: per_device_train_batch_size 1, gradient_accumulation_steps 8")
 
 
 def test_an_adapter_is_no_base(adapter, tmp_path, monkeypatch):

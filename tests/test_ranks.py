@@ -8,9 +8,9 @@ import pytest
 from conftest import DEMO, script
 
 import finetune
-from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.hub import is_adapter
 from orpheus.settings import UserError, read_settings
+from orpheus.trainer import check_compatibility, resolve_settings
 
 WORDS = [*DEMO, "--limit", "16", "--held_out", "0.2", "--max_steps", "3", "--logging_steps", "1"]
 WORDS += ["--sample_texts", '["one"]', "--max_seconds", "0.5", "--save_steps", "3"]

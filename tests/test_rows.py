@@ -22,7 +22,6 @@ import orpheus.codec
 import orpheus.rows
 from orpheus.audio import measure_clip
 from orpheus.clips import read_clips
-from orpheus.compatibility import check_compatibility, resolve_settings
 from orpheus.rows import (
     count_packed,
     length_batches,
@@ -34,6 +33,7 @@ from orpheus.rows import (
 )
 from orpheus.settings import UserError, read_settings
 from orpheus.tokens import FRAME_SAMPLES, codes_to_ids, ids_to_codes, prompt_ids
+from orpheus.trainer import check_compatibility, resolve_settings
 
 
 def test_every_row_starts_with_the_prompt_that_infer_builds(tokenizer, codec, ids):

@@ -14,7 +14,6 @@ from running import settings_of
 
 import finetune
 import orpheus.settings
-from orpheus.compatibility import resolve_settings
 from orpheus.settings import (
     PARTS,
     Parser,
@@ -26,6 +25,7 @@ from orpheus.settings import (
     read_settings,
     trainer_keys,
 )
+from orpheus.trainer import resolve_settings
 
 
 def test_every_other_number_of_the_trainer_is_finite():

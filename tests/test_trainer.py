@@ -1,15 +1,35 @@
-"""SpeechTrainer: a loss that is not finite, and the time of training and of checks."""
+"""SpeechTrainer, its callbacks, and what machine and backend allow."""
 
 import json
+import os
 import re
+import signal
 import time
+from types import SimpleNamespace
 
 import pytest
-from running import run_here
+import torch
+from conftest import DEMO, one_line
+from running import PLAIN, run_here, settings_of
+from trl import SFTTrainer
 
 import finetune
+from orpheus import trainer
 from orpheus.checks import SampleEvaluator
+from orpheus.hub import is_adapter
+from orpheus.runs import python_command
 from orpheus.settings import UserError
+from orpheus.trainer import (
+    StopOnSignal,
+    check_compatibility,
+    check_compiler,
+    check_trackers,
+    loss_warnings,
+    print_changes,
+    resolve_settings,
+    use_one_gpu,
+    write_unbuffered,
+)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -21,7 +41,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(finetune, "load_model", spoilt)
-    with pytest.raises(UserError, match=r"loss is nan at step 1; .* in the batch: slt:"):
+    with pytest.raises(UserError, match=r"step 1: the loss is nan; .*; in the batch: slt:"):
         run_here(monkeypatch, tmp_path)
 
 
@@ -38,3 +58,228 @@ def test_the_time_of_checks_is_told_apart(tmp_path, monkeypatch, capsys):
     training, checks = map(float, re.search(r"training (.*), checks (.*),", printed).groups())
     assert checks >= 0.1 and speed > tokens / 9  # three checks took nine seconds at least
     assert "3/3   loss" in printed and training < checks
+
+
+def too_many(rows, step=0):
+    """SFTTrainer.training_step, but out of memory for more than so many rows from a step on."""
+    train = SFTTrainer.training_step
+
+    def training_step(self, model, inputs, *words, **more):
+        if len(inputs["input_ids"]) > rows and self.state.global_step >= step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return train(self, model, inputs, *words, **more)
+
+    return training_step
+
+
+FOUND = {"per_device_train_batch_size": "4", "auto_find_batch_size": "true", "save_steps": "2"}
+
+
+def test_auto_find_batch_size_says_what_it_came_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SFTTrainer, "training_step", too_many(2))
+    run_here(monkeypatch, tmp_path, **FOUND, num_train_epochs="1", max_steps="-1")
+    printed = capsys.readouterr().out
+    assert "; 4 rows a step; 2 steps" in printed
+    assert "batches  3 rows a batch do not fit in memory: now 2; 2 rows a step, 4 steps" in printed
+    assert re.search(r"step     4/4   loss .* h of audio", printed)
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    assert state["train_batch_size"] == 2 and state["epoch"] == 1
+    (tmp_path / "adapter_config.json").unlink()
+    keys = FOUND | {"num_train_epochs": "2", "max_steps": "-1"}
+    run_here(monkeypatch, tmp_path, **keys, resume="true")
+    printed = capsys.readouterr().out
+    assert "; 2 rows a step; 8 steps" in printed and "do not fit" not in printed
+    assert "8/8   loss" in printed
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "found"), [(0, 0, "true"), (2, 0, "false"), (2, 1, "true")]
+)
+def test_a_full_gpu_is_one_line(rows, step, found, tmp_path, monkeypatch):
+    """Not even one row fits, fewer are not to be tried, or training has begun already."""
+    monkeypatch.setattr(SFTTrainer, "training_step", too_many(rows, step))
+    with pytest.raises(UserError) as caught:
+        run_here(monkeypatch, tmp_path, **FOUND | {"auto_find_batch_size": found})
+    first = f"step {step + 1}: out of GPU memory; --plan shows what fits"
+    assert str(caught.value).startswith(first)
+    assert str(caught.value).endswith("; last checkpoint: none yet")
+
+
+def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch, capsys):
+    train = SFTTrainer.training_step
+
+    def slow_at_first(self, *words, **more):
+        if self.state.global_step == 0:
+            time.sleep(5)
+        return train(self, *words, **more)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", slow_at_first)
+    run_here(monkeypatch, tmp_path, max_steps="3")
+    first, second, _ = re.findall(r"^step     .*", capsys.readouterr().out, re.M)
+    assert "left" not in first
+    assert float(re.search(r"([\d.]+) s left", second)[1]) < 4
+
+
+# ---------------------------------------------------------------- callbacks
+
+
+def state_of(*losses, every=10):
+    history = [{"loss": loss, "step": every * n} for n, loss in enumerate(losses, 1)]
+    return SimpleNamespace(log_history=history, global_step=every * len(losses))
+
+
+def warnings_of(*losses, **logs):
+    state = state_of(*losses)
+    return loss_warnings({"loss": losses[-1], **logs}, state, 156_940)
+
+
+def test_signs_of_wrong_tokens_are_named_and_only_those():
+    (message,) = warnings_of(11.9, *[11.5] * 6)
+    assert message.startswith("loss 11.5 is no better than guessing (12.0) and has not fallen")
+    assert warnings_of(11.9, 11.5, 11.4) == []  # too early to tell
+    assert warnings_of(12.9, 12.4, 12.0, 11.7, 11.4, 11.2) == []  # it falls
+    assert warnings_of(*[4.5] * 7) == []
+    assert len(warnings_of(2.0, 1.5, 3.9)) == 1  # it rose by over 2 nats
+    assert warnings_of(2.0, 1.5, 3.9, 4.0) == []  # said once
+    slots = {f"eval_loss_slot{n}": 4.0 + 0.1 * n for n in range(7)}
+    assert warnings_of(4.5, **slots) == []
+    (message,) = warnings_of(4.5, **(slots | {"eval_loss_slot3": 8.2}))
+    assert message.startswith("slot 3's loss 8.2 is far above the others' 4.4")
+
+
+def test_a_loss_that_rises_is_a_warning(tmp_path, monkeypatch, capsys):
+    step = SFTTrainer.training_step
+
+    def spoil(self, model, *words, **more):
+        if self.state.global_step == 2:
+            for name, weight in model.named_parameters():
+                if name.endswith("model.norm.weight"):
+                    weight.data.mul_(20)
+        return step(self, model, *words, **more)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", spoil)
+    run_here(monkeypatch, tmp_path, max_steps="4", limit="60")  # no warning of few clips
+    printed = capsys.readouterr().out
+    assert re.findall(r"warning  step 3: loss rose from [\d.]+ to .* learning_rate", printed)
+    assert printed.count("warning") == 1
+    assert is_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(number, tmp_path, monkeypatch, capsys):
+    step = SFTTrainer.training_step
+
+    def kill(self, *words, **more):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # as shell and kernel both do for a closed terminal
+        return step(self, *words, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as done:
+        patch.setattr(SFTTrainer, "training_step", kill)
+        run_here(patch, tmp_path, max_steps="9", report_to="none")
+    assert done.value.code == 130
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    told = capsys.readouterr().out
+    command = next(line for line in told.splitlines() if line.startswith("continue with: "))
+    assert command.startswith(f"continue with: {python_command()} finetune.py --config")
+    assert command.endswith(" --resume")
+    run_here(monkeypatch, tmp_path, max_steps="3", report_to="none", resume="true")
+    assert is_adapter(tmp_path)
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not stop.requested
+
+
+def test_a_closed_terminal_does_not_stop_the_saving():
+    """What is printed after the terminal is gone goes nowhere, instead of failing."""
+    ours, theirs = os.openpty()
+    os.close(ours)
+    with pytest.raises(OSError):
+        os.write(theirs, b"a")
+    write_unbuffered(theirs, "a")
+    assert os.write(theirs, b"a") == 1
+    os.close(theirs)
+
+
+# ---------------------------------------------------------------- what the machine allows
+
+
+def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine can")
+    cases = [
+        (["--weights", "fp8"], 'weights "fp8" need a GPU'),
+        (["--weights", "4bit", "--full_finetuning"], 'full_finetuning needs weights "16bit"'),
+        (["--gradient_checkpointing", "unsloth"], "set it to true"),
+        (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit needs a GPU"),
+        (["--fp16", "true"], "fp16 needs a GPU"),
+        (["--report_to", "papertape"], "report_to papertape: give one of none, "),
+        (["--packing", "true"], "packing cannot be set, leave it out: it follows from batching"),
+    ]
+    for words, line in cases:
+        words = [*DEMO, *PLAIN, "--output_dir", tmp_path / "out", *words]
+        assert line in one_line(finetune.main, monkeypatch, *words)
+    settings = resolve_settings(settings_of(weights="8bit"))
+    with pytest.raises(UserError, match='or backend "transformers"'):
+        check_compatibility(settings, finetune.make_sft_config(settings))
+
+
+def test_several_ranks_find_no_batch_size(monkeypatch):
+    monkeypatch.setattr(trainer, "WORLD_SIZE", 2)
+    settings = resolve_settings(settings_of(auto_find_batch_size="true", backend="transformers"))
+    with pytest.raises(UserError, match="auto_find_batch_size works on a single GPU"):
+        check_compatibility(settings, finetune.make_sft_config(settings))
+
+
+def test_a_card_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(UserError, match="set bf16 false, fp16 true"):
+        resolve_settings(settings_of(bf16="true"))
+    settings = resolve_settings(settings_of(bf16="null"))
+    assert (settings.bf16, settings.fp16) == (False, True)
+
+
+def test_one_process_uses_one_gpu(capsys):
+    arguments = finetune.make_sft_config(resolve_settings(settings_of(backend="transformers")))
+    use_one_gpu(arguments)
+    assert capsys.readouterr().out == ""
+    arguments._n_gpu = 2
+    use_one_gpu(arguments)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 2
+    assert "torchrun --nproc-per-node 2 finetune.py" in capsys.readouterr().out
+
+
+def test_unsloth_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        UserError, match=r"C compiler: `sudo apt install build-essential python3\.\d"
+    ):
+        check_compiler()
+
+
+def test_a_missing_tracker_is_told_with_its_pip_line(monkeypatch):
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: [])
+    with pytest.raises(
+        UserError, match="report_to comet_ml needs its package: pip install comet-ml"
+    ):
+        check_trackers(["comet_ml"])
+
+
+def test_packing_that_is_dropped_is_told(capsys):
+    settings = resolve_settings(settings_of(batching="pack", backend="transformers"))
+    arguments = finetune.make_sft_config(settings)
+    print_changes(settings, arguments)
+    assert capsys.readouterr().out == ""
+    arguments.packing = False
+    print_changes(settings, arguments)
+    assert "changed packing: True" in capsys.readouterr().out

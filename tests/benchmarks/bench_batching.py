@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 import finetune  # noqa: E402
 from orpheus.audio import Sound  # noqa: E402
 from orpheus.codec import load_codec  # noqa: E402
-from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.rows import make_row  # noqa: E402
 from orpheus.settings import read_settings  # noqa: E402
 from orpheus.tokens import SLOTS, prompt_ids, read_speech_ids  # noqa: E402
+from orpheus.trainer import resolve_settings  # noqa: E402
 
 MODES = {  # 4 × 1,024 slots or so to a step; packed rows go one by one, as attention wants it
     "pack": {"batching": "pack", "gradient_accumulation_steps": "4"},

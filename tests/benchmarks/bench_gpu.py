@@ -1,7 +1,7 @@
-"""On one GPU, at Orpheus-3B's shape: training speed, memory against --plan, --fit, encoding.
+"""On one GPU, at Orpheus-3B's shape: training speed, memory against --plan, rows, encoding.
 
 python tests/benchmarks/bench_gpu.py  # every table
-python tests/benchmarks/bench_gpu.py speed fit  # two of them
+python tests/benchmarks/bench_gpu.py speed rows  # two of them
 python tests/benchmarks/bench_gpu.py --minutes 9  # as many lines as there is time for
 python tests/benchmarks/bench_gpu.py --shape demo  # at toy size, on any machine
 
@@ -42,18 +42,17 @@ from bench_batching import clip_seconds, make_rows  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from orpheus.codec import encode, load_codec  # noqa: E402
-from orpheus.compatibility import check_compatibility, resolve_settings  # noqa: E402
 from orpheus.memory import (  # noqa: E402
-    FIT_KEYS,
     GIB,
-    choose_fit,
     memory_plan,
+    most_rows,
     peak_memory,
     read_base,
 )
 from orpheus.models import device, load_tokenizer  # noqa: E402
 from orpheus.rows import encode_sounds, read_codebook_size  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
+from orpheus.trainer import check_compatibility, resolve_settings  # noqa: E402
 
 WORK = ROOT / "outputs" / "bench_gpu"
 PACKED = {"batching": "pack", "gradient_checkpointing": "unsloth"}
@@ -70,7 +69,7 @@ SPEED = {
     "8,192, no checkpoints, 16-bit": TUNED | {"weights": "16bit"},
     "16,384, no checkpoints, 16-bit": TUNED | {"weights": "16bit", "max_length": "16384"},
 }
-FIT, CARDS = PACKED | {"gradient_accumulation_steps": "16"}, (8, 12, 24)  # GiB
+CARDS = (8, 12, 24)  # GiB
 MEMORY = {
     f"{weights}, {checkpointing}, {length:,}": {
         "batching": "pack",
@@ -163,14 +162,14 @@ def measure(lines: list[dict]) -> Iterator[dict]:
 
 
 def fit_to(cap: float, settings):
-    """What --fit chooses on a card of `cap` GiB; this process can use no more from now on."""
-    settings = settings.replace(fit=cap)
+    """As many rows as --plan has a card of `cap` GiB hold; this process can use no more."""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
         # Unsloth sizes its loss by it
         torch.cuda.mem_get_info = lambda *_: (cap * GIB - torch.cuda.memory_reserved(), total)
-    return choose_fit(settings, read_base(settings), None)
+    rows = most_rows(settings.flat(), read_base(settings), cap * GIB)
+    return settings.replace(per_device_train_batch_size=rows)
 
 
 def measure_training(model, tokenizer, ids, settings, line: dict) -> dict:
@@ -205,7 +204,7 @@ def measure_training(model, tokenizer, ids, settings, line: dict) -> dict:
         "operations": [by_slot * s + by_pair * p for s, p in zip(slots, pairs, strict=True)],
         "peak": peak_memory() / GIB,
         "planned": sum(parts.values()) / GIB,
-        "chosen": [plan[name] for name in FIT_KEYS],
+        "rows": settings.per_device_train_batch_size,
     }
 
 
@@ -307,7 +306,7 @@ def make_lines(arguments, paths: dict[str, str]) -> list[dict]:
 
     lines = [line("machine", "machine", {})]
     lines += [line("speed", name, settings) for name, settings in SPEED.items()]
-    lines += [line("fit", f"{cap} GiB", FIT, steps=1, windows=1, cap=cap) for cap in CARDS]
+    lines += [line("rows", f"{cap} GiB", PACKED, steps=1, windows=1, cap=cap) for cap in CARDS]
     lines += [line("encode", "encode", {}, clips=arguments.clips)]
     lines += [line("memory", n, s, steps=1, windows=1) for n, s in MEMORY.items()]
     wanted = {"machine", *(arguments.tables or TABLES)}
@@ -409,13 +408,11 @@ def print_memory(lines: list[dict], machine: dict) -> None:
     print_table("weights, checkpointing, row | planned GiB | peak GiB | ratio", lines, figures)
 
 
-def print_fit(lines: list[dict], machine: dict) -> None:
+def print_rows(lines: list[dict], machine: dict) -> None:
     def figures(line):
-        chosen = ", ".join(map(str, line["chosen"]))
-        return f"{chosen} | {line['planned']:.2f} | {line['peak']:.2f}"
+        return f"{line['rows']} | {line['planned']:.2f} | {line['peak']:.2f}"
 
-    header = "card | checkpointing, rows, accumulation | planned GiB | peak GiB"
-    print_table(header, lines, figures)
+    print_table("card | rows a batch | planned GiB | peak GiB", lines, figures)
 
 
 def print_encoding(lines: list[dict], machine: dict) -> None:
@@ -431,7 +428,7 @@ def print_encoding(lines: list[dict], machine: dict) -> None:
 TABLES = {
     "machine": print_machine,
     "speed": print_speed,
-    "fit": print_fit,
+    "rows": print_rows,
     "encode": print_encoding,
     "memory": print_memory,
 }

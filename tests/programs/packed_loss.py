@@ -14,10 +14,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from orpheus.codec import load_codec  # noqa: E402
-from orpheus.compatibility import resolve_settings  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
 from orpheus.rows import make_row  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
+from orpheus.trainer import resolve_settings  # noqa: E402
 
 settings = resolve_settings(settings)
 arguments = finetune.make_sft_config(settings)

@@ -9,10 +9,10 @@ import unsloth  # noqa: F401 (before transformers, which it patches)
 
 import finetune
 from orpheus.codec import load_codec
-from orpheus.compatibility import resolve_settings
 from orpheus.models import load_tokenizer
 from orpheus.settings import read_settings
 from orpheus.tokens import read_speech_ids
+from orpheus.trainer import resolve_settings
 
 settings = resolve_settings(read_settings("data/demo/config.json", json.loads(sys.argv[1])))
 arguments = finetune.make_sft_config(settings)
