@@ -33,7 +33,7 @@ def load_codec(path: str, device: str = "cpu") -> SNAC:
     codec = SNAC.from_config(folder / "config.json")
     try:
         codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
-    except (UnpicklingError, EOFError, RuntimeError) as error:
+    except (UnpicklingError, OSError, EOFError, RuntimeError) as error:
         # torch's message advises to load an unsafe file all the same
         fault = "damaged, unsafe to load, or of another config.json; download it again"
         raise UserError(f"{weights}: {fault}") from error
