@@ -1,7 +1,7 @@
 """Speaking: a model's folder → a Voice; a text → parts → codes by `generate` → samples."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Semaphore
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from orpheus.hub import MODEL_FILES, fetch, is_model
 from orpheus.models import check_machine, device, load_model, training_dtype
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, last_checkpoint
 from orpheus.scoring import BY_ITSELF, CUT_OFF, choose_best, detect_failure
-from orpheus.settings import Settings, UserError, read_json, read_settings
+from orpheus.settings import Settings, SpeakingSettings, UserError, read_json, read_settings
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -51,17 +51,12 @@ class Utterance:
 
 
 def sample_codes(
-    logits: torch.Tensor, seen: torch.Tensor, settings: Settings, uniforms: torch.Tensor
+    logits: torch.Tensor, seen: torch.Tensor, settings: SpeakingSettings, uniforms: torch.Tensor
 ) -> torch.Tensor:
-    """Sample by inverting the cumulative distribution, so that equal uniforms give equal codes.
+    """Draw one of the choices for each row, by inverting the cumulative distribution.
 
-    Args:
-        logits: (rows, choices).
-        seen: (rows, choices), True where repetition_penalty applies.
-        uniforms: (rows,) random numbers in [0, 1).
-
-    Returns:
-        (rows,) indices of the choices.
+    From (rows, choices) logits, where they were seen before (for repetition_penalty), and (rows,)
+    random numbers in [0, 1) to (rows,) indices: equal numbers give equal codes.
     """
     if (penalty := settings.repetition_penalty) != 1:
         penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -88,18 +83,18 @@ class SlotSampler(LogitsProcessor):
     random numbers depend on the seed and its candidate alone, not on the rest of the batch.
     """
 
-    def __init__(self, parts: list[Utterance], ids: SpeechIds, settings: Settings, start: int):
-        self.ids, self.settings, self.start = ids, settings, start  # start: length of the prompts
+    def __init__(self, voice: "Voice", parts: list[Utterance], start: int):
+        self.ids, self.settings, self.start = voice.ids, voice.settings, start
         shape = max(part.max_frames for part in parts) + 1, SLOTS  # one more for the end token
-        generators = [np.random.default_rng([settings.seed, part.candidate]) for part in parts]
+        generators = [np.random.default_rng([self.settings.seed, p.candidate]) for p in parts]
         uniforms = np.stack([g.random(shape, dtype=np.float32) for g in generators])
         self.uniforms = torch.from_numpy(uniforms)  # (rows, frames, 7) in [0, 1)
         # (rows, 7, choices), True for what a slot has had before
-        self.seen = torch.zeros(len(parts), SLOTS, ids.codebook_size + 1, dtype=torch.bool)
+        self.seen = torch.zeros(len(parts), SLOTS, self.ids.codebook_size + 1, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Take (rows, length) ids and (rows, vocabulary) scores; all but one become −inf."""
-        frame, slot = divmod(input_ids.shape[1] - self.start, SLOTS)
+        frame, slot = divmod(input_ids.shape[1] - self.start, SLOTS)  # after the prompts
         size, end = self.ids.codebook_size, self.ids.eos
         first = self.ids.audio + slot * size
         logits = torch.cat([scores[:, first : first + size], scores[:, end : end + 1]], dim=-1)
@@ -120,21 +115,18 @@ class SlotSampler(LogitsProcessor):
 class PartsEnd(StoppingCriteria):
     """Ends each row at its own length and, if there are other candidates, once it has failed."""
 
-    def __init__(self, parts: list[Utterance], ids: SpeechIds, start: int, pace, watch: bool):
-        self.parts, self.ids, self.start, self.pace, self.watch = parts, ids, start, pace, watch
-        self.lengths = torch.tensor([part.max_frames * SLOTS for part in parts])
+    def __init__(self, voice: "Voice", parts: list[Utterance], start: int):
+        self.voice, self.parts, self.start = voice, parts, start
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        length = input_ids.shape[1] - self.start
-        if self.watch and length % (6 * SLOTS) == 0:  # twice a second
+        length, ids = input_ids.shape[1] - self.start, self.voice.ids
+        if self.voice.settings.best_of > 1 and length % (6 * SLOTS) == 0:  # twice a second
             for part, speech in zip(self.parts, input_ids[:, self.start :].cpu(), strict=True):
-                if self.ids.eos not in speech:
-                    part.codes = ids_to_codes(speech, self.ids)
-                    part.end = detect_failure(part, self.pace)
-            failed = torch.tensor([part.end != "" for part in self.parts])
-            self.lengths = self.lengths.masked_fill(failed.to(self.lengths.device), 0)
-        self.lengths = self.lengths.to(input_ids.device)
-        return self.lengths < length
+                if ids.eos not in speech:
+                    part.codes = ids_to_codes(speech, ids)
+                    part.end = detect_failure(part, self.voice.pace)
+        ended = [part.end != "" or length > part.max_frames * SLOTS for part in self.parts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class FrameStreamer(BaseStreamer):
@@ -246,16 +238,13 @@ class Voice:
 
     def make_parts(self, text: str) -> list[Utterance]:
         """Return the parts of a text, each with room for at least a frame of speech."""
-        wanted = int(self.settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES)  # frames
-        parts = []
         if not speakable(text):
             raise UserError(f"{text[:40]!r}: nothing to speak: no letter or digit")
+        wanted = max(1, int(self.settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES))  # frames
+        parts = []
         for words in split_text(text, self.settings, self.pace):
             prompt = prompt_ids(self.tokenizer, self.ids, words, self.name)
             room = (self.model.config.max_position_embeddings - len(prompt) - 1) // SLOTS
-            if wanted < 1:
-                fault = f"max_seconds {self.settings.max_seconds} is less than a frame of speech"
-                raise UserError(f"{words[:40]!r}: {fault}; raise it")
             if room < 1:
                 fault = f"a text of {len(prompt)} tokens leaves no room for a frame of speech"
                 raise UserError(f"{words[:40]!r}: {fault}; shorten it")
@@ -266,18 +255,17 @@ class Voice:
     def generate(self, parts: list[Utterance], streamer: FrameStreamer | None = None) -> None:
         """Generate the codes of parts in one batch; with `best_of`, failed ones end early."""
         prompts = [torch.tensor(part.prompt) for part in parts]
-        tokens = pad_sequence(prompts, True, self.ids.pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-        start, device = tokens.shape[1], self.model.device
-        longest = max(part.max_frames for part in parts) * SLOTS + 1  # one for the end token
+        tokens = pad_sequence(prompts, True, self.ids.pad, padding_side="left").to(
+            self.model.device
+        )
+        start, frames = tokens.shape[1], max(part.max_frames for part in parts)
         room = self.model.config.max_position_embeddings - start
-        several = self.settings.best_of > 1
         generated = self.model.generate(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=min(longest, room),
-            logits_processor=[SlotSampler(parts, self.ids, self.settings, start)],
-            stopping_criteria=[PartsEnd(parts, self.ids, start, self.pace, watch=several)],
+            input_ids=tokens,
+            attention_mask=(tokens != self.ids.pad).long(),
+            max_new_tokens=min(frames * SLOTS + 1, room),  # one for the end token
+            logits_processor=[SlotSampler(self, parts, start)],
+            stopping_criteria=[PartsEnd(self, parts, start)],
             streamer=streamer,
             eos_token_id=self.ids.eos,
             pad_token_id=self.ids.eos,
@@ -297,15 +285,12 @@ class Voice:
         count = self.settings.best_of
         size = max(1, self.settings.speak_batch_size // count)
         for first in range(0, len(parts), size):
-            groups = [
-                [dataclasses.replace(part, candidate=n) for n in range(count)]
-                for part in parts[first : first + size]
-            ]
+            batch = parts[first : first + size]
+            groups = [[dataclasses.replace(p, candidate=n) for n in range(count)] for p in batch]
             self.generate([part for group in groups for part in group])
             for group in groups:
-                if count > 1:
-                    for part in group:
-                        part.audio = np.concatenate([*self.decode(part)])
+                for part in group if count > 1 else ():
+                    part.audio = np.concatenate([*self.decode(part)])
                 yield choose_best(group, self.pace) if count > 1 else group[0]
 
     def decode(self, part: Utterance, stream: bool = False) -> Iterator[np.ndarray]:
@@ -339,14 +324,13 @@ def default_model(settings: Settings) -> str:
     return out if trained else settings.model
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A model's folder, and what finetune.py left in it or, if it is a checkpoint, above it."""
 
     folder: Path
     settings: Settings
     home: Path | None = None  # the folder of the saved settings and report; None without them
-    voices: list[str] = field(default_factory=list)  # that it was trained on
+    voices: Sequence[str] = ()  # that it was trained on
     pace: float | None = None  # seconds a character of their recordings
 
 
@@ -366,15 +350,15 @@ def find_run(model: str | Path, files: list[str] = MODEL_FILES, **changes) -> Ru
             settings = read_settings(home / SAVED_CONFIG, changes, saved=True)
             report = read_json(home / SAVED_REPORT)
             pace = report["seconds"] / report["characters"] if report["characters"] else None
-            return Run(folder, settings, home, list(report["voices"]), pace)
+            return Run(folder, settings, home, [*report["voices"]], pace)
     return Run(folder, read_settings(words=changes))
 
 
 def load_voice(model: str | Path | None = None, **changes) -> Voice:
     """Load an adapter, a checkpoint, a merged model or a base, with its codec.
 
-    It speaks in the precision and over the weights of its training, and a base without a run in
-    bfloat16 on a CPU, on a GPU as config.json says.
+    It speaks in the precision and over the weights of its training; a base without a run, on a CPU,
+    in 16 bits.
 
     Args:
         model: folder or hub id; None is the run of config.json, or its base if there is none yet.
@@ -390,18 +374,13 @@ def load_voice(model: str | Path | None = None, **changes) -> Voice:
     run = find_run(model, **changes)
     if name and run.voices and name not in run.voices:
         raise UserError(f"voice {name}: {run.folder} was trained on {', '.join(run.voices)}")
-    codec, cpu = load_codec(run.settings.codec, device()), device() == "cpu"
-    weights = run.settings.weights if run.home or not cpu else "16bit"
-    dtype = torch.bfloat16 if cpu else None
-    dtype = training_dtype(run.settings) if run.home else dtype
+    codec = load_codec(run.settings.codec, device())
+    weights = run.settings.weights if run.home or device() == "cuda" else "16bit"
+    dtype = training_dtype(run.settings) if run.home else None
     model, tokenizer = load_model(str(run.folder), weights, dtype=dtype)
-    notes = {
-        "16bit": "",
-        "4bit": "; 4-bit weights",
-        "8bit": "; 8-bit weights",
-        "fp8": "; trained over fp8 weights, speaks over 16-bit ones instead",
-    }
-    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{notes[weights]}")
+    note = f"; {weights} weights" if weights in ("4bit", "8bit") else ""
+    note = "; trained over fp8 weights, speaks over 16-bit ones" if weights == "fp8" else note
+    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{note}")
     name = name or next(iter(run.voices), run.settings.voice)
     held = {"folder": run.folder, "home": run.home, "weights": weights, "dtype": dtype}
     return Voice(model, tokenizer, codec, run.settings, name, run.pace, **held)
