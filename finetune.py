@@ -6,7 +6,7 @@
     python finetune.py --resume                           # continue after a stop
     torchrun --nproc-per-node 2 finetune.py               # two GPUs; accelerate launch does as well
 
-Every key of config.json can be given as --key value, and so can every key of TRL's SFTConfig.
+Every key can stand in config.json, or be given as --key value: these, and those of TRL's SFTConfig.
 """
 
 import contextlib

@@ -120,7 +120,6 @@ class MemorySettings(Part):
         None, "Split one model over several GPUs"
     )
     plan: bool = key(False, "Print where the memory would go, and stop")
-    fit: bool | Positive = key(False, "Choose rows per batch by free memory, or by GiB")
 
 
 class TrainingSettings(Part):

@@ -45,7 +45,9 @@ def config_and_base(folder, **overrides):
 
 
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):
-    code, printed, errors = script("finetune.py", "--model", orpheus, "--plan")
+    (tmp_path.parent / "empty.json").write_text("{}")
+    words = ["--config", tmp_path.parent / "empty.json", "--model", orpheus, "--plan"]
+    code, printed, errors = script("finetune.py", *words)
     assert code == 0, errors
     assert "in all" in printed and "   8 GiB: fits; room for 16 rows a batch" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
