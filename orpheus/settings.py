@@ -342,9 +342,9 @@ SWITCH = {"nargs": "?", "const": "true"}  # so that --plan is --plan true
 class Parser(argparse.ArgumentParser):
     """A script's own options, and settings as `--key value`; none may be abbreviated."""
 
-    def __init__(self, description: str):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+    def __init__(self, description: str, usage: str | None = None):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, usage=usage, **options)
 
     def error(self, message: str):
         raise UserError(f"{COMMAND_LINE}: {message}")
@@ -386,7 +386,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_command_line(description: str) -> Settings:
     """Return the settings of a script that takes all of them, and SFTConfig's."""
-    parser = Parser(description)
+    parser = Parser(description, usage="%(prog)s [--config FILE] [--key value …]")
     for name in trainer_keys() - Settings.model_fields.keys():
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **SWITCH)
     settings = parser.parse(*Settings.model_fields, *trainer_keys())[0].settings
