@@ -151,7 +151,7 @@ def load_model(settings: Settings, arguments):
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from orpheus.models import check_loaded, set_4bit_dtype, training_dtype
+    from orpheus.models import check_loaded, settle_model, training_dtype
 
     load = load_with_unsloth if settings.backend == "unsloth" else load_with_transformers
     # Never left to a library: Unsloth would take bfloat16 wherever the machine has it
@@ -165,7 +165,7 @@ def load_model(settings: Settings, arguments):
     with quiet_libraries():
         model = load(folder, settings, dtype)
     check_loaded(model, settings, dtype)
-    set_4bit_dtype(model, dtype)
+    settle_model(model, dtype)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
         config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)

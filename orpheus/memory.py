@@ -14,7 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orpheus.files import CONFIG_FILES, fetch, is_adapter
-from orpheus.models import LINEAR_LAYERS, check_stored, read_model_config
+from orpheus.models import (
+    LINEAR_LAYERS,
+    check_stored,
+    has_own_head,
+    is_left_out,
+    read_model_config,
+    stored_weights,
+    training_dtype,
+)
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
@@ -22,18 +30,27 @@ GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # Bytes per weight; NF4 with its scales: one per 64 weights, which are quantised themselves
 BYTES_PER_WEIGHT = {"4bit": 0.516, "8bit": 1, "fp8": 1}
-# A model's config; the weights of its linear layers, of all else, and of a LoRA of rank 1
-Base = namedtuple("Base", "config linear others lora")
+# A model's config; the weights of its linear layers that are or can be quantised, of all else, and
+# of a LoRA of rank 1; whether its head differs from its embeddings, None if that is not known
+Base = namedtuple("Base", "config linear others lora own_head", defaults=[None])
 
 
-def count_weights(config) -> Base:
+def count_weights(config, own_head: bool | None = None) -> Base:
     """The Base of a model's config, counted on the meta device: nothing is loaded."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in LINEAR_LAYERS]
-    linear = sum(layer.weight.numel() for layer in layers)
-    lora = sum(sum(layer.weight.shape) for layer in layers)
-    return Base(config, linear, sum(w.numel() for w in model.parameters()) - linear, lora)
+    modules = model.named_modules()
+    layers = {n: m.weight for n, m in modules if n.rpartition(".")[2] in LINEAR_LAYERS}
+    lora = sum(sum(weight.shape) for weight in layers.values())
+    if stored_weights(config):
+        layers = {n: weight for n, weight in layers.items() if not is_left_out(config, n)}
+    linear = sum(weight.numel() for weight in layers.values())
+    others = sum(weight.numel() for weight in model.parameters()) - linear
+    if not config.tie_word_embeddings:
+        own_head = True
+    elif own_head:
+        others += config.vocab_size * config.hidden_size
+    return Base(config, linear, others, lora, own_head)
 
 
 def read_config(settings: Settings):
@@ -52,7 +69,8 @@ def read_config(settings: Settings):
 
 def read_base(settings: Settings) -> Base:
     """The shape of the base that `settings.model` names."""
-    return count_weights(read_config(settings))
+    config, folder = read_config(settings), fetch(settings.model, CONFIG_FILES)
+    return count_weights(config, has_own_head(folder, training_dtype(settings)))
 
 
 def state_bytes(optimiser: str, weight_value: int) -> float:
@@ -213,6 +231,10 @@ def print_plan(settings: Settings, base: Base) -> None:
         if size:
             print(f"  {name:26}{size / GIB:8.2f} GiB")
     print(f"  {'in all':26}{total_bytes(config, base) / GIB:8.2f} GiB, an estimate")
+    if base.own_head is None:
+        more = bytes_per_value(config)[1] * base.config.vocab_size * base.config.hidden_size / GIB
+        head = "its head is taken for its embeddings, since the weights are not here"
+        print(f"  {head}; one of its own takes {more:.2f} GiB more")
     for card in [free_memory() / GIB] if torch.cuda.is_available() else CARDS:
         change = smallest_change(config, base, card * GIB)
         verdict = "fits" if change == {} else f"too small: {format_settings(change)}"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from orpheus.files import (
@@ -98,6 +100,27 @@ def stored_weights(config) -> str | None:
     return "4bit" if stored["load_in_4bit"] else "8bit"
 
 
+def is_left_out(config, name: str) -> bool:
+    """Return whether a base that is stored quantised has the layer `name` in 16 bits."""
+    skipped = config.quantization_config.get("llm_int8_skip_modules")
+    return not should_convert_module(name, skipped)  # transformers' own rule
+
+
+def has_own_head(folder: Path, dtype: torch.dtype) -> bool | None:
+    """Return whether a base's head differs from its embeddings, or None if no weights are here.
+
+    transformers ties the two only where they are the same bit for bit, once they are in `dtype`.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    if not files or names[0] not in read_headers(folder):
+        return False if files else None
+    opened = [safe_open(file, "pt") for file in files]
+    parts = [file.get_slice(name) for file in opened for name in names if name in [*file.keys()]]
+    rows = range(0, parts[0].get_shape()[0], 4096)
+    return any(not torch.equal(*(part[n : n + 4096].to(dtype) for part in parts)) for n in rows)
+
+
 def check_stored(settings: Settings, config) -> None:
     """Refuse `weights` in which a base that is stored quantised cannot be trained over.
 
@@ -179,16 +202,22 @@ def bitsandbytes_config(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig 
     )
 
 
-def set_4bit_dtype(model, dtype: torch.dtype) -> None:
-    """Let the 4-bit layers of a model compute in `dtype`, on every machine.
+def settle_model(model, dtype: torch.dtype) -> None:
+    """Set what libraries leave as it was stored: the dtype of 4-bit layers, and a head of its own.
 
-    These are bitsandbytes' own names, of modules and of weights:
+    Names of bitsandbytes' modules and weights, and what they are for:
 
     - A base that is stored in 4 bits names the dtype of the machine that made it, mostly bfloat16,
       twice: in its config and with each weight. A GPU before Ampere would emulate that.
     - On CPUs with avx512_bf16, bitsandbytes repacks the weights in eval mode, and does not undo
       that in training mode: after the first check there would be no gradients.
+
+    transformers 5 keeps a head that differs from the embeddings, whatever the config says; version
+    4 would throw it away.
     """
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head.data_ptr() != embeddings.data_ptr():
+        model.config.tie_word_embeddings = False
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
@@ -216,7 +245,7 @@ def load_base(folder: Path, weights: str, dtype: torch.dtype, device_map=None, d
     model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
     layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
     check_fit(folder, set(info["missing_keys"]), layers)
-    set_4bit_dtype(model, dtype)
+    settle_model(model, dtype)
     if dequantize_to and hasattr(model.config, "quantization_config"):
         model = model.dequantize(dequantize_to).to(dequantize_to)
         # Private: how its 4-bit file was read, which save_pretrained would try to undo

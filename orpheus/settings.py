@@ -98,7 +98,9 @@ class RowSettings(Part):
 class ModelSettings(Part):
     """model"""
 
-    model: str = key("unsloth/orpheus-3b-0.1-ft", "Base model: hub id or folder", path=True)
+    model: str = key(
+        "unsloth/orpheus-3b-0.1-ft-unsloth-bnb-4bit", "Base model: hub id or folder", path=True
+    )
     codec: str = key("hubertsiuzdak/snac_24khz", "SNAC at 24 kHz: hub id or folder", path=True)
     backend: Literal["unsloth", "transformers"] = key("unsloth", "transformers: TRL and PEFT alone")
     full_finetuning: bool = key(False, "Train all weights, which have to be 16bit, and no LoRA")

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, one_line, script
+from conftest import DEMO, ROOT, change, one_line, script
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune
@@ -17,6 +18,7 @@ from orpheus.memory import (
     memory_plan,
     most_rows,
     print_memory,
+    print_plan,
     read_base,
     smallest_change,
     total_bytes,
@@ -60,6 +62,31 @@ def test_weights_are_counted_from_the_shape(orpheus):
     assert base.linear == 28 * layer
     assert base.others == 156940 * 3072 + (2 * 28 + 1) * 3072  # tied embeddings; norms
     assert base.lora == 28 * sides
+
+
+def test_layers_that_a_stored_base_has_in_16_bits_are_counted_so(orpheus):
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    _, whole = config_and_base(orpheus)
+    for left_out, count in ((None, 0), (["lm_head", "model.layers.1.mlp"], 3 * 3072 * 8192)):
+        keys = stored | {"llm_int8_skip_modules": left_out}
+        change(orpheus / "config.json", quantization_config=keys)
+        _, base = config_and_base(orpheus)
+        assert (base.linear, base.others) == (whole.linear - count, whole.others + count)
+        assert base.lora == whole.lora
+
+
+def test_a_head_of_its_own_is_counted_where_the_weights_are_here(orpheus, tmp_path, capsys):
+    settings = read(orpheus)
+    print_plan(settings, read_base(settings))
+    assert "its head is taken for its embeddings, since" in capsys.readouterr().out
+    folder = shutil.copytree("data/demo/base", tmp_path / "demo")
+    _, tied = config_and_base(folder)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    for value in (0, 1):
+        save_file(weights | {"lm_head.weight": head + value}, folder / "model.safetensors")
+        _, base = config_and_base(folder)
+        assert base.others - tied.others == value * head.numel() and base.own_head == bool(value)
 
 
 def saved_bytes(layers, value_bytes, full=False, checkpointing=False):

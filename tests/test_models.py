@@ -147,6 +147,15 @@ def test_a_run_speaks_in_its_dtype_on_a_gpu(base, stored, asked, has_bf16, used,
     assert speaking_dtype(base, asked) == used
 
 
+def test_a_head_that_differs_from_the_embeddings_is_told_in_the_config(base):
+    """transformers 4 would tie the two."""
+    assert load_base(base, "16bit", torch.float32).config.tie_word_embeddings
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert not load_base(base, "16bit", torch.float32).config.tie_word_embeddings
+
+
 LEFT_OUT = ["lm_head", "model.layers.1.mlp", "model.layers.2.self_attn.q_proj"]
 
 
