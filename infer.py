@@ -77,10 +77,7 @@ def decode_input(options: argparse.Namespace, given: dict):
 
 
 def write_speech(speeches, path: Path, stream: bool) -> None:
-    """Write the next speech and print a line. The file is opened first, as it may not be writable.
-
-    In a stream, each piece is written as soon as it can be decoded.
-    """
+    """Write the next speech, and print a line. The file is opened first: it may not be writable."""
     from orpheus import audio, tokens, voice
 
     started, length, first = time.perf_counter(), 0, 0
@@ -91,8 +88,7 @@ def write_speech(speeches, path: Path, stream: bool) -> None:
             first = first or time.perf_counter() - started
             length += len(piece)
     seconds, spent = length / tokens.SAMPLE_RATE, time.perf_counter() - started
-    end = voice.format_end(speech.parts)
-    message = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {end}"
+    message = f"{path}  {seconds:.2f} s of audio in {spent:.2f} s, {voice.format_end(speech.parts)}"
     if stream:
         message += f"; first audio after {first:.2f} s, real-time factor {spent / seconds:.2f}"
     print(message, flush=True)

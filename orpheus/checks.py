@@ -50,9 +50,7 @@ def held_out_metrics(
                 np.add.at(losses, kind, loss.cpu().numpy())
                 np.add.at(hits, kind, hit.cpu().numpy())
                 np.add.at(counts, kind, 1)
-    if not rows:
-        return {}
-    metrics = {"eval_loss": losses.sum() / max(counts.sum(), 1)}
+    metrics = {"eval_loss": losses.sum() / counts.sum()} if rows else {}
     for n in np.flatnonzero(counts):
         metrics[f"eval_loss_{kinds[n]}"] = losses[n] / counts[n]
         metrics[f"eval_accuracy_{kinds[n]}"] = hits[n] / counts[n]
@@ -82,19 +80,16 @@ class SampleEvaluator:
     def __init__(self, tokenizer, codec, settings: Settings, report: Report, held_out):
         self.settings, self.held_out = settings, held_out
         base = SimpleNamespace(config=read_config(settings))  # the model comes with each check
-        name, pace = (
-            next(iter(report.voices), settings.voice),
-            report.seconds / max(report.characters, 1),
-        )
-        self.voice = Voice(base, tokenizer, codec, settings, name, pace)
+        name = next(iter(report.voices), settings.voice)
+        self.voice = Voice(base, tokenizer, codec, settings, name)
+        self.voice.pace = report.seconds / max(report.characters, 1)
         for text in settings.sample_texts:
             self.voice.make_parts(text)
 
     def __call__(self, model, step: int) -> tuple[dict[str, float], list]:
         """Return the metrics of a step, and (samples, whether it ended by itself) of each text.
 
-        The samples are written to wavs.
-        Neither the training RNG nor the model's mode is changed.
+        The samples are written to wavs. Neither the training RNG nor the model's mode is changed.
         """
         settings, dtype = self.settings, training_dtype(self.settings)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -162,16 +157,11 @@ def save_checks(log_history: list[dict], out: Path) -> None:
     if not checks:
         return
     names = ["step", *sorted({name for log in checks for name in log if name[:5] == "eval_"})]
-    lines = [",".join(names)]
-    digits = {"eval_score": 12}  # the held-out loss, which decides last, is in its last digits
-    lines += [
-        ",".join(f"{log.get(name, float('nan')):.{digits.get(name, 6)}g}" for name in names)
-        for log in checks
-    ]
-    write_text(out / "checks.csv", "\n".join(lines) + "\n")
+    rows = [[f"{log.get(name, math.nan):.12g}" for name in names] for log in checks]
+    write_text(out / "checks.csv", "".join(",".join(row) + "\n" for row in [names, *rows]))
     best = max(checks, key=lambda log: log["eval_score"])
-    shown = (f"eval_{name}" for name in ("ended", "pace", "loss"))
-    parts = [f"{name[5:]} {best[name]:.3g}" for name in shown if name in best]
+    shown = [name for name in ("eval_ended", "eval_pace", "eval_loss") if name in best]
+    parts = [f"{name[5:]} {best[name]:.3g}" for name in shown]
     checkpoint = out / f"checkpoint-{best['step']}"
     parts += [f"kept in {checkpoint}"] if checkpoint.is_dir() else []
     print(f"best     step {best['step']} of {len(checks)} checks: {', '.join(parts)}")

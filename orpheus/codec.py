@@ -26,11 +26,10 @@ def load_codec(path: str, device: str = "cpu") -> SNAC:
             1, 2 and 4 codes a frame.
     """
     folder = fetch(path, CODEC_FILES)
-    for name in CODEC_FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}: no codec as hubertsiuzdak/snac_24khz is one")
-    weights = folder / "pytorch_model.bin"
-    codec = SNAC.from_config(folder / "config.json")
+    config, weights = (folder / name for name in CODEC_FILES)
+    if not (config.is_file() and weights.is_file()):
+        raise UserError(f"{folder}: no config.json or {weights.name} of a codec, as snac_24khz has")
+    codec = SNAC.from_config(config)
     try:
         codec.load_state_dict(torch.load(weights, "cpu", weights_only=True))
     except (UnpicklingError, OSError, EOFError, RuntimeError) as error:

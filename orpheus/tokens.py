@@ -33,7 +33,7 @@ SpeechIds = namedtuple("SpeechIds", [*TOKEN_NAMES, "codebook_size"])
 
 
 def read_speech_ids(tokenizer, codebook_size: int = 4096) -> SpeechIds:
-    """Looks up the ids by their names; raises `UserError` if the tokenizer lacks one of them."""
+    """Look up the ids by their names; raises a UserError if the tokenizer lacks one of them."""
     vocabulary = tokenizer.get_vocab()
     source = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
     last = f"<custom_token_{9 + SLOTS * codebook_size}>"
@@ -61,10 +61,8 @@ def split_text(text: str, settings: SpeakingSettings, pace: float | None = None)
     """Split a text into parts that take at most `max_seconds`, and fold its white space.
 
     Parts are whole sentences, by the rules of `language`. A sentence that is too long is split
-    between words or after commas of full width, and where there are none, anywhere.
-
-    Args:
-        pace: seconds a character of the voice, if they are known.
+    between words or after commas of full width, and where there are none, anywhere. `pace` is the
+    voice's, in seconds a character, if it is known.
     """
     text = " ".join(text.split())
     wide = sum(east_asian_width(character) in "WF" for character in text) / max(len(text), 1)
@@ -103,10 +101,10 @@ def read_texts(path: Path) -> list[str]:
 
 
 def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -> list[int]:
-    """Builds the prompt of training and of generation: SOH BOS "voice: text" EOT EOH SOA SOS.
+    """Return the prompt of training and of generation: SOH BOS "voice: text" EOT EOH SOA SOS.
 
-    White space is folded. Text that looks like a special token is tokenised as text. Raises
-    `UserError` if the text is empty.
+    White space is folded. Text that looks like a special token is tokenised as text. Raises a
+    UserError if the text is empty.
     """
     text = " ".join(text.split())
     if not text:
@@ -119,7 +117,7 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
 
 
 def count_pieces(texts: Iterable[str], tokenizer) -> dict[str, int]:
-    """The characters for which the tokenizer has no token of their own, and their tokens.
+    """Return the characters for which the tokenizer has no token of their own, and their tokens.
 
     The bytes of a letter of another alphabet are then learnt from the clips alone.
     """
@@ -129,20 +127,14 @@ def count_pieces(texts: Iterable[str], tokenizer) -> dict[str, int]:
 
 
 def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """Converts (frames, 7) codes in slot order to (frames × 7,) ids.
-
-    An id is audio + code + codebook_size × slot.
-    """
+    """Return the (frames × 7,) ids of (frames, 7) codes: audio + code + codebook_size × slot."""
     codes = np.asarray(codes, dtype=np.int64).reshape(-1, SLOTS)
     assert codes.size == 0 or 0 <= codes.min() <= codes.max() < ids.codebook_size, codes.max()
     return (codes + ids.audio + ids.codebook_size * np.arange(SLOTS)).reshape(-1)
 
 
 def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """Converts (frames × 7,) ids to (frames, 7) codes.
-
-    Raises `UserError` that names the first id which is not of its slot.
-    """
+    """Return the (frames, 7) codes of (frames × 7,) ids; a UserError names the first that is none."""
     speech = np.asarray(speech, dtype=np.int64)
     if speech.size % SLOTS:
         raise UserError(f"{speech.size} audio ids are not whole frames of {SLOTS}")
@@ -165,13 +157,13 @@ SLOTS_TO_LEVELS = [0, 1, 4, 2, 3, 5, 6]
 
 
 def levels_to_slots(levels: list[np.ndarray]) -> np.ndarray:
-    """Converts SNAC's levels, (…, T), (…, 2T) and (…, 4T), to (…, T, 7) codes in slot order."""
+    """Return SNAC's levels, (…, T), (…, 2T) and (…, 4T), as (…, T, 7) codes in slot order."""
     side_by_side = [level.reshape(*levels[0].shape, -1) for level in levels]
     return np.concatenate(side_by_side, axis=-1)[..., LEVELS_TO_SLOTS]
 
 
 def slots_to_levels(codes):
-    """Converts a (batch, T, 7) tensor in slot order to SNAC's levels, (batch, T), 2T and 4T."""
+    """Return a (batch, T, 7) tensor in slot order as SNAC's levels, (batch, T), 2T and 4T."""
     levels = codes[..., SLOTS_TO_LEVELS].split([1, 2, 4], dim=-1)
     return [level.flatten(1) for level in levels]
 
@@ -180,7 +172,7 @@ FIRST_CUSTOM_TOKEN = 128_256  # the id of <custom_token_0> in Orpheus
 
 
 def orpheus_ids(codebook_size: int = 4096) -> SpeechIds:
-    """The ids of Orpheus's own tokenizer, for use without it."""
+    """Return the ids of Orpheus's own tokenizer, for use without it."""
     first = FIRST_CUSTOM_TOKEN
     return SpeechIds(128_000, 128_009, *range(first + 1, first + 8), first + 10, codebook_size)
 
@@ -188,34 +180,30 @@ def orpheus_ids(codebook_size: int = 4096) -> SpeechIds:
 def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.ndarray:
     """Return the (frames, 7) codes among the ids that another program printed.
 
-    These are `<custom_token_N>`, escaped as JSON or not, or numbers: within brackets and
-    parentheses if there are any, as in lists, tuples, arrays, tensors and JSON, else between white
-    space and commas. Numbers are looked up in `tokenizer`; without it they are Orpheus's own. All
-    whole frames are read, also those after an end token. The positions of other ids are printed,
-    except those of the prompt and of control tokens.
+    These are `<custom_token_N>`, escaped or not, or numbers: those of lists, tuples, arrays and
+    tensors if there are any, else between white space or commas. Numbers are looked up in
+    `tokenizer`; without it they are Orpheus's own. All whole frames are read, also those after an
+    end token. The positions of other ids after the prompt are printed, but of control tokens.
 
     Raises:
         UserError: the file holds anything else or no whole frame.
     """
-    text = re.sub(r"\\u003([cCeE])", lambda match: "<>"["eE".find(match[1]) >= 0], read_text(path))
-    names = re.findall(r"<custom_token_(\d+)>", text)
+    text = read_text(path)
+    names = re.findall(r"custom_token_(\d+)", text)
     lists = re.findall(r"[\[(]([-\d,\s]*\d[-\d,\s]*)[\])]", text)
     words = names or re.split(r"[\s,]+", " ".join(lists or [text]).strip(" ,\n"))
     if not all(re.fullmatch(r"-?\d+", word) for word in words):
         raise UserError(f"{path}: neither <custom_token_N> nor a list of ids without a gap")
     numbers = [int(word) if len(word) < 10 else -1 for word in words]  # no id is longer
     speech = np.array(numbers, dtype=np.int64) + (FIRST_CUSTOM_TOKEN if names else 0)
-    if tokenizer is None or names:
-        ids = orpheus_ids(codebook_size)
-    else:
-        ids = read_speech_ids(tokenizer, codebook_size)
+    own = tokenizer is not None and not names
+    ids = read_speech_ids(tokenizer, codebook_size) if own else orpheus_ids(codebook_size)
     codes, left_out = whole_frames(speech, ids)
     if not len(codes):
         frame = f"{SLOTS} audio ids for a codec of {codebook_size} codes a slot"
         raise UserError(f"{path}: no whole frame of {frame}")
-    prompt_length = np.argmax(speech == ids.sos)  # 0 if there is no SOS
-    control = np.isin(speech[left_out], ids[:-2])
-    left_out = left_out[(left_out >= prompt_length) & ~control]
+    left_out = left_out[left_out >= np.argmax(speech == ids.sos)]
+    left_out = left_out[~np.isin(speech[left_out], ids[:-2])]
     if left_out.size:
         positions = ", ".join(map(str, left_out[:10])) + (", …" if left_out.size > 10 else "")
         count = f"{left_out.size} ids that belong to no whole frame"
@@ -224,14 +212,11 @@ def read_tokens(path: Path, tokenizer=None, codebook_size: int = 4096) -> np.nda
 
 
 def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the whole frames in ids that a model generated without constraints.
-
-    Args:
-        speech: (n,) ids.
+    """Find the whole frames in (n,) ids that a model generated without constraints.
 
     Returns:
-        (frames, 7) codes of every run of seven ids of slots 0 to 6, and the positions in `speech`
-        of all other ids.
+        (frames, 7) codes of every run of seven ids of slots 0 to 6, and the positions of all other
+        ids.
     """
     slots = (speech - ids.audio) // ids.codebook_size  # only audio ids have a slot from 0 to 6
     if len(slots) < SLOTS:

@@ -120,8 +120,6 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent), {"audio": 0}).Reload()
     assert sorted(events.Tags()["audio"]) == ["sample/01", "sample/02"]
     assert len(events.Audio("sample/01")) == 3
-    told = {"loss", "audio_hours", "useful_share", "peak_gib", "num_input_tokens_seen"}
+    told = {"loss", "audio_hours", "peak_gib", "num_input_tokens_seen"}
     told = {f"train/{name}" for name in told | {"train_tokens_per_second"}}
     assert told | {"eval/loss_slot6"} <= set(events.Tags()["scalars"])
-    share = [event.value for event in events.Scalars("train/useful_share")]
-    assert all(0.5 < value <= 1 for value in share), share
