@@ -60,13 +60,17 @@ def lock_folder(out: Path) -> Iterator[None]:
     lock = FileLock(os.path.realpath(out / LOCK))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / LOCK).touch()
+    except OSError as error:
+        message = f"{out}: cannot be written: {error.strerror}"
+        raise UserError(f"{message}; try another --output_dir") from error
+    try:
         lock.acquire(timeout=0)
     except Timeout:
         message = f"another run is writing to {out}"
         raise UserError(f"{message}: wait for it, or choose another --output_dir") from None
-    except OSError as error:
-        message = f"{out}: cannot be written: {error.strerror or error}"
-        raise UserError(f"{message}; try another --output_dir") from error
+    except OSError as error:  # as on some network file systems
+        print(f"warning  {out} cannot be locked ({error.strerror}): start no second run in it")
     try:
         yield
     finally:
@@ -105,7 +109,7 @@ def find_checkpoint(settings: Settings) -> Path | None:
         kind, more = "a finished run", f"`{longer}` trains it longer"
     if not checkpoint:
         more = "it has no checkpoint to resume"
-    anew = f"`{command('--overwrite')}` starts anew and keeps it as {free_name(out)}"
+    anew = f"`{command('--overwrite')}` starts anew, and keeps this one"
     raise UserError(f"{out} holds {kind}: {more}; {anew}")
 
 
@@ -114,18 +118,13 @@ def holds_run(out: Path) -> bool:
     return is_model(out) or any(out.glob("checkpoint-*"))
 
 
-def free_name(out: Path) -> Path:
-    """Return the first of NAME.old1, NAME.old2 … that does not exist."""
-    names = (out.with_name(f"{out.name}.old{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
 def set_aside(settings: Settings) -> None:
     """Rename the folder of the run that `overwrite` replaces, if there is one, and say so."""
     out = Path(settings.output_dir).resolve()
     if RANK or settings.resume or not settings.overwrite or not holds_run(out):
         return
-    kept = free_name(out)
+    names = (out.with_name(f"{out.name}.old{n}") for n in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
     out.rename(kept)
     out.mkdir()
     (kept / LOCK).rename(out / LOCK)  # this process still has it
@@ -201,8 +200,9 @@ def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
         for run, count in ((saved, ranks), (settings, WORLD_SIZE))
     )
     if had != has:
-        remedy = "set gradient_accumulation_steps or the number of GPUs by it"
-        changes.append(f"a step had {had} rows and has {has} ({remedy})")
+        steps = had * settings.gradient_accumulation_steps / has
+        remedy = f"gradient_accumulation_steps {steps:g} keeps them"
+        changes.append(f"a step had {had} rows, on {ranks} GPUs, and has {has} ({remedy})")
     if read_json(out / SAVED_REPORT).get("digest") != digest:
         changes.append("the training data has changed")
     if changes:
@@ -245,7 +245,6 @@ def model_card(home: Path, settings: Settings, name: str, merged: str = "") -> s
     report = read_json(home / SAVED_REPORT)
     adapter = not (merged or settings.full_finetuning)
     lora = f"a LoRA of rank {settings.lora_r} over {settings.weights} weights"
-    length = f"{settings.num_train_epochs:g} passes"
     values = {
         **settings.flat(),
         **report,
@@ -261,7 +260,6 @@ def model_card(home: Path, settings: Settings, name: str, merged: str = "") -> s
         "dataset": Path(report["dataset"]).name,
         "minutes": f"{report['seconds'] / 60:.1f}",
         "trained": "all weights" if settings.full_finetuning else lora,
-        "length": f"{settings.max_steps} steps" if settings.max_steps > 0 else length,
         "merged": f" Merged: {merged}." if merged else "",
     }
     return Template(read_text(Path(__file__).with_name("card.md"))).substitute(values)

@@ -57,7 +57,7 @@ def test_a_run_is_named_with_what_to_type(run_copy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", os.getcwd() + "/.venv/bin/python")
     settings = settings_of(output_dir=str(run_copy))
     start = " ".join([".venv/bin/python", *words])
-    anew = f"`{start} --overwrite` starts anew and keeps it as {run_copy}.old1"
+    anew = f"`{start} --overwrite` starts anew, and keeps this one"
     with pytest.raises(UserError) as told:
         find_checkpoint(settings)
     longer = f"`{start} --resume --max_steps 6` trains it longer"
@@ -116,19 +116,35 @@ def test_a_second_run_in_the_same_folder_is_refused(run_copy, monkeypatch):
         pass
 
 
-def test_two_starts_at_once(tmp_path):
-    """One runs to its end; the other gets one line."""
-    words = [*DEMO, "--backend", "transformers", "--limit", "4", "--max_steps", "1", "--held_out",
-             "0", "--sample_texts", "[]", "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    started = [
-        subprocess.Popen([sys.executable, "finetune.py", *words], stderr=subprocess.PIPE, cwd=ROOT)
-        for _ in range(2)
-    ]
-    errors = [process.communicate()[1].decode() for process in started]
-    assert sorted(process.returncode for process in started) == [0, 2], errors
-    (line,) = [text for process, text in zip(started, errors, strict=True) if process.returncode]
-    assert re.fullmatch(r"error: another run is writing to .*/out: wait .*\n", line), line
-    assert is_adapter(tmp_path / "out")
+HOLD = """
+import sys, time
+from pathlib import Path
+from orpheus.runs import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("started", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_keeps_the_folder_until_it_is_killed(tmp_path, monkeypatch):
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as first:
+        assert first.stdout.readline() == "started\n"
+        second = one_line(finetune.main, monkeypatch, *DEMO, "--output_dir", tmp_path / "out")
+        assert second.startswith(f"another run is writing to {tmp_path}/out: wait for it, or")
+        first.kill()
+    with lock_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_folder(tmp_path):
+        pass
+    assert "cannot be locked (Operation not supported): start no second" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "file/out", "n" * 300, "/dev/null"])
@@ -230,7 +246,7 @@ def test_what_shapes_the_training_may_not_change(run_copy, monkeypatch):
     assert [reason.split()[0] for reason in reasons] == [
         *("adam_beta2", "lora_r", "seed"), "a", "the", "--overwrite"
     ]  # fmt: skip
-    assert reasons[1] == "lora_r was 64 and is 4" and reasons[3].startswith("a step had 2 rows and")
+    assert reasons[1] == "lora_r was 64 and is 4" and reasons[3].startswith("a step had 2 rows, on")
 
 
 def test_a_run_older_than_a_key_goes_on(run_copy, monkeypatch, capsys):
@@ -262,7 +278,7 @@ def test_the_rows_of_a_step_stay_on_another_number_of_ranks(run_copy, monkeypatc
     settings = settings.replace(output_dir=str(run_copy))
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
-    with pytest.raises(UserError, match="a step had 4 rows and has 2"):
+    with pytest.raises(UserError, match=r"had 4 rows, .*accumulation_steps 2 keeps"):
         runs.check_resumed(settings, digest, checkpoint)
     halves = settings.replace(gradient_accumulation_steps=4, per_device_train_batch_size=1)
     runs.check_resumed(halves, digest, checkpoint)
@@ -333,11 +349,11 @@ def test_the_card_has_what_the_hub_and_a_reader_want(run_copy):
     card = ModelCard.load(run_copy / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-to-speech")
     assert "8 clips of numbers, 0.3 minutes; voices: slt; 0 clips held out." in card.text
-    assert "a LoRA of rank 64 over 16bit weights, 3 steps, learning rate 0.002" in card.text
+    assert "a LoRA of rank 64 over 16bit weights, learning rate 0.002" in card.text
     assert (run_copy / "sample.wav").is_file() and "[A sample](sample.wav)" in card.text
-    settings = settings_of(full_finetuning="true", model="you/base", max_steps="-1")
+    settings = settings_of(full_finetuning="true", model="you/base")
     text = runs.model_card(run_copy, settings, "anna")
-    assert "all weights, 3 passes" in text and "transformers import AutoModelForCausalLM" in text
+    assert "all weights, learning" in text and "transformers import AutoModelForCausalLM" in text
     assert "base_model: you/base" in text and "Merged: equal." in runs.model_card(
         run_copy, settings, "anna", "equal"
     )
