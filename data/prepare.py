@@ -25,8 +25,7 @@ def main() -> None:
     settings = read_command_line(__doc__)
     from orpheus.clips import read_clips
     from orpheus.doctor import draw_report, give_verdict
-    from orpheus.files import make_folder
-    from orpheus.hub import TOKENIZER_FILES, fetch
+    from orpheus.files import TOKENIZER_FILES, fetch, make_folder
     from orpheus.models import load_tokenizer
     from orpheus.rows import make_rows
     from orpheus.runs import SAVED_CONFIG, SAVED_REPORT

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from orpheus.audio import ClipError
-from orpheus.hub import is_hub_id
+from orpheus.files import is_hub_id
 from orpheus.settings import DataSettings, UserError, read_text
 from orpheus.tables import (
     LOOSE,

@@ -11,7 +11,7 @@ from snac import SNAC
 from snac.layers import Snake1d
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from orpheus.hub import fetch
+from orpheus.files import fetch
 from orpheus.settings import UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, levels_to_slots, slots_to_levels
 

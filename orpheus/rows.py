@@ -23,8 +23,7 @@ from orpheus.audio import ClipError, Sound, measure_clip
 from orpheus.clips import Clip, Clips, printable
 from orpheus.codec import CODEC_FILES, encode, load_codec
 from orpheus.doctor import Measures, Report, check_leave_out
-from orpheus.files import make_folder, write_text
-from orpheus.hub import fetch
+from orpheus.files import fetch, make_folder, write_text
 from orpheus.models import device
 from orpheus.settings import Settings, UserError, read_json
 from orpheus.tokens import (

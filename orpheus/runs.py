@@ -16,8 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orpheus.files import write_text
-from orpheus.hub import absolute_path_or_hub_id, check_weights, is_hub_id, is_model
+from orpheus.files import absolute_path_or_hub_id, check_weights, is_hub_id, is_model, write_text
 from orpheus.settings import (
     PATHS,
     DataSettings,

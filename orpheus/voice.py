@@ -1,6 +1,7 @@
 """Speaking: a model's folder → a Voice; a text → parts → codes by `generate` → samples."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from transformers.generation import BaseStreamer
 
 from orpheus.audio import concat_with_pauses
 from orpheus.codec import decode_stream, load_codec
-from orpheus.hub import MODEL_FILES, fetch, is_model
+from orpheus.files import MODEL_FILES, fetch, is_model
 from orpheus.models import check_machine, device, load_model, training_dtype
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, last_checkpoint
-from orpheus.scoring import BY_ITSELF, CUT_OFF, choose_best, detect_failure
+from orpheus.scoring import BY_ITSELF, CUT_OFF, detect_failure, measure, rejection_reason
 from orpheus.settings import Settings, SpeakingSettings, UserError, read_json, read_settings
 from orpheus.tokens import (
     FRAME_SAMPLES,
@@ -124,7 +125,7 @@ class PartsEnd(StoppingCriteria):
             for part, speech in zip(self.parts, input_ids[:, self.start :].cpu(), strict=True):
                 if ids.eos not in speech:
                     part.codes = ids_to_codes(speech, ids)
-                    part.end = detect_failure(part, self.voice.pace)
+                    part.end = detect_failure(part.codes, part.text, self.voice.pace)
         ended = [part.end != "" or length > part.max_frames * SLOTS for part in self.parts]
         return torch.tensor(ended, device=input_ids.device)
 
@@ -291,7 +292,18 @@ class Voice:
             for group in groups:
                 for part in group if count > 1 else ():
                     part.audio = np.concatenate([*self.decode(part)])
-                yield choose_best(group, self.pace) if count > 1 else group[0]
+                yield self.choose_best(group) if count > 1 else group[0]
+
+    def choose_best(self, candidates: list[Utterance]) -> Utterance:
+        """Return the decoded candidate that is not rejected and nearest to the voice's pace."""
+        scores = [measure(part.audio, part.text, self.pace) for part in candidates]
+        faults = [*map(rejection_reason, [part.end for part in candidates], scores)]
+        distances = [abs(math.log(score.get("pace", 1))) for score in scores]
+        best = min(range(len(faults)), key=lambda n: (faults[n] != "", distances[n]))
+        failed = [f"candidate {n}, {fault}" for n, fault in enumerate(faults, 1) if fault]
+        kept = f"kept candidate {best + 1} of {len(faults)}, {len(failed)} failed"
+        print(f"{candidates[best].text[:40]!r}: {'; '.join([kept, *failed])}")
+        return candidates[best]
 
     def decode(self, part: Utterance, stream: bool = False) -> Iterator[np.ndarray]:
         """Yield the samples of a part, (samples,) in pieces; in a stream, generate it meanwhile."""

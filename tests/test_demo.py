@@ -13,12 +13,11 @@ from data import prepare
 from orpheus.checks import held_out_metrics
 from orpheus.clips import read_clips
 from orpheus.codec import load_codec
-from orpheus.generation import generate_batch, make_utterance
 from orpheus.models import load_model, load_tokenizer
 from orpheus.runs import SAVED_CONFIG
-from orpheus.scoring import BY_ITSELF
 from orpheus.settings import read_settings
-from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, ids_to_codes, read_speech_ids
+from orpheus.tokens import SAMPLE_RATE, ids_to_codes, read_speech_ids
+from orpheus.voice import load_voice
 
 sys.path.insert(0, str(ROOT / "data/demo"))
 import make_demo
@@ -38,32 +37,25 @@ def seconds_a_word():
     return min(paces), max(paces)
 
 
-def generate_texts(model, tokenizer, ids, texts, settings, voice):
-    rows = [make_utterance(model.config, tokenizer, ids, text, settings, voice) for text in texts]
-    generate_batch(model, rows, ids, settings)
-    return rows
-
-
-def check_texts(folder, voice, settings):
+def check_texts(folder, voice):
     """Every held-out text must end by itself, at a pace near those of the recordings."""
-    model, tokenizer = load_model(str(folder))
-    ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     fastest, slowest = seconds_a_word()
-    for row in generate_texts(model, tokenizer, ids, TEXTS, settings, voice):
-        pace = len(row.frames) * FRAME_SAMPLES / SAMPLE_RATE / len(row.text.split())
-        assert row.end == BY_ITSELF, (voice, row.text)
-        assert fastest * 0.7 < pace < slowest * 1.4, (voice, row.text, pace)
+    speaker = load_voice(folder, codec="data/demo/codec", voice=voice, max_seconds=6.0)
+    for speech in speaker.speak(TEXTS):
+        pace = len(speech.audio) / SAMPLE_RATE / len(speech.text.split())
+        assert speech.ended, (voice, speech.text)
+        assert fastest * 0.7 < pace < slowest * 1.4, (voice, speech.text, pace)
 
 
 @pytest.mark.parametrize("voice", ["rms", "awb", "kal16"])
 def test_the_base_speaks_its_voices(voice):
-    check_texts(ROOT / "data/demo/base", voice, read_settings("data/demo/config.json"))
+    check_texts(ROOT / "data/demo/base", voice)
 
 
 def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     out, _ = demo_run
     settings = read_settings(out / SAVED_CONFIG)
-    check_texts(out, "slt", settings)
+    check_texts(out, "slt")
     tokenizer = load_tokenizer(Path(settings.model))
     codec = load_codec(settings.codec)
     ids = read_speech_ids(tokenizer, codec.codebook_size)
@@ -73,8 +65,8 @@ def test_the_new_voice_speaks_and_its_loss_fell(demo_run):
     losses = [held_out_metrics(model, held, ids)["eval_loss"] for model in models]
     assert losses[0] > BASE_LOSS and losses[1] < TUNED_LOSS, losses
     texts, right = [row["text"] for row in held], 0  # it was not trained on these
-    generated = generate_texts(models[1], tokenizer, ids, texts, settings, "slt")
-    for row, codes in zip(held, (utterance.codes for utterance in generated), strict=True):
+    speeches = load_voice(out).speak(texts)
+    for row, codes in zip(held, (speech.parts[0].codes for speech in speeches), strict=True):
         recorded = ids_to_codes(row["labels"][row["labels"] != -100][:-2], ids)
         common = min(len(codes), len(recorded))
         same = (codes[:common] == recorded[:common]).mean() > 0.9

@@ -8,7 +8,7 @@ import pytest
 from conftest import DEMO, script
 
 import finetune
-from orpheus.hub import is_adapter
+from orpheus.files import is_adapter
 from orpheus.settings import UserError, read_settings
 from orpheus.trainer import check_compatibility, resolve_settings
 

@@ -16,7 +16,7 @@ from running import KEYS, contents, run_here, same_file, settings_of
 
 import finetune
 from orpheus import runs
-from orpheus.hub import is_adapter
+from orpheus.files import is_adapter
 from orpheus.runs import SAVED_CONFIG, SAVED_REPORT, find_checkpoint, last_checkpoint, lock_folder
 from orpheus.settings import UserError
 

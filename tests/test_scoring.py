@@ -1,6 +1,5 @@
 """Failures, silence, the judges and what they are given, and the choice of a candidate."""
 
-import csv
 import sys
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -10,28 +9,24 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-import torch
-from speaking import SHORT
 
 import orpheus.scoring
 from orpheus.scoring import (
     BY_ITSELF,
     CUT_OFF,
-    Utterance,
     detect_failure,
-    find_judges,
     judge_sound,
-    judge_sound_again,
     judge_voice,
     judge_words,
+    load_judges,
     longest_silence,
-    rank,
+    measure,
+    rejection_reason,
 )
 
 
 def failure_of(coarse, text="x" * 30, pace=0.07):
-    row = Utterance(text, [], 999, frames=[np.array([code, *range(6)]) for code in coarse])
-    return detect_failure(row, pace)
+    return detect_failure(np.array([[code, *range(6)] for code in coarse]), text, pace)
 
 
 def test_loops_and_runaways_are_detected_and_speech_is_not():
@@ -50,6 +45,15 @@ def test_silence_is_measured():
     assert longest_silence(gap) == pytest.approx(1.5, abs=0.05)
     assert longest_silence(np.concatenate([tone, 0.001 * tone])) == pytest.approx(1, abs=0.1)
     assert longest_silence(np.zeros(48_000, np.float32)) > 1.9
+
+
+def test_missing_judges_are_named_with_their_packages(monkeypatch):
+    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: None)
+    judges, missing = load_judges("base", [])
+    assert judges == [] and missing[0] == "word errors (pip install faster-whisper jiwer)"
+    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: name)
+    monkeypatch.setattr(orpheus.scoring, "JUDGES", {"likeness": orpheus.scoring.JUDGES["likeness"]})
+    assert load_judges("base", []) == ([], ["likeness (needs recordings of the voice)"])
 
 
 JUDGES = ("faster_whisper", "jiwer", "resemblyzer", "speechmos")
@@ -84,17 +88,27 @@ def arguments_of(calls):
     return [call.args[0] for call in calls]
 
 
-@pytest.fixture
-def two_lines(tmp_path):
-    """lines.csv: a text twice, each with a recording of its own."""
-    for n in (0, 1):
-        recording = np.sin(np.arange(12_000) / (20 + 10 * n)) / 2
-        soundfile.write(tmp_path / f"{n}.wav", recording, 24_000, subtype="FLOAT")
-    with open(tmp_path / "lines.csv", "w", newline="") as file:
-        rows = [[f"{n}.wav", 'Seven, "five" <laugh> 56!'] for n in (0, 1)]
-        csv.writer(file).writerows([["file_name", "text"], *rows])
-    words = ["--max_seconds", "3", "--temperature", "0.3", "--voice", "rms"]  # ends by itself
-    return ["--file", tmp_path / "lines.csv", *SHORT, *words]
+def test_what_judges_are_given(tmp_path, monkeypatch):
+    mocks, calls = mock_judges(monkeypatch, wer=[0.5], embed=[[1, 0], [0.6, 0.8]], mos=MOS)
+    recording, spoken = (np.sin(np.arange(12_000, dtype="f4") / n) / 2 for n in (20, 30))
+    soundfile.write(tmp_path / "a.wav", recording, 24_000, subtype="FLOAT")
+    judges, missing = load_judges("a/model", [tmp_path / "a.wav"])
+    scores = measure(spoken, 'Seven, "five" <laugh> 56!', 0.05, judges)
+    assert missing == [] and [*scores] == ["silence", "pace", "wer", "cer", "likeness", "mos"]
+    assert scores["likeness"] == pytest.approx(0.6) and scores["pace"] == pytest.approx(0.4)
+    at_16_khz = soxr.resample(spoken, 24_000, 16_000)
+    mocks["faster_whisper"].WhisperModel.assert_called_once_with("a/model", compute_type="int8")
+    (sound,) = arguments_of(calls["transcribe"])
+    assert not sound[:8000].any() and not sound[-8000:].any()  # half a second
+    assert abs(sound[8000:-8000] - at_16_khz).max() < 1e-6
+    pair = ("7 5 5 6", "7 5 6")  # no tag, no marks, every digit a word
+    assert calls["wer"][0].args == mocks["jiwer"].cer.call_args.args == pair
+    assert abs(arguments_of(calls["mos"])[0] - at_16_khz).max() < 1e-6
+    assert calls["mos"][0].kwargs == {"sr": 16_000}
+    for sound, expected in zip(arguments_of(calls["embed"]), [recording, spoken], strict=True):
+        assert abs(sound - expected).max() < 1e-6
+    resampled = mocks["resemblyzer"].preprocess_wav.call_args_list
+    assert [call.kwargs for call in resampled] == [{"source_sr": 24_000}] * 2
 
 
 def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):
@@ -112,35 +126,16 @@ def test_sound_over_full_scale_is_clipped_for_dnsmos(monkeypatch):
     assert abs(calls["mos"][0].args[0]).max() == 1
 
 
-def test_the_second_opinion_is_asked_at_16_khz_and_a_judge_that_does_not_load_is_named(monkeypatch):
-    asked = []
-    opinion = Mock(side_effect=lambda sound: asked.append(sound) or torch.tensor([2.5]))
-    mock = Mock(__spec__=ModuleSpec("distillmos", None))
-    mock.ConvTransformerSQAModel.return_value.eval.return_value = opinion
-    monkeypatch.setitem(sys.modules, "distillmos", mock)
-    tone = np.sin(np.arange(24_000, dtype="f4") / 10)
-    assert judge_sound_again("base", [])(tone, "") == {"distillmos": 2.5}
-    assert np.allclose(asked[0].numpy(), [soxr.resample(tone, 24_000, 16_000)], atol=1e-6)
-    monkeypatch.setattr(orpheus.scoring, "find_spec", lambda name: name == "distillmos" or None)
-    assert [len(found) for found in find_judges("base", [])] == [1, 2, 3]
-    mock.ConvTransformerSQAModel.side_effect = OSError("torchaudio of another torch")
-    judges, available, missing = find_judges("base", [])
-    assert (judges, available) == ([], ["silence, pace"])
-    assert missing[-1] == "distillmos (does not load: torchaudio of another torch)"
-
-
 def test_silence_has_no_likeness(monkeypatch, tmp_path):
     mock_judges(monkeypatch, embed=[[1.0, 0.0]])
-    judge = judge_voice("base", [np.ones(24_000, "f4")])
+    soundfile.write(tmp_path / "a.wav", np.full(24_000, 0.5), 24_000)
+    judge = judge_voice("base", [tmp_path / "a.wav"])
     assert judge(np.zeros(24_000, "f4"), "") == {}
     assert judge(np.ones(24_000, "f4"), "") == {"likeness": 1.0}
 
 
-def test_word_errors_outweigh_pace_and_failures_outweigh_word_errors():
-    scores = {"good": {"wer": 0.0, "pace": 2.0}, "bad": {"wer": 0.5, "pace": 1.0}}
-    row = Utterance("x", [], 9, end=BY_ITSELF)
-    ranks = {name: rank(row, {"silence": 0.1} | values) for name, values in scores.items()}
-    assert ranks["good"] < ranks["bad"]
-    cut = Utterance("x", [], 9, end=CUT_OFF)
-    assert rank(cut, {"silence": 0.1, "wer": 0.0}) > ranks["bad"]
-    assert rank(row, {"silence": 2.0, "wer": 0.0}) > ranks["bad"]
+def test_why_speech_is_rejected():
+    assert rejection_reason(BY_ITSELF, {"silence": 0.1, "pace": 0.5}) == ""
+    assert rejection_reason(CUT_OFF, {"silence": 0.1}) == CUT_OFF
+    assert rejection_reason(BY_ITSELF, {"silence": 2.0}) == "silence of 2.0 s"
+    assert "too short: 0.30" in rejection_reason(BY_ITSELF, {"silence": 0.1, "pace": 0.3})

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 import finetune
 from orpheus import trainer
 from orpheus.checks import SampleEvaluator
-from orpheus.hub import is_adapter
+from orpheus.files import is_adapter
 from orpheus.runs import python_command
 from orpheus.settings import UserError
 from orpheus.trainer import (

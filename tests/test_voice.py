@@ -223,7 +223,7 @@ def test_failed_candidates_end_early_and_the_best_is_kept(voice, monkeypatch, ca
     assert [(parts[0].end, parts[0].codes.tolist())] == alone  # the first is the plain one
 
     first = parts[0].codes[:6].tolist()
-    fail = lambda part, pace: "loop" * (part.codes[:6].tolist() == first)  # noqa: E731
+    fail = lambda codes, text, pace: "loop" * (codes[:6].tolist() == first)  # noqa: E731
     monkeypatch.setattr(orpheus.voice, "detect_failure", fail)
     again = [orpheus.voice.dataclasses.replace(part, candidate=n) for n in range(3)]
     speaker.generate(again)

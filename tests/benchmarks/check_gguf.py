@@ -17,12 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import orpheus.settings  # noqa: E402
-from orpheus.codec import load_codec  # noqa: E402
-from orpheus.models import load_model  # noqa: E402
-from orpheus.parity import generate_greedy  # noqa: E402
-from orpheus.run_info import choose_voice, load_run_info  # noqa: E402
+from orpheus.merge import speak_greedily  # noqa: E402
 from orpheus.settings import UserError  # noqa: E402
-from orpheus.tokens import SLOTS, ids_to_codes, read_speech_ids  # noqa: E402
+from orpheus.tokens import SLOTS, ids_to_codes  # noqa: E402
+from orpheus.voice import load_voice  # noqa: E402
 
 CONVERT = ROOT / "tests" / "programs" / "convert_to_gguf.py"
 
@@ -52,10 +50,8 @@ def main() -> None:
     gguf = merged.with_suffix(".gguf").resolve()
     words = [str(converter), str(merged), "--outfile", str(gguf), "--outtype", "f16"]
     subprocess.run([sys.executable, CONVERT, *words], check=True)
-    info = load_run_info(str(merged), {})
-    model, tokenizer = load_model(str(merged))
-    ids = read_speech_ids(tokenizer, load_codec(info.settings.codec).codebook_size)
-    rows = generate_greedy(model, tokenizer, ids, info.settings, choose_voice(None, info))
+    voice = load_voice(merged)
+    ids, rows = voice.ids, speak_greedily(voice)
     llama = Llama(str(gguf), n_ctx=1024, n_threads=1, logits_all=True, verbose=False)
     for row in rows:
         codes = generate_greedy_codes(llama, ids, row)

@@ -13,12 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from orpheus.audio import read_audio  # noqa: E402
-from orpheus.codec import decode, encode, load_codec  # noqa: E402
-from orpheus.generation import generate_batch, make_utterance  # noqa: E402
-from orpheus.models import load_model  # noqa: E402
-from orpheus.runs import SAVED_CONFIG  # noqa: E402
-from orpheus.settings import read_settings  # noqa: E402
-from orpheus.tokens import read_speech_ids  # noqa: E402
+from orpheus.codec import decode, encode  # noqa: E402
+from orpheus.voice import load_voice  # noqa: E402
 
 MODEL, CLIP = ROOT / "outputs/demo", 0
 
@@ -26,17 +22,12 @@ MODEL, CLIP = ROOT / "outputs/demo", 0
 def main() -> None:
     with open(ROOT / "data/numbers/metadata.csv") as file:
         row = list(csv.DictReader(file))[CLIP]
-    settings = read_settings(MODEL / SAVED_CONFIG)
-    codec = load_codec(settings.codec)
+    voice = load_voice(MODEL, voice=row["speaker"])
     recording = read_audio(ROOT / "data/numbers" / row["file_name"])[0]
-    model, tokenizer = load_model(str(MODEL))
-    ids = read_speech_ids(tokenizer, codec.codebook_size)
-    utterance = make_utterance(model.config, tokenizer, ids, row["text"], settings, row["speaker"])
-    generate_batch(model, [utterance], ids, settings)
     sounds = {
         "recording": recording,
-        "through the codec": decode(codec, encode(codec, [recording])[0]),
-        "spoken by the fine-tuned model": decode(codec, utterance.codes),
+        "through the codec": decode(voice.codec, encode(voice.codec, [recording])[0]),
+        "spoken by the fine-tuned model": voice.say(row["text"]),
     }
     figure, plots = pyplot.subplots(1, 3, figsize=(12, 2.6), sharey=True, layout="constrained")
     for plot, (name, audio) in zip(plots, sounds.items(), strict=True):
