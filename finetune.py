@@ -10,6 +10,7 @@ Every key can stand in config.json, or be given as --key value: these, and those
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -169,6 +170,10 @@ def load_model(settings: Settings, arguments):
     if not settings.full_finetuning:
         config = model.peft_config["default"]
         config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
+        # PEFT would ask the hub at each checkpoint whether the base's vocabulary was another
+        model.save_pretrained = functools.partial(
+            model.save_pretrained, save_embedding_layers=False
+        )
     return model
 
 

@@ -37,13 +37,13 @@ def held_out_metrics(
     autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
     with torch.no_grad(), autocast:
         for row in rows:
-            labels = torch.from_numpy(row["labels"]).to(model.device)[1:]
+            labels = torch.from_numpy(row["labels"])[1:]
             input_ids = torch.from_numpy(row["input_ids"]).to(model.device)[None, :-1]
             hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[0]
             for part, targets in zip(hidden.split(POSITIONS), labels.split(POSITIONS), strict=True):
-                counted = targets != -100
-                targets = targets[counted]
-                logits = causal.get_output_embeddings()(part).float()[counted]  # (n, vocabulary)
+                logits = causal.get_output_embeddings()(part).float()
+                targets = targets.to(logits.device)  # device_map may have the head on another card
+                logits, targets = logits[targets != -100], targets[targets != -100]
                 loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 hit = (logits.argmax(-1) == targets).float()
                 kind = target_kinds(targets, ids).cpu().numpy()

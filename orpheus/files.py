@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from orpheus.settings import UserError, first_reason, read_json
+from orpheus.settings import UserError, read_json
 
 CONFIG_FILES = ["*config.json"]
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer*"]
@@ -99,14 +99,16 @@ def fetch(path: str, patterns: list[str]) -> Path:
     try:
         bars = announce_download(path, files)
         return Path(snapshot_download(path, tqdm_class=bars, **files))
-    except errors.GatedRepoError as error:
-        message, cause = "gated: accept its terms on its page, then `hf auth login`", error
-    except errors.RepositoryNotFoundError as error:
-        message, cause = "no such folder here, and no such repository on the hub", error
     except OSError as error:
-        message = "no such folder here, and the hub cannot be reached; check the network, or give a"
-        message, cause = f"{message} downloaded folder ({first_reason(error)})", error
-    raise UserError(f"{path}: {message}") from cause
+        cause = error.__cause__ or error
+        if isinstance(cause, errors.GatedRepoError):
+            message = "gated: accept its terms on its page, then `hf auth login`"
+        elif isinstance(cause, errors.RepositoryNotFoundError):
+            message = "no such folder here, and no such repository on the hub"
+        else:
+            message = "no such folder here, and the hub cannot be reached; check the network, or "
+            message += f"give a downloaded folder ({str(cause).strip().splitlines()[0]})"
+        raise UserError(f"{path}: {message}") from error
 
 
 def announce_download(path: str, files: dict):
@@ -154,7 +156,7 @@ def read_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
                 headers |= {n: (part.get_dtype(), part.get_shape()) for n, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or cut short: {first_reason(error)}") from error
+            raise UserError(f"{file}: damaged or cut short: {error}") from error
     return headers
 
 

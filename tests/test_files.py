@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import DryRunError, GatedRepoError, LocalEntryNotFoundError
 from running import contents
 
 from orpheus.files import CONFIG_FILES, MODEL_FILES, atomic_file, fetch, write_text
@@ -68,7 +68,7 @@ def hub(tmp_path, monkeypatch):
         if local_files_only and not state.cached:
             raise LocalEntryNotFoundError("not here")
         if state.error and not local_files_only:
-            raise state.error
+            raise DryRunError("cannot be accessed") from state.error
         file = SimpleNamespace(file_size=state.size, will_download=True)
         return [file, file] if dry_run else str(tmp_path)
 
