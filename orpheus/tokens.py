@@ -134,7 +134,7 @@ def codes_to_ids(codes: np.ndarray, ids: SpeechIds) -> np.ndarray:
 
 
 def ids_to_codes(speech: np.ndarray, ids: SpeechIds) -> np.ndarray:
-    """Return the (frames, 7) codes of (frames × 7,) ids; a UserError names the first that is none."""
+    """Return the (frames, 7) codes of (frames × 7,) ids; a UserError names one out of its slot."""
     speech = np.asarray(speech, dtype=np.int64)
     if speech.size % SLOTS:
         raise UserError(f"{speech.size} audio ids are not whole frames of {SLOTS}")
