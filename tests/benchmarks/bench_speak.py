@@ -26,7 +26,7 @@ from orpheus.codec import load_codec  # noqa: E402
 from orpheus.models import LINEAR_LAYERS, device, load_model  # noqa: E402
 from orpheus.settings import read_settings, run  # noqa: E402
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS  # noqa: E402
-from orpheus.voice import Part, Voice  # noqa: E402
+from orpheus.voice import Utterance, Voice  # noqa: E402
 
 
 def load(shape: str, weights: str, cache: str | None) -> Voice:
@@ -43,12 +43,12 @@ def load(shape: str, weights: str, cache: str | None) -> Voice:
     return voice
 
 
-def make_parts(voice: Voice, count: int, frames: int) -> list[Part]:
+def make_parts(voice: Voice, count: int, frames: int) -> list[Utterance]:
     """Parts of equal length with prompts of 20 to 40 tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 41, count)
     prompts = [[*rng.integers(0, 250, n).tolist(), voice.ids.sos] for n in lengths]
-    return [Part("", prompt, frames) for prompt in prompts]
+    return [Utterance("", prompt, frames) for prompt in prompts]
 
 
 def speak(voice: Voice, count: int, frames: int) -> tuple[float, float, float]:
