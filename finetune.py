@@ -16,22 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from orpheus import runs
-from orpheus.files import (
-    MODEL_FILES,
-    TOKENIZER_FILES,
-    absolute_path_or_hub_id,
-    check_weights,
-    fetch,
-)
-from orpheus.settings import (
-    Settings,
-    UserError,
-    quiet_libraries,
-    read_command_line,
-    read_json,
-    run,
-)
+from orpheus import files, runs
+from orpheus.settings import Settings, UserError, quiet_libraries, read_command_line, read_json, run
 
 
 def main() -> None:
@@ -50,16 +36,6 @@ def main() -> None:
         fine_tune(settings, started)
 
 
-def import_backend(settings: Settings) -> None:
-    """Imports unsloth before transformers, trl and peft, which it patches."""
-    print(f"loading  torch, trl and {settings.backend}")
-    if settings.backend == "unsloth":
-        # Unsloth counts runs by downloading from the hub, and waits minutes for one that is down
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        with quiet_libraries():
-            import unsloth  # noqa: F401
-
-
 def fine_tune(settings: Settings, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
     from orpheus import clips
@@ -70,25 +46,20 @@ def fine_tune(settings: Settings, started: float) -> None:
         longer = "a higher max_steps or num_train_epochs trains it longer"
         print(f"{out} holds a finished run of this length: nothing to resume ({longer})")
         return
-    if settings.resume and not checkpoint:
-        print(f"warning  no complete checkpoint in {out}: training starts from the beginning")
     dataset = clips.read_clips(settings)
     import_backend(settings)
     from orpheus import checks, codec, doctor, memory, models, rows, trainer
 
-    # 2. The settings, as this machine and its memory allow
+    # 2. The settings, as this machine allows
     models.check_machine(settings.model)
     settings = trainer.resolve_settings(settings)
-    arguments = make_sft_config(settings)
+    arguments = make_sft_config(settings, checkpoint)
     trainer.check_compatibility(settings, arguments)
     trainer.print_machine(settings)
     memory.print_memory(settings, memory.read_base(settings))
-    if checkpoint and arguments.auto_find_batch_size:  # go on with the rows that it came to
-        state = read_json(checkpoint / "trainer_state.json")
-        arguments.per_device_train_batch_size = state["train_batch_size"]
 
     # 3. Clips → rows of tokens, before the base is loaded
-    tokenizer = models.load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
+    tokenizer = models.load_tokenizer(files.fetch(settings.model, files.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
         train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
@@ -102,53 +73,66 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
     sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
-    trainer.print_changes(settings, sft_trainer.args)
 
-    # 5. Training, and saving
+    # 5. Training, and what it leaves: the adapter, the table of the checks, the model card
     if not runs.RANK:
         runs.save_config(settings)
         report.save(out)
-    tokens = train(sft_trainer, settings, checkpoint)
-    with runs.reporting_full_disk(out, lambda: "the adapter"):
+    with runs.reporting_full_disk(out, lambda: f"step {sft_trainer.state.global_step}"):
+        train(sft_trainer, settings, checkpoint)
         save_model(sft_trainer, tokenizer, out)
-
-    # 6. The table of the checks, the model card, and a summary
     if not runs.RANK:
         checks.save_checks(sft_trainer.state.log_history, out)
         runs.save_card(settings)
-    trainer.print_summary(sft_trainer, settings, tokens, started)
+    trainer.print_summary(sft_trainer, settings, started)
 
 
-def make_sft_config(settings: Settings):
-    """TRL's SFTConfig: every key of it in the settings, and those that follow from other keys."""
-    import torch
+def import_backend(settings: Settings) -> None:
+    """Import unsloth before transformers, trl and peft, which it patches."""
+    print(f"loading  torch, trl and {settings.backend}")
+    if settings.backend == "unsloth":
+        # Unsloth counts runs by downloading from the hub, and waits minutes for one that is down
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        with quiet_libraries():
+            import unsloth  # noqa: F401
+
+
+def make_sft_config(settings: Settings, checkpoint: Path | None = None):
+    """Return TRL's SFTConfig: the settings that it has, and what follows from others.
+
+    Raises: UserError for a value that it does not take.
+    """
     from trl import SFTConfig
 
-    from orpheus.trainer import use_one_gpu
+    from orpheus.models import device
 
-    pad_to_max = settings.batching == "pad_to_max"
+    follows = {
+        "packing": settings.batching == "pack",
+        "padding_free": False,  # else Unsloth flattens padded batches; packing turns it on itself
+        "pad_to_multiple_of": settings.max_length if settings.batching == "pad_to_max" else None,
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
+        "use_cpu": device() == "cpu",
+        "eval_strategy": "no",  # TrainingMonitor evaluates every sample_steps
+        "metric_for_best_model": "eval_score",  # keeps the best checkpoint from rotation
+        "greater_is_better": True,
+        "disable_tqdm": True,
+    }
     try:
-        arguments = SFTConfig(
-            **settings.trainer  # has output_dir, seed and max_length, too
-            | {
-                "packing": settings.batching == "pack",
-                "padding_free": False,  # else Unsloth flattens padded batches; packing turns it on
-                "pad_to_multiple_of": settings.max_length if pad_to_max else None,
-                "gradient_checkpointing": bool(settings.gradient_checkpointing),
-                "use_cpu": not torch.cuda.is_available(),
-                "eval_strategy": "no",  # TrainingMonitor evaluates every sample_steps
-                "metric_for_best_model": "eval_score",  # keeps the best checkpoint from rotation
-                "greater_is_better": True,
-            }
-        )
+        arguments = SFTConfig(**settings.trainer | follows)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"settings: {error}") from error
-    use_one_gpu(arguments)
+    if checkpoint and arguments.auto_find_batch_size:  # go on with the rows that it came to
+        state = read_json(checkpoint / "trainer_state.json")
+        arguments.per_device_train_batch_size = state["train_batch_size"]
+    if arguments.n_gpu > 1:  # transformers would take all, by nn.DataParallel, and print their sum
+        words = f"torchrun --nproc-per-node {arguments.n_gpu} finetune.py"
+        print(f"warning  1 of {arguments.n_gpu} GPUs is used; .venv/bin/{words} … uses all of them")
+        arguments._n_gpu = 1  # private: there is no key for it
     return arguments
 
 
 def load_model(settings: Settings, arguments):
-    """Loads the base, quantised as `weights` says, and adds a LoRA to its linear layers."""
+    """Return the base, quantised as `weights` says, with a LoRA on its linear layers."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -159,8 +143,8 @@ def load_model(settings: Settings, arguments):
     dtype = training_dtype(arguments)
     if settings.full_finetuning and arguments.fp16:  # the gradient scaler needs fp32 gradients
         dtype = torch.float32
-    folder = fetch(settings.model, MODEL_FILES)
-    check_weights(folder)
+    folder = files.fetch(settings.model, files.MODEL_FILES)
+    files.check_weights(folder)
     print(f"loading  {settings.model}")
     disable_progress_bar()
     with quiet_libraries():
@@ -169,7 +153,7 @@ def load_model(settings: Settings, arguments):
     settle_model(model, dtype)
     if not settings.full_finetuning:
         config = model.peft_config["default"]
-        config.base_model_name_or_path = absolute_path_or_hub_id(settings.model)
+        config.base_model_name_or_path = files.absolute_path_or_hub_id(settings.model)
         # PEFT would ask the hub at each checkpoint whether the base's vocabulary was another
         model.save_pretrained = functools.partial(
             model.save_pretrained, save_embedding_layers=False
@@ -233,62 +217,54 @@ def load_with_transformers(folder: Path, settings: Settings, dtype):
 
 
 def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settings, evaluator):
-    """The trainer over rows of `input_ids` and `labels`; prints how its batches are made."""
+    """Return the trainer over rows of `input_ids` and `labels`."""
     from datasets import Dataset, disable_progress_bars
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback
 
     from orpheus.tokens import TOKEN_NAMES
-    from orpheus.trainer import SpeechTrainer, align_special_tokens, print_batches
+    from orpheus.trainer import SpeechTrainer, TrainingMonitor, print_batches, print_changes
 
     tokenizer.pad_token = TOKEN_NAMES["pad"]
-    align_special_tokens(model, tokenizer)
     disable_progress_bars()  # nothing is downloaded from here on
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
-    try:
-        with quiet_libraries():
-            trainer = SpeechTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=Dataset.from_dict(columns),
-                processing_class=tokenizer,
-                evaluator=evaluator,
-            )
-    except ValueError as error:
-        raise UserError(f"settings: {error}") from None
+    with quiet_libraries():
+        trainer = SpeechTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer,
+            callbacks=[TrainingMonitor(settings)],
+            evaluator=evaluator,
+        )
     for parameter, data in trained:  # TRL casts a quantised model's LoRA to bf16; keep it in fp32
         parameter.data = data.to(parameter.device)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    print_changes(settings, trainer.args)
     print_batches(trainer)
     return trainer
 
 
-def train(trainer, settings: Settings, checkpoint: Path | None) -> int:
-    """Trains to the end, and returns the tokens seen. A signal makes it save and exit with 130."""
-    from orpheus.trainer import StopOnSignal, TrainingMonitor
+def train(trainer, settings: Settings, checkpoint: Path | None) -> None:
+    """Train to the end. A signal makes it save a checkpoint and exit with 130."""
+    from orpheus.trainer import StopOnSignal
 
-    out = Path(settings.output_dir)
-    before = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
-    if before.get("global_step", 0) >= trainer.total_steps:
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0}
+    if state["global_step"] >= trainer.total_steps:
         print(f"{checkpoint} is at the last step already: nothing left to train")
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    watched = runs.reporting_full_disk(out, lambda: f"step {trainer.state.global_step}")
-    with StopOnSignal() as stop, watched:
-        for callback in (TrainingMonitor(settings), stop):
-            trainer.add_callback(callback)
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state  # resuming made a new one
-    if stop.requested and state.global_step < state.max_steps:
-        print(f"stopped at step {state.global_step}; checkpoint in {out}")
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        print(f"stopped at step {trainer.state.global_step}; checkpoint in {settings.output_dir}")
         print(f"continue with: {runs.command('--resume')}")
         sys.exit(130)
-    return state.num_input_tokens_seen - before.get("num_input_tokens_seen", 0)
 
 
 def save_model(trainer, tokenizer, out: Path) -> None:
-    """Saves the adapter (or the whole model) and the tokenizer: all of their files, or none."""
+    """Save the adapter (or the whole model) and the tokenizer: all of their files, or none."""
     from orpheus.models import add_old_names
 
     weights = None

@@ -165,3 +165,29 @@ def save_checks(log_history: list[dict], out: Path) -> None:
     checkpoint = out / f"checkpoint-{best['step']}"
     parts += [f"kept in {checkpoint}"] if checkpoint.is_dir() else []
     print(f"best     step {best['step']} of {len(checks)} checks: {', '.join(parts)}")
+
+
+STALLED_STEPS = 50  # a loss near that of guessing is normal at first, if it falls
+
+
+def loss_warnings(logs: dict, state, vocab_size: int) -> list[str]:
+    """Return signs of rows that were tokenised wrongly, or of a learning rate that is too high."""
+    messages, guess, step = [], math.log(vocab_size), state.global_step
+    earlier = [log for log in state.log_history if "loss" in log and log["step"] < step]
+    if "loss" in logs and earlier:
+        lowest = min(log["loss"] for log in earlier)
+        if logs["loss"] > lowest + 2 >= earlier[-1]["loss"]:  # nats; said once for each rise
+            rise = f"loss rose from {lowest:.2f} to {logs['loss']:.2f}"
+            messages.append(f"{rise}: if it does not fall again, lower learning_rate")
+        before = [log["loss"] for log in earlier if log["step"] <= step - STALLED_STEPS]
+        if before and logs["loss"] > max(0.9 * guess, 0.95 * before[-1]):
+            stalled = f"loss {logs['loss']:.1f} is no better than guessing ({guess:.1f})"
+            remedy = "check that model is an Orpheus and that codec is the one it was trained with"
+            messages.append(f"{stalled} and has not fallen in {STALLED_STEPS} steps: {remedy}")
+    slots = {n: logs.get(f"eval_loss_slot{n}") for n in range(SLOTS)}
+    if None not in slots.values():
+        usual = float(np.median(list(slots.values())))
+        for slot in (n for n, loss in slots.items() if loss > usual + 2.5):
+            far = f"slot {slot}'s loss {slots[slot]:.1f} is far above the others' {usual:.1f}"
+            messages.append(f"{far}: its codes are misplaced, or come from another codec")
+    return messages

@@ -9,6 +9,7 @@ import signal
 import sys
 import sysconfig
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
@@ -17,13 +18,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
-from transformers.integrations import (
-    get_available_reporting_integrations,
-    integration_utils,
-)
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from orpheus.checks import format_check
+from orpheus.checks import format_check, loss_warnings
 from orpheus.doctor import FEW_STEPS
 from orpheus.memory import GIB, peak_memory
 from orpheus.models import add_old_names
@@ -33,32 +31,35 @@ from orpheus.settings import Settings, UserError, is_out_of_memory, parse_traine
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 
 # What we use of libraries beyond their public names: SpeechTrainer overrides _save,
-# _get_train_sampler and _inner_training_loop and reads _train_batch_size, use_one_gpu sets _n_gpu,
-# print_machine asks torch._C and Unsloth, and here:
+# _get_train_sampler and _inner_training_loop and sets _train_batch_size, print_machine asks
+# torch._C and Unsloth. Besides, these lines are kept off the console:
+UNWANTED = {
+    # SDPA keeps packed clips apart as well, by their position_ids: tests/test_rows.py
+    "trl.trainer.sft_trainer": "Flash Attention variant",
+    # the model's special tokens become the tokenizer's, as they should
+    "transformers.trainer_utils": "were aligned accordingly",
+    # a banner that says once more what our lines say
+    "transformers.trainer": "Unsloth - 2x faster free finetuning",
+}
+for logger, words in UNWANTED.items():
+    logging.getLogger(logger).addFilter(lambda line, words=words: words not in line.getMessage())
 # With ranks on a CPU, accelerate's device is cpu:0, where torch.load cannot put an optimiser.
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
-)
-# Unsloth's banner says once more what our lines say.
-BANNER = "Unsloth - 2x faster free finetuning"
-logging.getLogger("transformers.trainer").addFilter(lambda r: BANNER not in r.getMessage())
-# TRL warns that only flash attention keeps packed clips apart. SDPA does so as well, by their
-# position_ids: tests/test_rows.py compares it with each row alone.
-logging.getLogger("trl.trainer.sft_trainer").addFilter(
-    lambda record: "Flash Attention variant" not in record.getMessage()
 )
 
 
 # ---------------------------------------------------------------- the trainer
 
 
-class LengthSampler(torch.utils.data.Sampler):
+@dataclass
+class LengthSampler:
     """Group rows of similar length into batches; the order depends on the epoch and the seed."""
 
-    epoch = 0
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+    lengths: list[int]
+    batch_size: int
+    seed: int
+    epoch: int = 0
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -107,7 +108,7 @@ class SpeechTrainer(SFTTrainer):
     def rows_per_step(self) -> int:
         return self._train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
 
-    def _inner_training_loop(self, batch_size=None, **kwargs):
+    def _inner_training_loop(self, batch_size, **kwargs):
         """Train, or try to with the rows per batch that `auto_find_batch_size` has come to.
 
         Raises: UserError for a full GPU where fewer rows are not tried. After the first step they
@@ -115,7 +116,8 @@ class SpeechTrainer(SFTTrainer):
         """
         self.micro_batches = []  # (input_ids, loss) of the step so far
         self.check_seconds = 0.0  # time spent in `evaluate`
-        self.started = self.first_step = None  # when this process's first step began; its number
+        self.started = None  # when the first step of this process began
+        self.first = None, 0  # the steps and tokens before it
         self.logged = None  # training seconds, tokens and steps at the last line of the log
         if batch_size < self._train_batch_size:
             full, self._train_batch_size = self._train_batch_size, batch_size
@@ -126,7 +128,7 @@ class SpeechTrainer(SFTTrainer):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            first = self.first_step in (None, self.state.global_step)
+            first = self.first[0] in (None, self.state.global_step)
             if self.args.auto_find_batch_size and first and batch_size > 1:
                 raise torch.OutOfMemoryError("GPU out of memory.") from error  # accelerate's words
             remedy = "--plan shows what fits"
@@ -140,9 +142,9 @@ class SpeechTrainer(SFTTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         tokens, step = self.state.num_input_tokens_seen, self.state.global_step
         if self.started is None:
-            self.started, self.first_step = time.perf_counter(), step
+            self.started, self.first = time.perf_counter(), (step, tokens)
             self.logged = 0.0, tokens, step
-        elif self.logged[2] == self.first_step < step:  # the first step also compiles kernels
+        elif self.logged[2] == self.first[0] < step:  # the first step also compiles kernels
             self.logged = self.training_seconds(), tokens, step
         input_ids = inputs["input_ids"]  # super() takes it out of `inputs`
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -173,7 +175,7 @@ class SpeechTrainer(SFTTrainer):
         figures = {"peak_gib": peak_memory() / GIB, "tokens_per_second": tokens / seconds}
         if self.args.include_num_input_tokens_seen != "no":
             figures["audio_hours"] = seen * self.seconds_per_token / 3600
-        if self.logged[2] > self.first_step:
+        if self.logged[2] > self.first[0]:
             figures["seconds_left"] = seconds / steps * (state.max_steps - state.global_step)
         self.logged = now
         return figures
@@ -194,19 +196,14 @@ class SpeechTrainer(SFTTrainer):
         self.model.eval()  # TRL files what is logged now under evaluation
         self.log(metrics)
         self.model.train()
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        for writer in tensorboard_writers(self):
+        notify = self.callback_handler.on_evaluate
+        self.control = notify(self.args, self.state, self.control, metrics)
+        writers = [getattr(c, "tb_writer", None) for c in self.callback_handler.callbacks]
+        for writer in filter(None, writers):  # TensorBoard's, where the run reports to it
             for n, (audio, _) in enumerate(samples, 1):
                 name, step = f"sample/{n:02}", self.state.global_step
                 writer.add_audio(name, audio[None], step, sample_rate=SAMPLE_RATE)
         return metrics
-
-
-def tensorboard_writers(trainer) -> list:
-    callbacks = trainer.callback_handler.callbacks
-    return [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None)]
 
 
 def decode_prompts(input_ids: torch.Tensor, tokenizer) -> str:
@@ -216,14 +213,6 @@ def decode_prompts(input_ids: torch.Tensor, tokenizer) -> str:
     texts = [flat[n + 1 : n + 60] for n, token in enumerate(flat) if token == bos]
     texts = [text[: text.index(eot)] if eot in text else text for text in texts]
     return "; ".join(tokenizer.batch_decode(texts))[:500]
-
-
-def align_special_tokens(model, tokenizer) -> None:
-    """Set the model's special tokens to the tokenizer's, as transformers' Trainer wants them."""
-    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-        config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-        config.eos_token_id = [tokenizer.eos_token_id, *ends] if ends else tokenizer.eos_token_id
 
 
 # ---------------------------------------------------------------- the console
@@ -257,7 +246,7 @@ def print_changes(settings: Settings, arguments: SFTConfig) -> None:
             print(f"changed {name}: {value} → {used} (by the backend, for this machine)")
 
 
-def print_summary(trainer: SpeechTrainer, settings: Settings, tokens: int, started: float) -> None:
+def print_summary(trainer: SpeechTrainer, settings: Settings, started: float) -> None:
     """Print minutes, tokens per second, peak memory, and where everything is."""
     logs = trainer.state.log_history
     losses = [log["loss"] for log in logs if "loss" in log]
@@ -269,7 +258,8 @@ def print_summary(trainer: SpeechTrainer, settings: Settings, tokens: int, start
     loss = f", loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
     print(f"steps    {trainer.state.global_step}{loss}")
     print(f"minutes  {whole / 60:.1f}: {times}, setting up {(whole - training - checks) / 60:.1f}")
-    if tokens:
+    tokens = trainer.state.num_input_tokens_seen - trainer.first[1]
+    if tokens and training:
         print(f"speed    {tokens / training:,.0f} tokens/s in training")
     print(f"memory   {peak_memory() / GIB:.2f} GiB of {memory} at its peak")
     print(f"{'model' if settings.full_finetuning else 'adapter':9}{settings.output_dir}")
@@ -323,32 +313,6 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
 
 
-STALLED_STEPS = 50  # a loss near that of guessing is normal at first, if it falls
-
-
-def loss_warnings(logs: dict, state, vocab_size: int) -> list[str]:
-    """Signs of rows that were tokenised wrongly, or of a learning rate that is too high."""
-    messages, guess, step = [], math.log(vocab_size), state.global_step
-    earlier = [log for log in state.log_history if "loss" in log and log["step"] < step]
-    if "loss" in logs and earlier:
-        lowest = min(log["loss"] for log in earlier)
-        if logs["loss"] > lowest + 2 >= earlier[-1]["loss"]:  # nats; said once for each rise
-            rise = f"loss rose from {lowest:.2f} to {logs['loss']:.2f}"
-            messages.append(f"{rise}: if it does not fall again, lower learning_rate")
-        before = [log["loss"] for log in earlier if log["step"] <= step - STALLED_STEPS]
-        if before and logs["loss"] > max(0.9 * guess, 0.95 * before[-1]):
-            stalled = f"loss {logs['loss']:.1f} is no better than guessing ({guess:.1f})"
-            remedy = "check that model is an Orpheus and that codec is the one it was trained with"
-            messages.append(f"{stalled} and has not fallen in {STALLED_STEPS} steps: {remedy}")
-    slots = {n: logs.get(f"eval_loss_slot{n}") for n in range(SLOTS)}
-    if None not in slots.values():
-        usual = float(np.median(list(slots.values())))
-        for slot in (n for n, loss in slots.items() if loss > usual + 2.5):
-            far = f"slot {slot}'s loss {slots[slot]:.1f} is far above the others' {usual:.1f}"
-            messages.append(f"{far}: its codes are misplaced, or come from another codec")
-    return messages
-
-
 # ---------------------------------------------------------------- stopping
 
 
@@ -373,9 +337,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
         if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             return
         self.requested = True
         message = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
@@ -389,16 +353,14 @@ class StopOnSignal(TrainerCallback):
 
 
 def write_unbuffered(file: int, text: str) -> None:
-    """For signal handlers. A terminal that is gone is replaced by /dev/null, for later prints too.
+    """Print from a signal handler, where a buffered print could meet one that it interrupted.
 
-    A buffered print could meet the one that the signal interrupted.
+    A terminal that is gone is replaced by /dev/null, for later prints, too.
     """
     try:
         os.write(file, text.encode())
     except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, file)
-        os.close(null)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 
 # ---------------------------------------------------------------- what the machine allows
@@ -427,19 +389,18 @@ def resolve_settings(settings: Settings) -> Settings:
 def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     """Raises: UserError for what this backend or machine cannot do, before a model is loaded."""
     gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
+    weights = settings.weights
     new = gpu and torch.cuda.get_device_capability() >= (9, 0)
     optim = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optim for word in ("8bit", "paged", "bnb"))
     refused = {
         'weights "8bit" need a GPU, or backend "transformers"': (
-            settings.weights == "8bit" and unsloth and not gpu
+            weights == "8bit" and unsloth and not gpu
         ),
         'weights "fp8" need a GPU such as an H100 or RTX 50, and backend "unsloth"': (
-            settings.weights == "fp8" and not (new and unsloth)
+            weights == "fp8" and not (new and unsloth)
         ),
-        'full_finetuning needs weights "16bit"': (
-            settings.full_finetuning and settings.weights != "16bit"
-        ),
+        'full_finetuning needs weights "16bit"': settings.full_finetuning and weights != "16bit",
         'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true': (
             settings.gradient_checkpointing == "unsloth" and not unsloth
         ),
@@ -454,7 +415,9 @@ def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
         raise UserError(f"settings: {message}")
     if gpu and unsloth:
         check_compiler()
-    check_trackers(arguments.report_to)
+    for name in set(arguments.report_to) - set(get_available_reporting_integrations()):
+        remedy = f"`pip install {name}`, if that is a tracker of transformers"
+        raise UserError(f"settings: report_to {name} is not installed: {remedy}")
 
 
 def check_compiler() -> None:
@@ -466,31 +429,6 @@ def check_compiler() -> None:
         packages = f"build-essential python3.{sys.version_info.minor}-dev"
         remedy = f"`sudo apt install {packages}`, or --backend transformers"
         raise UserError(f"Unsloth's kernels need {missing}: {remedy}")
-
-
-PIP_NAMES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
-
-
-def check_trackers(report_to: list[str]) -> None:
-    """Raises: UserError for a tracker whose package is missing: it is needed only after loading."""
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    for name in set(report_to) - set(get_available_reporting_integrations()):
-        if name not in known:
-            raise UserError(f"settings: report_to {name}: give one of none, {', '.join(known)}")
-        package = PIP_NAMES.get(name, name)
-        raise UserError(f"settings: report_to {name} needs its package: pip install {package}")
-
-
-def use_one_gpu(arguments: SFTConfig) -> None:
-    """Keep a single process to one GPU: transformers would put the model into nn.DataParallel.
-
-    That doubles the rows of a step and the loss that is printed, and does not work with Unsloth.
-    """
-    if arguments.n_gpu < 2:
-        return
-    words = f"torchrun --nproc-per-node {arguments.n_gpu} finetune.py"
-    print(f"warning  1 of {arguments.n_gpu} GPUs is used; .venv/bin/{words} … uses all of them")
-    arguments._n_gpu = 1
 
 
 def print_machine(settings: Settings) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import DEMO, one_line
 from running import PLAIN, run_here, settings_of
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import finetune
 from orpheus import trainer
-from orpheus.checks import SampleEvaluator
+from orpheus.checks import SampleEvaluator, loss_warnings
 from orpheus.files import is_adapter
 from orpheus.runs import python_command
 from orpheus.settings import UserError
@@ -23,11 +23,8 @@ from orpheus.trainer import (
     StopOnSignal,
     check_compatibility,
     check_compiler,
-    check_trackers,
-    loss_warnings,
     print_changes,
     resolve_settings,
-    use_one_gpu,
     write_unbuffered,
 )
 
@@ -222,7 +219,10 @@ def test_what_a_machine_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
         (["--gradient_checkpointing", "unsloth"], "set it to true"),
         (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit needs a GPU"),
         (["--fp16", "true"], "fp16 needs a GPU"),
-        (["--report_to", "papertape"], "report_to papertape: give one of none, "),
+        (
+            ["--report_to", "comet_ml"],
+            "report_to comet_ml is not installed: `pip install comet_ml`",
+        ),
         (["--packing", "true"], "packing cannot be set, leave it out: it follows from batching"),
     ]
     for words, line in cases:
@@ -249,12 +249,12 @@ def test_a_card_without_bfloat16(monkeypatch):
     assert (settings.bf16, settings.fp16) == (False, True)
 
 
-def test_one_process_uses_one_gpu(capsys):
-    arguments = finetune.make_sft_config(resolve_settings(settings_of(backend="transformers")))
-    use_one_gpu(arguments)
+def test_one_process_uses_one_gpu(monkeypatch, capsys):
+    settings = resolve_settings(settings_of(backend="transformers"))
+    finetune.make_sft_config(settings)
     assert capsys.readouterr().out == ""
-    arguments._n_gpu = 2
-    use_one_gpu(arguments)
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: self._n_gpu or 2))
+    arguments = finetune.make_sft_config(settings)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 2
     assert "torchrun --nproc-per-node 2 finetune.py" in capsys.readouterr().out
 
@@ -265,14 +265,6 @@ def test_unsloth_needs_a_compiler(monkeypatch):
         UserError, match=r"C compiler: `sudo apt install build-essential python3\.\d"
     ):
         check_compiler()
-
-
-def test_a_missing_tracker_is_told_with_its_pip_line(monkeypatch):
-    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: [])
-    with pytest.raises(
-        UserError, match="report_to comet_ml needs its package: pip install comet-ml"
-    ):
-        check_trackers(["comet_ml"])
 
 
 def test_packing_that_is_dropped_is_told(capsys):
