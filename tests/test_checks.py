@@ -10,7 +10,12 @@ from conftest import ROOT
 from running import run_here, same_file, settings_of
 
 from data import prepare
-from orpheus.checks import SampleEvaluator, held_out_metrics, speech_metrics
+from orpheus.checks import (
+    SampleEvaluator,
+    held_out_metrics,
+    loss_warnings,
+    speech_metrics,
+)
 from orpheus.clips import read_clips
 from orpheus.models import load_model, load_tokenizer
 from orpheus.scoring import BY_ITSELF
@@ -123,3 +128,27 @@ def test_checks_are_logged_and_the_best_is_told(tmp_path, monkeypatch, capsys):
     told = {"loss", "audio_hours", "peak_gib", "num_input_tokens_seen"}
     told = {f"train/{name}" for name in told | {"train_tokens_per_second"}}
     assert told | {"eval/loss_slot6"} <= set(events.Tags()["scalars"])
+
+
+def state_of(*losses, every=10):
+    history = [{"loss": loss, "step": every * n} for n, loss in enumerate(losses, 1)]
+    return SimpleNamespace(log_history=history, global_step=every * len(losses))
+
+
+def warnings_of(*losses, **logs):
+    state = state_of(*losses)
+    return loss_warnings({"loss": losses[-1], **logs}, state, 156_940)
+
+
+def test_signs_of_wrong_tokens_are_named_and_only_those():
+    (message,) = warnings_of(11.9, *[11.5] * 6)
+    assert message.startswith("loss 11.5 is no better than guessing (12.0) and has not fallen")
+    assert warnings_of(11.9, 11.5, 11.4) == []  # too early to tell
+    assert warnings_of(12.9, 12.4, 12.0, 11.7, 11.4, 11.2) == []  # it falls
+    assert warnings_of(*[4.5] * 7) == []
+    assert len(warnings_of(2.0, 1.5, 3.9)) == 1  # it rose by over 2 nats
+    assert warnings_of(2.0, 1.5, 3.9, 4.0) == []  # said once
+    slots = {f"eval_loss_slot{n}": 4.0 + 0.1 * n for n in range(7)}
+    assert warnings_of(4.5, **slots) == []
+    (message,) = warnings_of(4.5, **(slots | {"eval_loss_slot3": 8.2}))
+    assert message.startswith("slot 3's loss 8.2 is far above the others' 4.4")

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 import finetune
 from orpheus import trainer
-from orpheus.checks import SampleEvaluator, loss_warnings
+from orpheus.checks import SampleEvaluator
 from orpheus.files import is_adapter
 from orpheus.runs import python_command
 from orpheus.settings import UserError
@@ -118,30 +117,6 @@ def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- callbacks
-
-
-def state_of(*losses, every=10):
-    history = [{"loss": loss, "step": every * n} for n, loss in enumerate(losses, 1)]
-    return SimpleNamespace(log_history=history, global_step=every * len(losses))
-
-
-def warnings_of(*losses, **logs):
-    state = state_of(*losses)
-    return loss_warnings({"loss": losses[-1], **logs}, state, 156_940)
-
-
-def test_signs_of_wrong_tokens_are_named_and_only_those():
-    (message,) = warnings_of(11.9, *[11.5] * 6)
-    assert message.startswith("loss 11.5 is no better than guessing (12.0) and has not fallen")
-    assert warnings_of(11.9, 11.5, 11.4) == []  # too early to tell
-    assert warnings_of(12.9, 12.4, 12.0, 11.7, 11.4, 11.2) == []  # it falls
-    assert warnings_of(*[4.5] * 7) == []
-    assert len(warnings_of(2.0, 1.5, 3.9)) == 1  # it rose by over 2 nats
-    assert warnings_of(2.0, 1.5, 3.9, 4.0) == []  # said once
-    slots = {f"eval_loss_slot{n}": 4.0 + 0.1 * n for n in range(7)}
-    assert warnings_of(4.5, **slots) == []
-    (message,) = warnings_of(4.5, **(slots | {"eval_loss_slot3": 8.2}))
-    assert message.startswith("slot 3's loss 8.2 is far above the others' 4.4")
 
 
 def test_a_loss_that_rises_is_a_warning(tmp_path, monkeypatch, capsys):
