@@ -89,13 +89,7 @@ def find_checkpoint(settings: Settings) -> Path | None:
     if strange and not (out / SAVED_CONFIG).is_file():
         message = f"{out} holds {min(strange)}, and no run of finetune.py"
         raise UserError(f"{message}: choose another --output_dir, or move what is in it")
-    if not holds_run(out):
-        return None
-    if settings.overwrite and not settings.resume:
-        for path in [*(getattr(settings, name) for name in PATHS), "."]:
-            if Path(path).resolve().is_relative_to(out.resolve()):
-                message = f"{out} holds {path}, which --overwrite would move away"
-                raise UserError(f"{message}: choose another --output_dir")
+    if not holds_run(out) or (settings.overwrite and not settings.resume):
         return None
     checkpoint, finished = last_checkpoint(out), is_model(out)
     if settings.resume and (checkpoint or not finished):
@@ -124,8 +118,10 @@ def set_aside(settings: Settings) -> None:
         return
     names = (out.with_name(f"{out.name}.old{n}") for n in itertools.count(1))
     kept = next(name for name in names if not name.exists())
+    here = os.getcwd()
     out.rename(kept)
     out.mkdir()
+    os.chdir(here)  # which may have been the folder
     (kept / LOCK).rename(out / LOCK)  # this process still has it
     print(f"kept     the earlier run, as {kept}")
 

@@ -91,15 +91,15 @@ def test_a_data_mistake_costs_the_run_to_be_replaced_nothing(run_copy, monkeypat
     assert contents(run_copy) == before and [run_copy] == [*run_copy.parent.iterdir()]
 
 
-def test_overwrite_moves_nothing_away_that_it_reads(run_copy, monkeypatch):
-    (run_copy / "clips").mkdir()
-    for keys in ({"dataset": str(run_copy / "clips")}, {"model": str(run_copy / "checkpoint-2")}):
-        with pytest.raises(UserError, match="which --overwrite would move away"):
-            find_checkpoint(settings_of(output_dir=str(run_copy), overwrite="true", **keys))
+def test_overwrite_of_the_current_folder(run_copy, monkeypatch):
+    before = contents(run_copy)
     settings = settings_of(output_dir=".", overwrite="true")
     monkeypatch.chdir(run_copy)
-    with pytest.raises(UserError, match="which --overwrite would move away"):
-        find_checkpoint(settings)
+    with lock_folder(Path()):
+        runs.set_aside(settings)
+        runs.save_config(settings)
+    assert [*contents(run_copy)] == [SAVED_CONFIG]
+    assert contents(run_copy.with_name("out.old1")) == before
 
 
 def test_a_second_run_in_the_same_folder_is_refused(run_copy, monkeypatch):
