@@ -60,11 +60,11 @@ def decode_input(options: argparse.Namespace, given: dict):
     """Return as Speech what the codec makes of a recording, or of ids from another program."""
     import torch
 
-    from orpheus import audio, codec, hub, models, tokens, voice
+    from orpheus import audio, codec, files, models, tokens, voice
 
     settings, tokenizer = options.settings, None
-    if options.model or hub.is_model(Path(settings.output_dir)):
-        run = voice.find_run(options.model or settings.output_dir, hub.TOKENIZER_FILES, **given)
+    if options.model or files.is_model(Path(settings.output_dir)):
+        run = voice.find_run(options.model or settings.output_dir, files.TOKENIZER_FILES, **given)
         settings, tokenizer = run.settings, models.load_tokenizer(run.folder)
     snac = codec.load_codec(settings.codec, models.device())
     if options.wav:

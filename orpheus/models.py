@@ -21,7 +21,7 @@ from orpheus.files import (
     find_base,
     is_adapter,
     is_hub_id,
-    read_headers,
+    weight_names,
     write_text,
 )
 from orpheus.settings import Settings, UserError, read_json
@@ -40,11 +40,7 @@ def device() -> str:
 
 
 def check_machine(model: str) -> None:
-    """Refuse a hub's model, or a hub's adapter for one, that is too large for a CPU.
-
-    Raises:
-        UserError: it is, and torch sees no GPU; or `model` looks like a run's folder.
-    """
+    """Raise a UserError if a hub's model, or a hub's adapter for one, is too large for a CPU."""
     if not is_hub_id(model):
         return
     if model.startswith("outputs/") or os.path.isdir(os.path.dirname(model)):
@@ -76,12 +72,7 @@ def missing_gpu() -> str:
 
 
 def read_model_config(folder: Path):
-    """Return the config of a Llama, as transformers reads it.
-
-    Raises:
-        UserError: its file is damaged, it is another model, or quantised by another method than
-            bitsandbytes'.
-    """
+    """Return the config of a Llama; a UserError for another model, or a foreign quantisation."""
     path = folder / "config.json"
     values = read_json(path)
     if (kind := values.get("model_type")) != "llama":
@@ -113,7 +104,7 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool | None:
     """
     files = sorted(folder.glob("*.safetensors"))
     names = "lm_head.weight", "model.embed_tokens.weight"
-    if not files or names[0] not in read_headers(folder):
+    if not files or names[0] not in weight_names(folder):
         return False if files else None
     opened = [safe_open(file, "pt") for file in files]
     parts = [file.get_slice(name) for file in opened for name in names if name in [*file.keys()]]
@@ -122,11 +113,7 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool | None:
 
 
 def check_stored(settings: Settings, config) -> None:
-    """Refuse `weights` in which a base that is stored quantised cannot be trained over.
-
-    Raises:
-        UserError: with the base that can.
-    """
+    """Raise a UserError if a base is stored quantised, and not as `weights` says."""
     stored = stored_weights(config)
     if stored in (None, settings.weights):
         return
@@ -139,11 +126,7 @@ def check_stored(settings: Settings, config) -> None:
 
 
 def load_tokenizer(folder: Path):
-    """Return the tokenizer of a model's folder.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the tokenizer of a model's folder; a UserError if there is none."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer.json: the tokenizer is missing")
@@ -286,7 +269,7 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=to
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # the next lines'
             model = PeftModel.from_pretrained(model, str(folder))
         wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        saved = set(read_headers(folder))
+        saved = weight_names(folder)
         check_fit(folder, wanted - saved, {name for name in saved - wanted if "lora_" in name})
         model = model.merge_and_unload() if merged else model
     if torch.cuda.is_available():  # PEFT loads a LoRA in fp32; autocast trained it in `dtype`
@@ -318,16 +301,10 @@ def add_old_names(folder: Path) -> None:
             write_text(path, json.dumps(values | new, indent=2, ensure_ascii=False) + "\n")
 
 
-QUANTISED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}  # bitsandbytes' classes
-
-
 def check_loaded(model, settings: Settings, dtype: torch.dtype) -> None:
-    """Print what was loaded for training.
-
-    Raises: UserError where the weights are not held as was asked.
-    """
-    classes = {type(module).__name__ for module in model.modules()}
-    if settings.weights in QUANTISED and QUANTISED[settings.weights] not in classes:
+    """Print what was loaded for training; a UserError if it is not held as `weights` says."""
+    quantised = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}.get(settings.weights)
+    if quantised and quantised not in {type(module).__name__ for module in model.modules()}:
         raise UserError(
             f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead; "
             "`python -m bitsandbytes` says what is wrong with it"

@@ -80,10 +80,6 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BROKEN_ADAPTERS = {
     "weights cut short": (lambda d: cut(d / ADAPTER, 5000), f"{ADAPTER}: damaged"),
     "no weights": (lambda d: (d / ADAPTER).unlink(), f"no {ADAPTER}: the weights"),
-    "no base": (
-        lambda d: change(d / CONFIG, base_model_name_or_path=None),
-        f"{CONFIG}: base_model",
-    ),
     "base moved": (
         lambda d: change(d / CONFIG, base_model_name_or_path="/gone/x"),
         "no folder /gone",
@@ -97,7 +93,6 @@ BROKEN_ADAPTERS = {
         lambda d: save_file({"x": torch.zeros(1)}, d / ADAPTER, {"format": "pt"}),
         "weights are missing",
     ),
-    "odd type": (lambda d: change(d / CONFIG, peft_type="WARP"), "peft_type is 'WARP'"),
     "torn": (lambda d: cut(d / CONFIG, 20), f"{CONFIG}: not JSON"),
 }
 
