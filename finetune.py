@@ -89,8 +89,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 3. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
-    with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
-        train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
+    train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
     doctor.warn_of_few_clips(report)
     if checkpoint:
@@ -227,9 +226,9 @@ def load_with_transformers(folder: Path, settings: Settings, dtype):
     return get_peft_model(model, lora)
 
 
-def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settings, evaluator):
+def make_trainer(model, tokenizer, rows, arguments, settings: Settings, evaluator):
     """The trainer over rows of `input_ids` and `labels`; prints how its batches are made."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import disable_progress_bars
     from transformers import PrinterCallback, ProgressCallback
 
     from orpheus.tokens import TOKEN_NAMES
@@ -238,14 +237,14 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
     tokenizer.pad_token = TOKEN_NAMES["pad"]
     align_special_tokens(model, tokenizer)
     disable_progress_bars()  # nothing is downloaded from here on
-    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    table = rows.dataset.with_format(None).select_columns(["input_ids", "labels"])
     trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         with quiet_libraries():
             trainer = SpeechTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=Dataset.from_dict(columns),
+                train_dataset=table,
                 processing_class=tokenizer,
                 evaluator=evaluator,
             )
