@@ -138,10 +138,10 @@ class MeasuredClips(Sequence):
         for chunk in self.table["text"].iterchunks():
             yield from chunk.to_pylist()
 
-    def groups(self, name: str) -> tuple[np.ndarray, list[str]]:
+    def groups(self, name: str) -> tuple[np.ndarray, pa.Array]:
         """Return (clips,) numbers of a column's values, and the values, in their first order."""
-        column = self.table[name].combine_chunks().dictionary_encode()
-        return column.indices.to_numpy(), column.dictionary.to_pylist()
+        column = self.table[name].dictionary_encode().combine_chunks()
+        return column.indices.to_numpy(), column.dictionary
 
 
 def find_outliers(values: np.ndarray, groups: np.ndarray, limit: float = 5) -> np.ndarray:
@@ -405,7 +405,7 @@ def draw_report(report: Report, path: Path) -> None:
     left.set(xlabel="seconds", ylabel="clips", title=f"{report.dataset}: length of clips")
     characters = pc.utf8_length(report.measures.table["text"]).to_numpy()
     voices, names = report.measures.groups("voice")
-    for n, voice in enumerate(names):
+    for n, voice in enumerate(names.to_pylist()):
         right.scatter(characters[voices == n], seconds[voices == n], s=8, alpha=0.5, label=voice)
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if 0 < len(report.voices) <= 20:
