@@ -99,7 +99,7 @@ def fine_tune(settings: Settings, started: float) -> None:
 
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
-    sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
+    sft_trainer = make_trainer(model, tokenizer, train_rows.dataset, arguments, settings, evaluator)
     trainer.print_changes(settings, sft_trainer.args)
 
     # 5. Training, and saving
@@ -226,8 +226,8 @@ def load_with_transformers(folder: Path, settings: Settings, dtype):
     return get_peft_model(model, lora)
 
 
-def make_trainer(model, tokenizer, rows, arguments, settings: Settings, evaluator):
-    """The trainer over rows of `input_ids` and `labels`; prints how its batches are made."""
+def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evaluator):
+    """The trainer over a Dataset of `input_ids` and `labels`; prints how its batches are made."""
     from datasets import disable_progress_bars
     from transformers import PrinterCallback, ProgressCallback
 
@@ -237,14 +237,13 @@ def make_trainer(model, tokenizer, rows, arguments, settings: Settings, evaluato
     tokenizer.pad_token = TOKEN_NAMES["pad"]
     align_special_tokens(model, tokenizer)
     disable_progress_bars()  # nothing is downloaded from here on
-    table = rows.dataset.with_format(None).select_columns(["input_ids", "labels"])
     trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         with quiet_libraries():
             trainer = SpeechTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=table,
+                train_dataset=dataset.select_columns(["input_ids", "labels"]).with_format(None),
                 processing_class=tokenizer,
                 evaluator=evaluator,
             )

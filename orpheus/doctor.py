@@ -262,10 +262,9 @@ class Report:
     def measure_voices(self) -> dict[str, tuple[int, float]]:
         """Return (clips, seconds) of each voice; clips without a voice name are under ""."""
         groups, names = self.measures.groups("voice")
-        seconds = np.bincount(groups, self.measures.array("seconds")).tolist()
-        return dict(
-            zip(names, zip(np.bincount(groups).tolist(), seconds, strict=True), strict=True)
-        )
+        clips, seconds = np.bincount(groups), np.bincount(groups, self.measures.array("seconds"))
+        sizes = zip(clips.tolist(), seconds.tolist(), strict=True)
+        return dict(zip(names.to_pylist(), sizes, strict=True))
 
     def add_left_out(self, source: str, error: UserError) -> None:
         """Records a clip that is left out, and why."""

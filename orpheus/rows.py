@@ -92,28 +92,43 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     if settings.cache_dir:
         make_folder(settings.cache_dir, "cache_dir")
     if WORLD_SIZE == 1 or settings.cache_dir is None:
-        return collect_rows(clips, settings, tokenizer, ids, codec)
+        written = write_rows(clips, settings, tokenizer, ids, codec)
+        return choose_rows(*written, settings, tokenizer)
     state = PartialState(cpu=not torch.cuda.is_available())
     share = Clips(itertools.islice(read_clips(settings), RANK, None, WORLD_SIZE), None)
     for _ in encode_clips(share, settings, tokenizer, ids, codec):
         pass
     state.wait_for_everyone()
-    made = [None if RANK else collect_rows(clips, settings, tokenizer, ids, codec)]
-    return broadcast_object_list(made)[0]
+    made = [None if RANK else write_rows(clips, settings, tokenizer, ids, codec)]
+    path, report = broadcast_object_list(made)[0]
+    if not path.exists():  # on another machine, which does not share the cache
+        path, report = write_rows(clips, settings, tokenizer, ids, codec)
+    return choose_rows(path, report, settings, tokenizer)
 
 
-def collect_rows(
+def write_rows(
     clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
-) -> tuple[Rows, Rows, Report]:
-    """Return what `make_rows` does, made by this rank alone."""
+) -> tuple[Path, Report]:
+    """Return a new Arrow file of all rows with their measures, and the beginning of the report.
+
+    It lies in a folder of its own, for what TRL maps from it, until this process ends.
+    """
     report = Report(printable(settings.dataset), note=clips.note)
     folder = Path(tempfile.mkdtemp(prefix="rows-", dir=settings.cache_dir))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with atomic_file(folder / "rows.arrow") as part, pa.ipc.new_stream(str(part), SCHEMA) as file:
+    path = folder / "rows.arrow"
+    with atomic_file(path) as part, pa.ipc.new_stream(str(part), SCHEMA) as file:
         for window in encode_clips(clips, settings, tokenizer, ids, codec):
             if rows := build_rows(window, report, settings, tokenizer, ids):
                 file.write_batch(to_arrow(rows))
-    dataset = Dataset.from_file(str(folder / "rows.arrow"))
+    return path, report
+
+
+def choose_rows(
+    path: Path, report: Report, settings: Settings, tokenizer
+) -> tuple[Rows, Rows, Report]:
+    """Return the rows of a file that are trained on and held out; complete the report on them."""
+    dataset = Dataset.from_file(str(path))
     check_any_left(len(dataset), report, settings)
     report.measures = MeasuredClips(dataset.data.table.select([*COLUMNS]))
     kept = np.flatnonzero(report.add_findings(settings.leave_out, tokenizer))
@@ -401,7 +416,7 @@ def load_recording(
                     write_cached(file, *found)
                 return
             made.files = (path, *made.files)
-        audio, made.sound = measure_clip(clip.audio, settings)
+        audio, made.sound = measure_clip(clip.audio, settings, clip.start, clip.duration)
         made.audio = audio[: (max_frames + 4) * FRAME_SAMPLES]
     except UserError as error:
         made.error = error

@@ -25,7 +25,7 @@ import finetune
 import orpheus.codec
 import orpheus.rows
 from orpheus.audio import measure_clip
-from orpheus.clips import read_clips
+from orpheus.clips import Clip, Clips, read_clips
 from orpheus.rows import (
     Rows,
     choose_held_out,
@@ -333,6 +333,38 @@ def test_a_longer_max_length_encodes_what_the_cache_cut_off(tmp_path, tokenizer,
     assert same(whole, rows_of(tmp_path, tokenizer, max_length=500)[0])
 
 
+def test_ranks_share_the_encoding(tmp_path, tokenizer, monkeypatch):
+    """Each encodes every other clip; then the first makes the rows, and they are those of one."""
+    two_clips(tmp_path, [f"{n}.wav" for n in range(7)])
+    folder_of(tmp_path, [(f"{n}.wav", f"text {n}", "x") for n in range(7)])
+    cache, encoded, sent = {"cache_dir": tmp_path / "cache"}, [], []
+    load = orpheus.rows.load_recording
+
+    def counted(made, *words):
+        load(made, *words)
+        encoded.append(int(made.text[5:]))
+
+    def broadcast(made):
+        sent.extend(made)
+        return sent[-1:] if made != [None] else [rank_0]
+
+    monkeypatch.setattr(orpheus.rows, "load_recording", counted)
+    monkeypatch.setattr(orpheus.rows, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(orpheus.rows, "WORLD_SIZE", 2)
+    monkeypatch.setattr(orpheus.rows, "RANK", 1)
+    rank_0 = (tmp_path / "not there", None)
+    rows_of(tmp_path, tokenizer, **cache)  # the first rank's file is not on this machine
+    assert sorted(encoded[:3]) == [1, 3, 5] and len(encoded) == 7
+    shutil.rmtree(tmp_path / "cache")
+    encoded.clear()
+    monkeypatch.setattr(orpheus.rows, "RANK", 0)
+    rows, report = rows_of(tmp_path, tokenizer, **cache)
+    assert sorted(encoded[:4]) == [0, 2, 4, 6]
+    monkeypatch.setattr(orpheus.rows, "WORLD_SIZE", 1)
+    alone, other = rows_of(tmp_path, tokenizer)
+    assert same(rows, alone) and report.digest == other.digest
+
+
 def cached_files(folder):
     return sorted(path for path in folder.glob("*/*/*") if path.is_file())
 
@@ -388,15 +420,15 @@ def test_the_cache_has_its_files_in_many_folders(tmp_path, tokenizer):
     assert len(list(tmp_path.iterdir())) == 1 + len(list(tmp_path.glob("rows-*")))
 
 
-def peak(count, folder, tokenizer, ids):
+def peak(count, tokenizer, ids):
     """Bytes that Python and numpy hold at most while `count` rows of 980 tokens are made."""
     prompt = prompt_ids(tokenizer, ids, "one two three", "x")
     audio = codes_to_ids(np.ones((137, 7), dtype=int), ids).tolist()
-    columns = {"input_ids": [[*prompt, *audio, ids.eos, ids.eoa]] * count}
-    Dataset.from_dict(columns).to_parquet(folder / f"{count}.parquet")
-    del columns
+    columns = {"input_ids": [*prompt, *audio, ids.eos, ids.eoa]}
+    chosen = settings("x", leave_out="[]", max_length=1024)
     tracemalloc.start()
-    rows, report = rows_of(folder / f"{count}.parquet", tokenizer, leave_out="[]", max_length=1024)
+    clips = Clips((Clip(f"row {n}", pretokenized=columns) for n in range(count)), count)
+    rows, _, report = make_rows(clips, chosen, tokenizer)
     texts = sum(len(row["text"]) for row in rows)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -404,9 +436,9 @@ def peak(count, folder, tokenizer, ids):
     return held
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer, ids):
+def test_memory_does_not_grow_with_the_rows(tokenizer, ids):
     """But for the report's lines on clips with findings: 16 bytes a token would be 28 MB here."""
-    few, many = (peak(count, tmp_path, tokenizer, ids) for count in (200, 2000))
+    few, many = (peak(count, tokenizer, ids) for count in (200, 2000))
     assert many - few < 4e6
 
 
@@ -503,7 +535,7 @@ def trainer_of(tmp_path, tokenizer, rows):
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
+        return finetune.make_trainer(model, tokenizer, rows.dataset, arguments, settings, None)
 
     return make
 
