@@ -61,8 +61,7 @@ def fine_tune(settings: Settings, started: float) -> None:
     # 3. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(files.fetch(settings.model, files.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
-    with arguments.main_process_first(local=False):  # the other ranks then find the cached clips
-        train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
+    train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
     report.print_summary(settings)
     doctor.warn_of_few_clips(report)
     if checkpoint:
@@ -72,7 +71,7 @@ def fine_tune(settings: Settings, started: float) -> None:
 
     # 4. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
-    sft_trainer = make_trainer(model, tokenizer, train_rows, arguments, settings, evaluator)
+    sft_trainer = make_trainer(model, tokenizer, train_rows.dataset, arguments, settings, evaluator)
 
     # 5. Training, and what it leaves: the adapter, the table of the checks, the model card
     if not runs.RANK:
@@ -216,9 +215,9 @@ def load_with_transformers(folder: Path, settings: Settings, dtype):
     return get_peft_model(model, lora)
 
 
-def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settings, evaluator):
-    """Return the trainer over rows of `input_ids` and `labels`."""
-    from datasets import Dataset, disable_progress_bars
+def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evaluator):
+    """Return the trainer over a Dataset of `input_ids` and `labels`."""
+    from datasets import disable_progress_bars
     from transformers import PrinterCallback
 
     from orpheus.tokens import TOKEN_NAMES
@@ -226,13 +225,12 @@ def make_trainer(model, tokenizer, rows: list[dict], arguments, settings: Settin
 
     tokenizer.pad_token = TOKEN_NAMES["pad"]
     disable_progress_bars()  # nothing is downloaded from here on
-    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
     with quiet_libraries():
         trainer = SpeechTrainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_dict(columns),
+            train_dataset=dataset.select_columns(["input_ids", "labels"]).with_format(None),
             processing_class=tokenizer,
             callbacks=[TrainingMonitor(settings)],
             evaluator=evaluator,

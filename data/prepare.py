@@ -3,6 +3,7 @@
     python data/prepare.py my_voice                      # the report on a folder; no training
     python data/prepare.py owner/name --limit 100        # on a hub dataset
     python data/prepare.py --config data/demo/config.json
+    torchrun --nproc-per-node 8 data/prepare.py my_voice # eight GPUs, which share the work
 
 Takes the same --config and keys as finetune.py. The report goes to outputs/doctor, or --output_dir;
 the encoded clips stay in `cache_dir`, so that data can be made ready before a GPU is rented. The
@@ -28,7 +29,7 @@ def main() -> None:
     from orpheus.files import TOKENIZER_FILES, fetch, make_folder
     from orpheus.models import load_tokenizer
     from orpheus.rows import make_rows
-    from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
+    from orpheus.runs import RANK, SAVED_CONFIG, SAVED_REPORT
 
     clips = read_clips(settings)
     out = Path("outputs/doctor", Path(settings.dataset).absolute().name)
@@ -39,6 +40,8 @@ def main() -> None:
         raise UserError(f"--output_dir {out} holds a run and its report: leave it out")
     tokenizer = load_tokenizer(fetch(settings.model, TOKENIZER_FILES))
     *_, report = make_rows(clips, settings, tokenizer)
+    if RANK:  # the first rank reports for all
+        return
     report.print_summary(settings, full=True)
     report.save(out)
     draw_report(report, out / "data_report.png")

@@ -1,15 +1,20 @@
 """What is found in a dataset, the report on it, and whether it is ready to train on."""
 
+import html
 import json
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 from orpheus.audio import ClipError, Sound
 from orpheus.clips import printable
@@ -33,6 +38,7 @@ FINDINGS = {
     "same_sound": ("the same sound as an earlier clip", "leave one of them out"),
     "same_text": ("the same text as an earlier clip of the voice", "fine, if it is another take"),
     "digits": ("digits in the text", "write them as they are spoken"),
+    "markup": ("markup that is neither an emotion tag nor speech", "write the tag, or nothing"),
     "unspeakable": ("a link, a mail address or symbols in the text", "write what is spoken"),
     "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
     "loudness": ("over 10 dB from the voice's usual level", "normalise the clips"),
@@ -43,8 +49,44 @@ FINDINGS = {
     ),
 }
 # Findings that a training run prints, too, unless their clips are left out: those with a remedy.
-IMPORTANT = {"long", "clipped", "quiet", "narrow", "digits", "unspeakable", "pace", "loudness"}
-IMPORTANT |= {"rare_tag", "alphabet"}
+IMPORTANT = ["long", "clipped", "quiet", "narrow", "digits", "markup", "unspeakable", "pace"]
+IMPORTANT += ["loudness", "rare_tag", "alphabet"]
+RARE = 10  # an emotion tag that occurs less often is hardly learnt
+SYMBOLS = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
+# Orpheus's eight tags, by the words that people write for them in brackets of any kind.
+MEANT = {
+    "laugh|giggl|haha": "<laugh>",
+    "chuckl|snicker": "<chuckle>",
+    "sigh": "<sigh>",
+    "cough|throat": "<cough>",
+    "sniff": "<sniffle>",
+    "groan|moan": "<groan>",
+    "yawn": "<yawn>",
+    "gasp": "<gasp>",
+}
+TAG_WORDS = "|".join(MEANT)
+NOISES = f"{TAG_WORDS}|applau|breath|cries|crying|[ei][nx]hal|music|nois|paus|silen|sob|whisper"
+HTML = "[abipsu]|br|div|em|font|hr|li|mark|small|span|strong|su[bp]|tt|ul"
+MARKUP = re.compile(
+    rf"</?(?!\w+>)[^\W\d][^<>]*>|</\w+>|<(?:{HTML})>|<\w*(?:{TAG_WORDS})\w*>|\[[^\[\]]*\]|\*\w[^*]*\*"
+    rf"|[({{](?:\w+ly )?(?:{NOISES})[^(){{}}]*[)}}]|&(?:#x?)?\w+;",
+    re.IGNORECASE,
+)
+
+
+def find_markup(text: str) -> list[str]:
+    """Return the markup in a text that is neither an emotion tag nor speech.
+
+    `<laughs>` is taken for `<laugh>`, but words of the user's own, as `<sneeze>`, are tags as well.
+    """
+    return [found for found in MARKUP.findall(text) if found not in MEANT.values()]
+
+
+def what_is_meant(markup: str) -> str:
+    """Return the tag or the character that a piece of markup stands for; empty if it is unknown."""
+    if markup[0] == "&":
+        return html.unescape(markup).replace(markup, "")
+    return next((tag for words, tag in MEANT.items() if re.search(words, markup, re.I)), "")
 
 
 class Measures(NamedTuple):
@@ -53,23 +95,63 @@ class Measures(NamedTuple):
     source: str  # file and row, for messages
     voice: str
     text: str
-    sound: Sound = Sound()
     tokens: int = 0  # in its row
+    sound: Sound = Sound()
 
     def describe(self) -> str:
-        """The clip in a line of the report."""
+        """Return the clip as a line of the report."""
         sound = self.sound
         return f"{self.source}: {sound.seconds:.1f} s, {sound.level:.0f} dB, {self.text[:50]!r}"
 
 
-def find_outliers(values: np.ndarray, groups: np.ndarray, limit: float = 5) -> np.ndarray:
-    """How far each robust z-score within its group, |x − median| / (1.4826 × MAD), is over `limit`.
+ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+COLUMNS = {"source": str, "voice": str, "text": str, "tokens": int} | Sound.__annotations__
+COLUMNS = {name: ARROW_TYPES[kind] for name, kind in COLUMNS.items()}
 
-    Iglewicz and Hoaglin (1993) take 3.5; 5 spares clips that are merely slow. Groups of fewer than
-    eight have no outliers.
+
+class MeasuredClips(Sequence):
+    """The measures of clips, as the columns of an Arrow table, which may be mapped from a file."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, n: int) -> Measures:
+        return next(iter(self.take([range(len(self))[n]])))
+
+    def __iter__(self) -> Iterator[Measures]:
+        for batch in self.table.to_batches(1000):
+            for row in batch.to_pylist():
+                sound = Sound(*(row[name] for name in Sound._fields))
+                yield Measures(*(row[name] for name in Measures._fields[:-1]), sound)
+
+    def take(self, numbers) -> "MeasuredClips":
+        return MeasuredClips(self.table.take(pa.array(numbers, pa.int64())))
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a column of numbers, (clips,)."""
+        return self.table[name].to_numpy()
+
+    def texts(self) -> Iterator[str]:
+        for chunk in self.table["text"].iterchunks():
+            yield from chunk.to_pylist()
+
+    def groups(self, name: str) -> tuple[np.ndarray, pa.Array]:
+        """Return (clips,) numbers of a column's values, and the values, in their first order."""
+        column = self.table[name].dictionary_encode().combine_chunks()
+        return column.indices.to_numpy(), column.dictionary
+
+
+def find_outliers(values: np.ndarray, groups: np.ndarray, limit: float = 5) -> np.ndarray:
+    """Return how far each robust z-score within its group is over `limit`.
+
+    The score is |x − median| / (1.4826 × MAD). Iglewicz and Hoaglin (1993) take 3.5; 5 spares clips
+    that are merely slow. Groups of fewer than eight have no outliers.
     """
     excess = np.zeros(len(values))
-    for group in set(groups):
+    for group in np.unique(groups):
         members = groups == group
         distance = np.abs(values[members] - np.median(values[members]))
         if members.sum() >= 8:
@@ -77,56 +159,59 @@ def find_outliers(values: np.ndarray, groups: np.ndarray, limit: float = 5) -> n
     return excess
 
 
-def find_repeats(keys: Iterable) -> list[bool]:
-    """Whether each key occurred earlier."""
-    seen = set()
-    return [key in seen or bool(seen.add(key)) for key in keys]
-
-
-RARE = 10  # an emotion tag that occurs less often is hardly learnt
+def find_repeats(keys: np.ndarray) -> np.ndarray:
+    """Return whether each key occurred earlier."""
+    repeated = np.ones(len(keys))
+    repeated[np.unique(keys, return_index=True)[1]] = 0
+    return repeated
 
 
 def count_tags(texts: Iterable[str]) -> Counter:
-    """How often each emotion tag occurs, the most frequent first."""
+    """Return how often each emotion tag occurs, the most frequent first."""
     tags = Counter(tag for text in texts for tag in TAG.findall(text))
     return Counter(dict(tags.most_common()))
 
 
-def examine(measures: list[Measures], pieces: dict[str, int]) -> dict[str, np.ndarray]:
-    """How far each clip exceeds the limit of each finding, (clips,) by name; found if above 0.
+def examine(clips: MeasuredClips, tags: Counter, pieces: dict[str, int]) -> dict[str, np.ndarray]:
+    """Return how far each clip exceeds the limit of each finding, (clips,) by name; found above 0.
 
     `pieces` are the characters that the tokenizer splits, as `count_pieces` returns them.
     """
-    sound = {
-        name: np.array([getattr(clip.sound, name) for clip in measures]) for name in Sound._fields
-    }
-    voices = np.array([clip.voice for clip in measures])
-    texts = [clip.text for clip in measures]
-    lengths = np.array([len(text) for text in texts])
-    median_level = {v: np.median(sound["level"][voices == v]) for v in set(voices)}
-    voice_level = np.array([median_level[voice] for voice in voices])
-    tags = count_tags(texts)
-    unspeakable = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
+    voices, names = clips.groups("voice")
+    sounds, texts = clips.groups("digest")[0], clips.groups("text")[0]
+    seconds, level, rate = map(clips.array, ("seconds", "level", "rate"))
+    lengths = pc.utf8_length(clips.table["text"]).to_numpy()
+    cancelling = clips.array("cancelling")
+    usual = np.array([np.median(level[voices == n]) for n in range(len(names))])
+    split = re.compile(f"[{re.escape(''.join(pieces))}]" if pieces else "(?!)")
+
+    def count(pattern: re.Pattern) -> list[int]:
+        return [len(pattern.findall(text)) for text in clips.texts()]
+
     excess = {
-        "short": 0.5 - sound["seconds"],
-        "long": sound["seconds"] - 20,
-        "silence": sound["silence"] - 0.5,
-        "clipped": sound["clipped"] - 0.001,
-        "quiet": -40 - sound["level"],
-        "offset": np.abs(sound["offset"]) - 0.01,
-        "narrow": 16_000 - sound["rate"],
-        "no_highs": np.where(sound["rate"] < 16_000, 0, SAMPLE_RATE - sound["rate"]),
-        "stereo": (sound["channels"] - 1) * ~sound["cancelling"],
-        "cancelling": sound["cancelling"],
-        "same_sound": find_repeats(sound["digest"]),
-        "same_text": find_repeats(zip(voices, texts, strict=True)),
-        "digits": [len(re.findall(r"\d", text)) for text in texts],
-        "unspeakable": [len(unspeakable.findall(text)) for text in texts],
+        "short": 0.5 - seconds,
+        "long": seconds - 20,
+        "silence": clips.array("silence") - 0.5,
+        "clipped": clips.array("clipped") - 0.001,
+        "quiet": -40 - level,
+        "offset": np.abs(clips.array("offset")) - 0.01,
+        "narrow": 16_000 - rate,
+        "no_highs": np.where(rate < 16_000, 0, SAMPLE_RATE - rate),
+        "stereo": (clips.array("channels") - 1) * ~cancelling,
+        "cancelling": cancelling,
+        "same_sound": find_repeats(sounds),
+        "same_text": find_repeats(texts * len(names) + voices),
+        "digits": count(re.compile(r"\d")),
+        "markup": [len(find_markup(text)) for text in clips.texts()],
+        "unspeakable": count(SYMBOLS),
         # 10 characters for the breath before a clip
-        "pace": find_outliers(np.log(sound["seconds"] / (lengths + 10)), voices),
-        "loudness": np.abs(sound["level"] - voice_level) - 10,
-        "rare_tag": [max((RARE - tags[t] for t in TAG.findall(text)), default=0) for text in texts],
-        "alphabet": [sum(character in pieces for character in text) for text in texts],
+        "pace": find_outliers(np.log(seconds / (lengths + 10)), voices),
+        "loudness": np.abs(level - usual[voices]) - 10,
+        "rare_tag": [
+            max((RARE - tags[tag] for tag in TAG.findall(text)), default=0)
+            for text in clips.texts()
+        ],
+        "alphabet": count(split),
     }
     assert excess.keys() == FINDINGS.keys()
     return {name: np.asarray(values, dtype=float) for name, values in excess.items()}
@@ -140,11 +225,14 @@ class Report:
     clips: int = 0
     cached: int = 0  # encoded in an earlier run
     digest: str = ""  # SHA-256 over the rows' ids and labels, in order
+    prompts: list[str] = field(default_factory=list)  # of the first rows, with their special tokens
     dropped: list[str] = field(default_factory=list)  # over max_length
     truncated: list[str] = field(default_factory=list)  # cut to max_length
     left_out: list[str] = field(default_factory=list)  # faulty, or named by leave_out
     findings: dict[str, list[str]] = field(default_factory=dict)  # clips by finding
-    measures: list[Measures] = field(default_factory=list)  # of the rows, in their order
+    suspects: int = 0  # kept clips with a finding in IMPORTANT
+    important: Counter = field(default_factory=Counter)  # these findings, by their kept clips
+    measures: MeasuredClips | None = None  # of the rows, in their order
     lengths: list[int] = field(default_factory=list)  # tokens of every clip, dropped ones too
     reasons: Counter = field(default_factory=Counter)  # clips left out or dropped, in few words
     note: str | None = None  # how the table was read, where that was not obvious
@@ -158,17 +246,25 @@ class Report:
     @property
     def seconds(self) -> float:
         """Seconds of the clips that are kept."""
-        return sum(clip.sound.seconds for clip in self.measures)
+        return float(self.measures.array("seconds").sum())
 
     @property
     def characters(self) -> int:
         """Characters of their texts."""
-        return sum(len(clip.text) for clip in self.measures)
+        return pc.sum(pc.utf8_length(self.measures.table["text"])).as_py() or 0
 
     @property
     def voices(self) -> dict[str, int]:
         """Clips by voice, the most frequent voice first."""
-        return dict(Counter(clip.voice for clip in self.measures if clip.voice).most_common())
+        counts = {voice: clips for voice, (clips, _) in self.measure_voices().items() if voice}
+        return dict(Counter(counts).most_common())
+
+    def measure_voices(self) -> dict[str, tuple[int, float]]:
+        """Return (clips, seconds) of each voice; clips without a voice name are under ""."""
+        groups, names = self.measures.groups("voice")
+        clips, seconds = np.bincount(groups), np.bincount(groups, self.measures.array("seconds"))
+        sizes = zip(clips.tolist(), seconds.tolist(), strict=True)
+        return dict(zip(names.to_pylist(), sizes, strict=True))
 
     def add_left_out(self, source: str, error: UserError) -> None:
         """Records a clip that is left out, and why."""
@@ -180,34 +276,39 @@ class Report:
 
         Returns (clips,), True for the clips that are kept. `measures` then holds those alone.
         """
-        texts = [clip.text for clip in self.measures]
-        self.tags, self.pieces = count_tags(texts), count_pieces(texts, tokenizer)
-        excess = examine(self.measures, self.pieces)
-        kept = np.ones(len(self.measures), dtype=bool)
+        clips = self.measures
+        self.tags, self.pieces = count_tags(clips.texts()), count_pieces(clips.texts(), tokenizer)
+        excess = examine(clips, self.tags, self.pieces)
+        kept = np.ones(len(clips), dtype=bool)
         for name, values in excess.items():
             worst_first = np.argsort(-values, kind="stable")[: (values > 0).sum()]
             if len(worst_first):
-                self.findings[name] = [self.measures[n].describe() for n in worst_first]
+                self.findings[name] = [describe(clip, name) for clip in clips.take(worst_first)]
             if name in leave_out:
                 kept &= values <= 0
         for n in np.flatnonzero(~kept):
             names = [name for name in leave_out if excess[name][n] > 0]
             error = ClipError(", ".join(names), names[0].replace("_", " "))
-            self.add_left_out(self.measures[n].source, error)
-        self.measures = [clip for clip, keep in zip(self.measures, kept, strict=True) if keep]
+            self.add_left_out(clips[n].source, error)
+        found = {name: (excess[name] > 0) & kept for name in IMPORTANT}
+        self.suspects = int(np.any([*found.values()], axis=0).sum())
+        counts = {name: int(mask.sum()) for name, mask in sorted(found.items()) if mask.any()}
+        self.important = Counter(dict(Counter(counts).most_common()))
+        if not kept.all():
+            self.measures = clips.take(np.flatnonzero(kept))
         return kept
 
     def print_summary(self, settings: Settings, full: bool = False) -> None:
-        """What a training run prints; in full, every finding with its worst clips and remedy."""
+        """Prints what a training run shows; in full, every finding with its worst clips."""
         path = f": {Path(settings.output_dir) / SAVED_REPORT}"
         print(f"data     {self.summary()}{path if self.reasons and not full else ''}")
         if self.note:
             print(f"  note  {self.note}")
         if full:
             self.print_rows(settings)
-        for title in ("dropped", "truncated", "left_out") if full else ():
-            self.print_clips(title, getattr(self, title), 5)
-        if not full:
+            for title in ("dropped", "truncated", "left_out"):
+                self.print_clips(title, getattr(self, title), 5)
+        else:
             self.print_clips("cut to max_length", self.truncated, 0)
         for name, (meaning, remedy) in FINDINGS.items():
             left_out = name in settings.leave_out
@@ -219,7 +320,7 @@ class Report:
             self.print_clips(f"{name}, {meaning}; {action}; {remedy}", clips, shown)
 
     def summary(self) -> str:
-        """One line: clips, length, voices, and how many clips are left out for which reasons."""
+        """Return a line of clips, length, voices, and how many clips are left out and why."""
         rows, voices = len(self.measures), self.voices
         length = f"{self.seconds / 3600:.2f} h"
         if self.seconds < 360:
@@ -238,9 +339,12 @@ class Report:
         return f"{line}; {self.reasons.total()} left out ({reasons})"
 
     def print_rows(self, settings: Settings) -> None:
-        """Prints the lengths of the rows, and the share of slots that each way of batching uses."""
-        tokens, longest = sum(clip.tokens for clip in self.measures), max(self.lengths)
+        """Prints the first prompts, the rows' lengths, and what each way of batching uses."""
+        for prompt in self.prompts:
+            print(f"prompt   {prompt}")
+        longest = max(self.lengths)
         enough = int(np.quantile(self.lengths, 0.99, method="higher"))
+        tokens = self.measures.array("tokens").sum()
         line = f"{tokens:,} tokens, the longest {longest:,} of max_length {settings.max_length:,}"
         if enough < longest:
             line += f"; max_length {enough:,} would keep 99 %"
@@ -255,9 +359,8 @@ class Report:
 
     def print_clips(self, title: str, clips: list[str], shown: int) -> None:
         """Prints how many clips there are under a title, and the first `shown` of them."""
-        if not clips:
-            return
-        print(f"  {len(clips):4}  {title}")
+        if clips:
+            print(f"  {len(clips):4}  {title}")
         for clip in clips[:shown]:
             print(f"          {clip}")
         if 0 < shown < len(clips):
@@ -268,13 +371,24 @@ class Report:
         values = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths")}
         values |= {"rows": len(self.measures), "voices": self.voices}
         values |= {"seconds": self.seconds, "characters": self.characters}  # the voice's pace
-        tokens = sum(clip.tokens for clip in self.measures)
+        tokens = int(self.measures.array("tokens").sum())
         values |= {"hours": self.seconds / 3600, "tokens": tokens}
         write_text(folder / SAVED_REPORT, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def describe(clip: Measures, finding: str) -> str:
+    """Return a clip as a line of the report under a finding."""
+    line = clip.describe()
+    if finding != "markup":
+        return line
+    meant = [
+        f"{found} → {what_is_meant(found)}".removesuffix(" → ") for found in find_markup(clip.text)
+    ]
+    return f"{line}: {', '.join(meant)}"
+
+
 def check_leave_out(settings: Settings) -> None:
-    """`UserError` for a name in `leave_out` that is not a finding's."""
+    """Raises `UserError` for a name in `leave_out` that is not a finding's."""
     if unknown := set(settings.leave_out) - FINDINGS.keys():
         name, names = min(unknown)[:80], ", ".join(FINDINGS)
         raise UserError(f"leave_out: no finding is named {name!r}; there are {names}")
@@ -282,18 +396,16 @@ def check_leave_out(settings: Settings) -> None:
 
 def draw_report(report: Report, path: Path) -> None:
     """Draws how long the clips are, and their seconds over their characters by voice."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
     rcParams["text.parse_math"] = False  # a voice or a folder may be named $x
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist([clip.sound.seconds for clip in report.measures], bins=40)
+    seconds = report.measures.array("seconds")
+    left.hist(seconds, bins=40)
     left.set(xlabel="seconds", ylabel="clips", title=f"{report.dataset}: length of clips")
-    for voice in report.voices or [""]:
-        clips = [clip for clip in report.measures if clip.voice == voice]
-        points = [len(clip.text) for clip in clips], [clip.sound.seconds for clip in clips]
-        right.scatter(*points, s=8, alpha=0.5, label=voice)
+    characters = pc.utf8_length(report.measures.table["text"]).to_numpy()
+    voices, names = report.measures.groups("voice")
+    for n, voice in enumerate(names.to_pylist()):
+        right.scatter(characters[voices == n], seconds[voices == n], s=8, alpha=0.5, label=voice)
     right.set(xlabel="characters", ylabel="seconds", title="pace: clips off the line are suspect")
     if 0 < len(report.voices) <= 20:
         right.legend()
@@ -311,17 +423,9 @@ LOOK_FIRST = 0.1  # share of clips left out, or with findings, that comes before
 FEW_STEPS = 50  # a run of fewer optimiser steps prints a warning; our choice
 
 
-def measure_voices(report: Report) -> dict[str, tuple[int, float]]:
-    """(clips, seconds) of each voice's kept clips; those without a voice name are under ""."""
-    lengths = defaultdict(list)
-    for clip in report.measures:
-        lengths[clip.voice].append(clip.sound.seconds)
-    return {voice: (len(seconds), sum(seconds)) for voice, seconds in lengths.items()}
-
-
 def describe_few_clips(report: Report) -> str:
-    """Which voices have under GOOD_CLIPS clips, with the source; empty if none has."""
-    sizes = {voice: clips for voice, (clips, _) in measure_voices(report).items()}
+    """Return which voices have under GOOD_CLIPS clips, with the source; empty if none has."""
+    sizes = {voice: clips for voice, (clips, _) in report.measure_voices().items()}
     voice = min(sizes, key=sizes.get)
     if sizes[voice] >= GOOD_CLIPS:
         return ""
@@ -339,17 +443,9 @@ def warn_of_few_clips(report: Report) -> None:
         print(f"warning  {shortage}")
 
 
-def count_suspects(report: Report) -> tuple[int, str]:
-    """(kept clips with findings in IMPORTANT, the names of these, the most frequent first)."""
-    kept = {clip.describe() for clip in report.measures}
-    found = {name: kept.intersection(report.findings.get(name, ())) for name in IMPORTANT}
-    counts = Counter({name: len(clips) for name, clips in sorted(found.items()) if clips})
-    return len(set().union(*found.values())), ", ".join(name for name, _ in counts.most_common())
-
-
 def describe_size(report: Report) -> str:
-    """Minutes of each voice, and optimiser steps of a pass."""
-    minutes = {voice: seconds / 60 for voice, (_, seconds) in measure_voices(report).items()}
+    """Return the minutes of each voice, and the optimiser steps of a pass."""
+    minutes = {voice: seconds / 60 for voice, (_, seconds) in report.measure_voices().items()}
     size = ", ".join(
         f"{length:.1f} min {f'of {voice}' if voice else 'without a voice name'}"
         for voice, length in minutes.items()
@@ -361,15 +457,15 @@ def describe_size(report: Report) -> str:
 
 
 def give_verdict(report: Report, settings: Settings) -> str:
-    """What to do before training, or that the data is ready for it, in a line."""
-    suspects, names = count_suspects(report)
+    """Return what to do before training, or that the data is ready for it, in a line."""
+    suspects = f"{report.suspects}{{}} ({', '.join(report.important)})"
     intended = sum(report.reasons[name.replace("_", " ")] for name in settings.leave_out)
     left_out = report.reasons.total() - intended
     shortage, first = describe_few_clips(report), []
     if left_out > LOOK_FIRST * report.clips:
         first.append(f"see why {left_out} of {report.clips} clips are left out")
-    if suspects > LOOK_FIRST * len(report.measures):
-        first.append(f"look at {suspects} with findings ({names})")
+    if report.suspects > LOOK_FIRST * len(report.measures):
+        first.append(f"look at {suspects.format(' with findings')}")
     if shortage:
         remedy = "raise limit" if report.clips == settings.limit else "get more"
         first.append(f"{remedy}: {shortage}")
@@ -377,15 +473,15 @@ def give_verdict(report: Report, settings: Settings) -> str:
     if first:
         return f"{size}; before you train, {' and '.join(first)}"
     ready = [f"ready to train{advise_epochs(report, settings)}"]
-    if suspects:
-        ready.append(f"{suspects} to look at ({names})")
-    if min(clips for clips, _ in measure_voices(report).values()) < BEST_CLIPS:
+    if report.suspects:
+        ready.append(suspects.format(" to look at"))
+    if min(clips for clips, _ in report.measure_voices().values()) < BEST_CLIPS:
         ready.append(f"{BEST_CLIPS} clips of a voice would be best")
     return f"{size}: {'; '.join(ready)}"
 
 
 def advise_epochs(report: Report, settings: Settings) -> str:
-    """The passes over the data that a run needs if the settings give it under FEW_STEPS steps."""
+    """Return the passes over the data that a run needs, if it would have under FEW_STEPS steps."""
     steps = math.ceil(report.steps_per_epoch * settings.num_train_epochs)
     if settings.max_steps > 0 or steps >= FEW_STEPS:
         return ""

@@ -1,6 +1,9 @@
-"""Clips → codes, and the cache of them → rows of ids; the held-out split, packing arithmetic."""
+"""Clips → codes, kept in a cache → rows in Arrow files; the held-out split, packing arithmetic.
 
-import functools
+Clips and rows are streamed: nothing here holds all samples, rows or texts.
+"""
+
+import atexit
 import hashlib
 import io
 import itertools
@@ -8,23 +11,30 @@ import json
 import math
 import os
 import re
-import time
+import shutil
+import tempfile
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from tqdm import tqdm
 
 from orpheus.audio import ClipError, Sound, measure_clip
-from orpheus.clips import Clip, Clips, printable
+from orpheus.clips import Clip, Clips, printable, read_clips
 from orpheus.codec import CODEC_FILES, encode, load_codec
-from orpheus.doctor import Measures, Report, check_leave_out
-from orpheus.files import fetch, make_folder, write_text
+from orpheus.doctor import COLUMNS, MeasuredClips, Report, check_leave_out
+from orpheus.files import atomic_file, fetch, make_folder
 from orpheus.models import device
+from orpheus.runs import RANK, WORLD_SIZE
 from orpheus.settings import Settings, UserError, read_json
 from orpheus.tokens import (
     FRAME_SAMPLES,
@@ -33,94 +43,156 @@ from orpheus.tokens import (
     SpeechIds,
     check_row,
     codes_to_ids,
-    prompt_ids,
+    prompts_ids,
     read_codes,
     read_prompt,
     read_speech_ids,
     split_row,
 )
 
+WINDOW = 64  # clips that are loaded, encoded and written together
+IDS = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())}
+SCHEMA = pa.schema(IDS | COLUMNS)
+
+
 # ---------------------------------------------------------------- rows
 
 
-def make_rows(
-    clips: Clips, settings: Settings, tokenizer, codec=None
-) -> tuple[list[dict], list[dict], Report]:
-    """Makes the rows that a run trains on, those that it holds out, and the report on the data.
+class Rows(Sequence):
+    """Rows of a mapped Arrow file.
 
-    A row has `input_ids` and `labels`, (tokens,) int64, its `text` and its `voice`. A clip that
-    cannot be used is left out, and the report names it. `codec` is settings.codec, if it is loaded
-    already. Raises `UserError` where no row is left, or for a broken dataset, codec or tokenizer.
+    `rows[0]` is a dict of `input_ids` and `labels`, (tokens,) int64, the latter −100 where there is
+    no loss, and of `text` and `voice`; `rows[:2]` is a list of them.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.select_columns([*IDS, "text", "voice"]).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, n):
+        if isinstance(n, slice):
+            return [self.dataset[m] for m in range(len(self))[n]]
+        return self.dataset[n]
+
+
+def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[Rows, Rows, Report]:
+    """Return the rows that a run trains on, those that it holds out, and the report on the data.
+
+    Each rank encodes its share into the cache; then the first one makes the rows for all of them.
+    A clip that cannot be used is left out, and the report names it. `codec` is settings.codec, if
+    it is loaded already.
+
+    Raises:
+        UserError: no row is left; or the dataset, codec or tokenizer cannot be used.
     """
     check_leave_out(settings)
     ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
-    rows, report = [], Report(printable(settings.dataset), note=clips.note)
-    for clip, encoded in encode_clips(clips, settings, ids, tokenizer, codec):
-        report.clips += 1
-        try:
-            row, measures, length = build_row(clip, encoded, tokenizer, ids, settings)
-        except UserError as error:
-            report.add_left_out(clip.source, error)
-            continue
-        report.cached += encoded.cached
-        if check_length(row, measures, length, report, ids, settings.max_length):
-            report.measures.append(measures)
-            rows.append(row)
-    if rows:
-        kept = report.add_findings(settings.leave_out, tokenizer)
-        rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    check_any_left(rows, report, settings)
-    report.digest = digest_rows(rows)
-    train, held_out = split_rows(rows, settings)
-    report.held_out = len(held_out)
-    report.held_out_texts = sorted({row["text"] for row in held_out})
-    lengths = [len(row["input_ids"]) for row in train]
+    if settings.cache_dir:
+        make_folder(settings.cache_dir, "cache_dir")
+    if WORLD_SIZE == 1 or settings.cache_dir is None:
+        written = write_rows(clips, settings, tokenizer, ids, codec)
+        return choose_rows(*written, settings, tokenizer)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    share = Clips(itertools.islice(read_clips(settings), RANK, None, WORLD_SIZE), None)
+    for _ in encode_clips(share, settings, tokenizer, ids, codec):
+        pass
+    state.wait_for_everyone()
+    made = [None if RANK else write_rows(clips, settings, tokenizer, ids, codec)]
+    path, report = broadcast_object_list(made)[0]
+    if not path.exists():  # on another machine, which does not share the cache
+        path, report = write_rows(clips, settings, tokenizer, ids, codec)
+    return choose_rows(path, report, settings, tokenizer)
+
+
+def write_rows(
+    clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
+) -> tuple[Path, Report]:
+    """Return a new Arrow file of all rows with their measures, and the beginning of the report.
+
+    It lies in a folder of its own, for what TRL maps from it, until this process ends.
+    """
+    report = Report(printable(settings.dataset), note=clips.note)
+    folder = Path(tempfile.mkdtemp(prefix="rows-", dir=settings.cache_dir))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "rows.arrow"
+    with atomic_file(path) as part, pa.ipc.new_stream(str(part), SCHEMA) as file:
+        for window in encode_clips(clips, settings, tokenizer, ids, codec):
+            if rows := build_rows(window, report, settings, tokenizer, ids):
+                file.write_batch(to_arrow(rows))
+    return path, report
+
+
+def choose_rows(
+    path: Path, report: Report, settings: Settings, tokenizer
+) -> tuple[Rows, Rows, Report]:
+    """Return the rows of a file that are trained on and held out; complete the report on them."""
+    dataset = Dataset.from_file(str(path))
+    check_any_left(len(dataset), report, settings)
+    report.measures = MeasuredClips(dataset.data.table.select([*COLUMNS]))
+    kept = np.flatnonzero(report.add_findings(settings.leave_out, tokenizer))
+    check_any_left(len(kept), report, settings)
+    dataset = dataset.select(kept)
+    report.digest = digest_rows(dataset)
+    texts = report.measures.table["text"]
+    held_out = choose_held_out(texts, settings)
+    report.held_out = int(held_out.sum())
+    report.held_out_texts = sorted(texts.filter(pa.array(held_out)).unique().to_pylist())
+    lengths = report.measures.array("tokens")[~held_out].tolist()
     report.slots_used = slots_used(lengths, settings)
     report.steps_per_epoch = steps_per_epoch(lengths, settings)
-    return train, held_out, report
+    sides = [Rows(dataset.select(np.flatnonzero(side))) for side in (~held_out, held_out)]
+    return *sides, report
 
 
-def build_row(
-    clip: Clip, encoded, tokenizer, ids: SpeechIds, settings: Settings
-) -> tuple[dict, Measures, int]:
-    """The row of an `EncodedClip`, its measures, and its length in tokens before it may be cut.
-
-    Raises the `UserError` that may be in a clip's place.
-    """
-    if isinstance(encoded, UserError):
-        raise encoded
-    text, voice = row_text(clip, settings)
-    row = encoded.row
-    if row:
-        length = len(row["input_ids"])
-        spoken, voice = split_prompt(encoded.prompt, voice)
-        text = text.removeprefix(f"{voice}: ") or spoken
-    else:
-        prompt = prompt_ids(tokenizer, ids, text, voice)
-        length = len(prompt) + SLOTS * encoded.sound.frames + 2
-        row = make_row(prompt, encoded.codes, ids, settings)
-    measures = Measures(clip.source, voice, text, encoded.sound, len(row["input_ids"]))
-    return row | {"text": text, "voice": voice}, measures, length
-
-
-def check_length(
-    row: dict, measures: Measures, length: int, report: Report, ids: SpeechIds, max_length: int
-) -> bool:
-    """Whether a row is trained on. One that is cut or dropped for its length is reported."""
-    report.lengths.append(length)
-    if length <= max_length:
-        return True
-    # A truncated row has no end token. A prompt may fill it by itself: then there is no speech.
-    truncated = ids.eos not in row["input_ids"] and row["input_ids"][-1] != ids.sos
-    clips = report.truncated if truncated else report.dropped
-    clips.append(f"{measures.source}: {length:,} tokens, {measures.sound.seconds:.1f} s")
-    if not truncated:
-        report.reasons["too long"] += 1
-    return truncated
+def build_rows(
+    window: list["EncodedClip"], report: Report, settings: Settings, tokenizer, ids: SpeechIds
+) -> list[dict]:
+    """Return the rows of a window of clips, with their measures; report the clips left out."""
+    texts = [(clip.text, clip.voice) for clip in window if not clip.error and not clip.row]
+    prompts, rows = iter(texts and prompts_ids(tokenizer, ids, texts)), []
+    for clip in window:
+        report.clips += 1
+        if clip.error:
+            report.add_left_out(clip.source, clip.error)
+            continue
+        report.cached += clip.cached
+        row, length = clip.row, len(clip.row["input_ids"]) if clip.row else 0
+        if row is None:
+            prompt = next(prompts)
+            length = len(prompt) + SLOTS * clip.sound.frames + 2
+            row = make_row(prompt, clip.codes, ids, settings)
+        report.lengths.append(length)
+        if length > settings.max_length:
+            # A truncated row has no end. A prompt may fill it by itself: then there is no speech.
+            truncated = ids.eos not in row["input_ids"] and row["input_ids"][-1] != ids.sos
+            clips = report.truncated if truncated else report.dropped
+            clips.append(f"{clip.source}: {length:,} tokens, {clip.sound.seconds:.1f} s")
+            if not truncated:
+                report.reasons["too long"] += 1
+                continue
+        if len(report.prompts) < 3:
+            prompt = row["input_ids"][: np.argmax(row["input_ids"] == ids.sos) + 1]
+            report.prompts.append(tokenizer.decode(prompt))
+        measures = {"source": clip.source, "voice": clip.voice, "text": clip.text}
+        measures |= {"tokens": len(row["input_ids"])} | clip.sound._asdict()
+        rows.append(row | measures)
+    return rows
 
 
-def check_any_left(rows: list[dict], report: Report, settings: Settings) -> None:
-    """`UserError` where every clip was left out, with the reason of the first."""
+def to_arrow(rows: list[dict]) -> pa.RecordBatch:
+    """Return rows and their measures as columns."""
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    ends = np.cumsum([0, *columns["tokens"]])
+    for name in IDS:
+        values = np.concatenate(columns[name]).astype(np.int32)
+        columns[name] = pa.ListArray.from_arrays(ends.astype(np.int32), values)
+    return pa.RecordBatch.from_pydict(columns, SCHEMA)
+
+
+def check_any_left(rows: int, report: Report, settings: Settings) -> None:
+    """Raise a `UserError` with the first reason where every clip was left out."""
     if rows:
         return
     first = (report.left_out + report.dropped + ["no clips"])[0]
@@ -131,22 +203,25 @@ def check_any_left(rows: list[dict], report: Report, settings: Settings) -> None
     raise UserError(f"{settings.dataset}: {fault}; {remedy}")
 
 
-def digest_rows(rows: list[dict]) -> str:
-    """SHA-256 over the rows' ids and labels: a resumed run has to have the same ones."""
+def digest_rows(dataset: Dataset) -> str:
+    """Return the SHA-256 over the rows' ids and labels: a resumed run has to have the same ones."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    for batch in dataset.with_format("arrow").iter(WINDOW):
+        ends = np.cumsum(batch["tokens"].to_numpy())[:-1]
+        columns = [pc.list_flatten(batch[name]).to_numpy().astype(np.int64) for name in IDS]
+        rows = zip(*(np.split(column, ends) for column in columns), strict=True)
+        digest.update(np.concatenate([values for row in rows for values in row]))
     return digest.hexdigest()
 
 
-def row_text(clip, settings: Settings) -> tuple[str, str]:
-    """(text, voice) of a clip, white space folded; the setting `voice` is for clips without one."""
+def row_text(clip: Clip, settings: Settings) -> tuple[str, str]:
+    """Return (text, voice) of a clip, white space folded; `settings.voice` is for those without."""
     texts = clip.text, clip.voice or settings.voice
     return tuple(" ".join((text or "").split()) for text in texts)
 
 
 def split_prompt(prompt: str, voice: str) -> tuple[str, str]:
-    """(text, voice) of a prompt, `name: text` or the text alone.
+    """Return (text, voice) of a prompt, `name: text` or the text alone.
 
     The name is `voice`, if the prompt begins with that, else one word before a colon.
     """
@@ -157,11 +232,11 @@ def split_prompt(prompt: str, voice: str) -> tuple[str, str]:
 
 
 def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:
-    """Builds a row from a prompt's ids and (frames, 7) codes.
+    """Return a row of a prompt's ids and (frames, 7) codes.
 
-    Returns `input_ids` (prompt, audio, EOS, EOA) and `labels`, (tokens,) int64 each; labels are
-    −100 where there is no loss. With `too_long` "truncate", a row that is too long is cut at the
-    end of a frame. Truncated rows get no end token, so the model does not learn to stop early.
+    It has `input_ids` (prompt, audio, EOS, EOA) and `labels`, (tokens,) int64 each, −100 where
+    there is no loss. With `too_long` "truncate", a row that is too long is cut at the end of a
+    frame, and gets no end token, so that the model does not learn to stop early.
     """
     end = [ids.eos, ids.eoa]
     max_frames = (settings.max_length - len(prompt) - len(end)) // SLOTS
@@ -174,34 +249,20 @@ def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Set
     return {"input_ids": input_ids, "labels": labels}
 
 
-def split_rows(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """(rows to train on, rows held out). All rows of a text are on the same side."""
-    texts = sorted({row["text"] for row in rows})
-    count = min(round(settings.held_out * len(texts)), len(texts) - 1)
-    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:count]
-    held_out_texts = {texts[n] for n in chosen}
-    held_out = [row for row in rows if row["text"] in held_out_texts]
-    return [row for row in rows if row["text"] not in held_out_texts], held_out
+def choose_held_out(texts: pa.ChunkedArray, settings: Settings) -> np.ndarray:
+    """Return which rows are held out, (rows,): all rows of a text are on the same side."""
+    unique = texts.unique()
+    unique = unique.take(pc.sort_indices(unique))
+    count = min(round(settings.held_out * len(unique)), len(unique) - 1)
+    chosen = np.random.default_rng(settings.seed).permutation(len(unique))[:count]
+    return pc.is_in(texts, value_set=unique.take(pa.array(chosen))).to_numpy()
 
 
-# ---------------------------------------------------------------- clips
-
-
-@dataclass
-class EncodedClip:
-    """A clip's sound and codes. Until it is encoded it has samples in place of codes."""
-
-    sound: Sound
-    codes: np.ndarray | None = None  # (frames, 7)
-    audio: np.ndarray | None = None  # (samples,) at 24 kHz
-    row: dict | None = None  # input_ids and labels that were tokenised elsewhere
-    prompt: str = ""  # of that row
-    cache_file: Path | None = None
-    cached: bool = False  # its codes came from the cache
+# ---------------------------------------------------------------- the cache
 
 
 def read_codebook_size(codec: str) -> int:
-    """The codes of each of a codec's levels, from its config alone."""
+    """Return the number of codes of each of a codec's levels, from its config alone."""
     config = fetch(codec, CODEC_FILES) / "config.json"
     size = read_json(config).get("codebook_size")
     if not isinstance(size, int):
@@ -209,185 +270,220 @@ def read_codebook_size(codec: str) -> int:
     return size
 
 
-# ---------------------------------------------------------------- the cache
-
-
 def open_cache(settings: Settings) -> Path | None:
-    """The cache's folder for this codec and this way of trimming; None without a cache.
+    """Return the cache's folder for this codec and this way of trimming; None without a cache.
 
-    It has one file for each clip, named after the SHA-256 of its audio file and written atomically:
-    runs may share it, and a run that was killed goes on where it was.
+    What is made of a clip lies there under the SHA-256 of its recording, and once more under the
+    recording's path, size and times: a second start finds it without opening the recording. Files
+    are written atomically, so that runs may share them, and a killed run goes on where it was.
     """
     if settings.cache_dir is None:
         return None
-    make_folder(settings.cache_dir, "cache_dir")
-    trimming = settings.keep_silence, settings.silence_db
-    digest = hashlib.sha256(repr((trimming, Sound._fields)).encode())
+    shape = 2, settings.keep_silence, settings.silence_db, Sound._fields
+    digest = hashlib.sha256(repr(shape).encode())
     folder = fetch(settings.codec, CODEC_FILES)
     try:
         for name in CODEC_FILES:
             digest.update((folder / name).read_bytes())
     except OSError as error:
         remedy = "set --codec to a SNAC codec's folder"
-        raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from None
+        raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from error
     return Path(settings.cache_dir, digest.hexdigest()[:16])
 
 
-def find_cache_file(audio: Path | bytes, cache: Path | None) -> Path | None:
-    """The file of a recording in the cache, which need not exist yet.
+def cache_file(cache: Path, *key) -> str:
+    """Return the name of a cached clip's file, in one of 256 folders."""
+    name = hashlib.sha256(repr(key).encode(errors="surrogatepass")).hexdigest()
+    return f"{cache}/{name[:2]}/{name[2:]}"
 
-    None without a cache, or for a recording that cannot be read, which read_audio reports.
-    """
-    if cache is None or not (isinstance(audio, bytes) or os.path.isfile(audio)):
+
+def stat_file(clip: Clip, cache: Path) -> str | None:
+    """Return where a clip is cached under the path, size and times of its recording."""
+    if isinstance(clip.audio, bytes):
         return None
     try:
-        with io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as file:
-            return cache / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.json"
+        path, stat = os.path.abspath(clip.audio), os.stat(clip.audio)
     except OSError:
         return None
+    times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return cache_file(cache, path, *times, clip.start, clip.duration)
 
 
-def read_cached(path: Path, max_frames: int, ids: SpeechIds) -> EncodedClip | None:
-    """A clip from the cache.
+def read_cached(path: str, max_frames: int, ids: SpeechIds) -> tuple | None:
+    """Return the sound and the codes of a clip in the cache.
 
-    None where it has to be encoded: there is no such file, it is damaged or has another shape, or
-    it holds fewer frames than a row can take.
+    None where it has to be made: there is no such file, it is damaged, or it holds fewer frames
+    than a row can take.
     """
     try:
-        values = json.loads(path.read_bytes())
-        codes = read_codes(values.pop("codes"), ids)
-        sound = Sound(**values)
-        typed = {name: type(value) for name, value in values.items()} == Sound.__annotations__
-        finite = all(math.isfinite(value) for value in sound if not isinstance(value, str))
-        enough = min(sound.frames, max_frames) <= len(codes) <= sound.frames
-    except (OSError, RecursionError, ValueError):  # no such file, or not JSON
+        with open(path, "rb", buffering=0) as file:
+            head, _, codes = file.read().partition(b"\n")
+        sound = Sound(**json.loads(head))
+        codes = np.frombuffer(codes, "<u2").reshape(-1, SLOTS)
+        whole = min(sound.frames, max_frames) <= len(codes) and codes.max() < ids.codebook_size
+    except (OSError, ValueError, TypeError):
         return None
-    except (ArithmeticError, AttributeError, LookupError, TypeError):  # JSON of another shape
-        return None
-    return EncodedClip(sound, codes, cached=True) if typed and finite and enough else None
+    return (sound, codes) if whole else None
 
 
-def load_clip(
-    clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds, tokenizer
-) -> list[EncodedClip | UserError]:
-    """Loads a clip: its codes from its row or from the cache, else its samples.
+def write_cached(path: str, sound: Sound, codes: np.ndarray) -> None:
+    """Write a clip into the cache: a line of JSON, then two bytes for each code."""
+    with atomic_file(Path(path)) as part:
+        part.write_bytes(
+            json.dumps(sound._asdict()).encode() + b"\n" + codes.astype("<u2").tobytes()
+        )
 
-    The samples end four frames after the longest row, which is as far as the encoder looks ahead.
-    A clip that cannot be used gives its error, since the others go on without it. A row into which
-    several clips were chained gives all of them.
-    """
-    max_frames = settings.max_length // SLOTS
+
+# ---------------------------------------------------------------- clips
+
+
+@dataclass
+class EncodedClip:
+    """A clip on its way to its row. One that cannot be used has an error."""
+
+    source: str  # file and row, for messages
+    text: str
+    voice: str
+    error: UserError | None = None
+    sound: Sound | None = None
+    audio: np.ndarray | None = None  # (samples,) at 24 kHz, until it is encoded
+    codes: np.ndarray | None = None  # (frames, 7)
+    row: dict | None = None  # input_ids and labels that were tokenised elsewhere
+    files: tuple[str, ...] = ()  # where it belongs in the cache
+    cached: bool = False  # its codes came from the cache
+
+
+def read_clip(clip: Clip, settings: Settings, tokenizer, ids: SpeechIds) -> list[EncodedClip]:
+    """Return a clip with what its dataset says of it; several for a row of chained clips."""
+    text, voice = row_text(clip, settings)
+    made = EncodedClip(clip.source, text, voice, clip.error)
+    tokens = clip.pretokenized or {}
+    if made.error:
+        return [made]
     try:
-        if clip.error:
-            return [clip.error]
-        if "input_ids" in (clip.pretokenized or {}):
-            return [load_row(row, ids, tokenizer) for row in split_row(clip.pretokenized, ids)]
-        if not (clip.text or "").strip():
+        if "input_ids" in tokens:
+            rows = split_row(tokens, ids)
+            if len(rows) == 1:
+                return [read_row(made, rows[0], tokenizer, ids)]
+            parts = [replace(made, source=f"{clip.source} clip {n + 1}") for n in range(len(rows))]
+            return [read_row(*part, tokenizer, ids) for part in zip(parts, rows, strict=True)]
+        if not text:
             raise ClipError("the text is empty", "no text")
-        if clip.pretokenized:
-            return [load_codes(clip.pretokenized, ids)]
-        if not clip.audio:
+        if tokens:
+            made.codes = read_codes(tokens.get("codes", tokens.get("codes_list")), ids)
+            made.sound = measure_codes(made.codes)
+        elif not clip.audio:
             raise ClipError("no sound is named", "no sound")
-        path = find_cache_file(clip.audio, cache)
-        if path and (cached := read_cached(path, max_frames, ids)):
-            return [cached]
-        audio, sound = measure_clip(clip.audio, settings)
     except UserError as error:
-        return [error]
-    return [EncodedClip(sound, audio=audio[: (max_frames + 4) * FRAME_SAMPLES], cache_file=path)]
+        made.error = error
+    return [made]
 
 
-def load_row(row: dict[str, np.ndarray], ids: SpeechIds, tokenizer) -> EncodedClip | UserError:
-    """A clip whose ids were made elsewhere, or what is wrong with them."""
+def read_row(made: EncodedClip, row: dict, tokenizer, ids: SpeechIds) -> EncodedClip:
+    """Fill in a clip from ids that were made elsewhere; text and voice are those of its prompt."""
     try:
-        codes = check_row(row, ids)
-        prompt = read_prompt(row["input_ids"], tokenizer, ids)
+        made.row, made.sound = row, measure_codes(check_row(row, ids))
+        text, made.voice = split_prompt(read_prompt(row["input_ids"], tokenizer, ids), made.voice)
+        made.text = made.text.removeprefix(f"{made.voice}: ") or text
     except UserError as error:
-        return error
-    return EncodedClip(measure_codes(codes), codes, row=row, prompt=prompt)
-
-
-def load_codes(columns: dict, ids: SpeechIds) -> EncodedClip:
-    """A clip whose codes were made elsewhere; `UserError` for codes that are not Orpheus's."""
-    codes = read_codes(columns.get("codes", columns.get("codes_list")), ids)
-    return EncodedClip(measure_codes(codes), codes)
+        made.error = error
+    return made
 
 
 def measure_codes(codes: np.ndarray) -> Sound:
-    """What is known of a clip of which there are only the codes."""
+    """Return what is known of a clip of which there are only the codes."""
     digest = hashlib.sha256(codes.tobytes()).hexdigest()
     return Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
 
 
-def prefetch(
-    clips: Iterable[Clip], load: Callable, threads: Executor, size: int = 64
-) -> Iterator[tuple[list[Clip], list]]:
-    """Yields `size` clips and what `load` returns for each, while threads load the next ones."""
-    clips, loading = iter(clips), None
-    while batch := list(itertools.islice(clips, size)):
-        previous, loading = loading, (batch, threads.map(load, batch))
-        if previous:
-            yield previous[0], list(previous[1])
-    if loading:
-        yield loading[0], list(loading[1])
+def load_recording(
+    made: EncodedClip, clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds
+) -> None:
+    """Fill in a clip's codes from the cache, by its recording's SHA-256, else its samples.
+
+    The samples end four frames after the longest row, which is as far as the encoder looks ahead.
+    """
+    max_frames = settings.max_length // SLOTS
+    try:
+        if cache and (isinstance(clip.audio, bytes) or os.path.isfile(clip.audio)):
+            audio = clip.audio
+            with io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            path = cache_file(cache, digest, clip.start, clip.duration)
+            if found := read_cached(path, max_frames, ids):
+                made.sound, made.codes, made.cached = *found, True
+                for file in made.files:
+                    write_cached(file, *found)
+                return
+            made.files = (path, *made.files)
+        audio, made.sound = measure_clip(clip.audio, settings, clip.start, clip.duration)
+        made.audio = audio[: (max_frames + 4) * FRAME_SAMPLES]
+    except UserError as error:
+        made.error = error
 
 
 def encode_clips(
-    clips: Clips, settings: Settings, ids: SpeechIds, tokenizer, codec=None
-) -> Iterator[tuple[Clip, EncodedClip | UserError]]:
-    """Yields every clip with its codes, or with the error for which it is left out, in order.
+    clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
+) -> Iterator[list[EncodedClip]]:
+    """Yield all clips with their codes, in order and in windows.
 
-    The clips of a chained row are yielded one by one.
-
-    At most two batches of samples are in memory. The codec is loaded, unless one is given, when
-    the first clip has to be encoded.
+    At most two windows of samples are in memory. The codec is loaded, unless one is given, when the
+    first clip has to be encoded.
     """
-    cache, hours, started = open_cache(settings), 0.0, time.monotonic()
-    load = functools.partial(
-        load_clip, settings=settings, cache=cache, ids=ids, tokenizer=tokenizer
-    )
+    cache, max_frames = open_cache(settings), settings.max_length // SLOTS
+
+    def load_window(batch: list[Clip]) -> tuple[list[EncodedClip], list[Future]]:
+        window, loading = [], []
+        for clip in batch:
+            made = read_clip(clip, settings, tokenizer, ids)
+            window += made
+            if made[0].error or made[0].sound:
+                continue
+            if cache and (file := stat_file(clip, cache)):
+                made[0].files = (file,)
+                if found := read_cached(file, max_frames, ids):
+                    made[0].sound, made[0].codes, made[0].cached = *found, True
+                    continue
+            loading.append(threads.submit(load_recording, made[0], clip, settings, cache, ids))
+        return window, loading
+
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-        tqdm(total=clips.count, unit=" clips", delay=1, disable=None) as bar,
+        tqdm(total=clips.count, unit=" clips", delay=1, disable=RANK > 0 or None) as bar,
     ):
-        for batch, loaded in prefetch(clips, load, threads):
-            new = [clip for parts in loaded for clip in parts]
-            new = [clip for clip in new if isinstance(clip, EncodedClip) and clip.codes is None]
-            bar.update(len(batch) - len(new))
+        iterator = iter(clips)
+        batches = iter(lambda: list(itertools.islice(iterator, WINDOW)), [])
+        for window, loading in one_ahead(map(load_window, batches)):
+            for future in loading:
+                future.result()
+            new = [clip for clip in window if clip.audio is not None]
             if new:
                 codec = codec or load_codec(settings.codec, device())
-                for clip in encode_new(new, codec, settings.max_length // SLOTS, threads):
-                    hours += clip.sound.seconds / 3600
-                    speed = 60 * hours / (time.monotonic() - started)
-                    bar.set_postfix_str(f"{speed:.2f} hours of audio a minute", refresh=False)
-                    bar.update()
-            for clip, clips_in_row in zip(batch, loaded, strict=True):
-                for number, part in enumerate(clips_in_row, 1):
-                    named = f"{clip.source} clip {number}" if len(clips_in_row) > 1 else clip.source
-                    yield clip._replace(source=named), part
+            sounds = [clip.audio for clip in new]
+            for clip, codes in zip(new, encode_sounds(codec, sounds, threads), strict=True):
+                clip.codes, clip.audio = codes[:max_frames], None
+                for file in clip.files:
+                    write_cached(file, clip.sound, clip.codes)
+            bar.update(len(window))
+            yield window
 
 
-def encode_new(
-    clips: list[EncodedClip], codec, max_frames: int, threads: Executor
-) -> Iterator[EncodedClip]:
-    """Puts at most `max_frames` frames of codes into each clip and into the cache; yields it."""
-    sounds = [clip.audio for clip in clips]
-    for clip, codes in zip(clips, encode_sounds(codec, sounds, threads), strict=True):
-        clip.codes, clip.audio = codes[:max_frames], None
-        if clip.cache_file:
-            entry = clip.sound._asdict() | {"codes": clip.codes.ravel().tolist()}
-            write_text(clip.cache_file, json.dumps(entry))
-        yield clip
+def one_ahead(items: Iterable) -> Iterator:
+    """Yield items, each when the next one has been made."""
+    for item, _following in itertools.pairwise(itertools.chain(items, [None])):
+        yield item
 
 
 def encode_sounds(
     codec, sounds: list[np.ndarray], threads: Executor, size: int = 16
 ) -> Iterator[np.ndarray]:
-    """(frames, 7) codes of each (samples,), in order.
+    """Yield the (frames, 7) codes of each (samples,), in order.
 
     On a GPU they are encoded in batches of like length. On a CPU batches bring nothing, and one
     thread for each sound is quicker than several for one.
     """
+    if not sounds:
+        return
     if next(codec.parameters()).device.type == "cuda":
         order, codes = sorted(range(len(sounds)), key=lambda n: len(sounds[n])), {}
         for batch in (order[n : n + size] for n in range(0, len(order), size)):

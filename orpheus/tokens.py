@@ -106,14 +106,19 @@ def prompt_ids(tokenizer, ids: SpeechIds, text: str, voice: str | None = None) -
     White space is folded. Text that looks like a special token is tokenised as text. Raises a
     UserError if the text is empty.
     """
-    text = " ".join(text.split())
-    if not text:
+    return prompts_ids(tokenizer, ids, [(text, voice)])[0]
+
+
+def prompts_ids(tokenizer, ids: SpeechIds, texts: list[tuple[str, str | None]]) -> list[list[int]]:
+    """Return the prompts of (text, voice) pairs, as `prompt_ids` makes them, but faster."""
+    texts = [(" ".join(text.split()), voice) for text, voice in texts]
+    if not all(text for text, _ in texts):
         raise UserError("the text is empty")
-    if voice:
-        text = f"{voice}: {text}"
+    named = [f"{voice}: {text}" if voice else text for text, voice in texts]
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    text_ids = tokenizer(text, **options)["input_ids"]
-    return [ids.soh, ids.bos, *text_ids, ids.eot, ids.eoh, ids.soa, ids.sos]
+    tokenised = tokenizer(named, return_attention_mask=False, **options)["input_ids"]
+    start, end = [ids.soh, ids.bos], [ids.eot, ids.eoh, ids.soa, ids.sos]
+    return [[*start, *text, *end] for text in tokenised]
 
 
 def count_pieces(texts: Iterable[str], tokenizer) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
@@ -83,8 +84,13 @@ class SpeechTrainer(SFTTrainer):
     def __init__(self, *args, train_dataset, evaluator, **kwargs):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.evaluator = evaluator
-        self.lengths = [len(row) for row in train_dataset["input_ids"]]  # before packing
-        frames = sum((np.array(row) != -100).sum() // SLOTS for row in train_dataset["labels"])
+        self.lengths, frames = [], 0  # before packing
+        for batch in train_dataset.with_format("arrow").iter(1000):
+            lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
+            trained = pc.list_flatten(batch["labels"]).to_numpy() != -100
+            starts = np.cumsum(lengths) - lengths
+            frames += (np.add.reduceat(trained, starts, dtype=int) // SLOTS).sum()
+            self.lengths += lengths.tolist()
         self.seconds_per_token = frames * FRAME_SAMPLES / SAMPLE_RATE / sum(self.lengths)
 
     def create_model_card(self, *_, **__):

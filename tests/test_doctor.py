@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from clip_folders import folder_of, noise, rows_of, settings
@@ -12,7 +13,18 @@ from conftest import ROOT
 
 from orpheus.audio import Sound
 from orpheus.clips import read_clips
-from orpheus.doctor import FINDINGS, Measures, Report, draw_report, give_verdict, warn_of_few_clips
+from orpheus.doctor import (
+    COLUMNS,
+    FINDINGS,
+    MeasuredClips,
+    Measures,
+    Report,
+    draw_report,
+    find_markup,
+    give_verdict,
+    warn_of_few_clips,
+    what_is_meant,
+)
 from orpheus.rows import make_rows
 from orpheus.settings import UserError, read_settings
 
@@ -46,6 +58,7 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     sound, rate = soundfile.read(tmp_path / "cancelling.wav")
     soundfile.write(tmp_path / "cancelling.wav", np.stack([sound[:, 0], -sound[:, 0]], 1), rate)
     clip("digits.wav", text="this one costs 99 cents at most")
+    clip("markup.wav", text="this one ends with a laugh (laughs)")
     clip("link.wav", text="see https://example.org for more")
     clip("pace.wav", 0.6, text="a text that is much longer than what is spoken " * 3)
     clip("same_text.wav", text=rows[0][1], seconds=len(rows[0][1]) / 15)
@@ -65,6 +78,8 @@ def test_the_doctor_finds_what_is_planted(tmp_path, tokenizer):
     }
     assert set(named) == set(FINDINGS)
     assert named["narrow"] == ["narrower", "narrow"]  # the worst comes first
+    assert report.findings["markup"][0].endswith(": (laughs) → <laugh>")
+    assert report.prompts[0].startswith("<custom_token_3><|begin_of_text|>me: ")
     for name, clips in named.items():
         assert {"unspeakable": "link", "loudness": "quiet"}.get(name, name) in clips, (name, clips)
         sound = [clip for clip in clips if clip.isdigit()]
@@ -104,7 +119,7 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
 
 
 def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
-    report = Report("x", measures=[Measures("a", "", "t")])
+    report = Report("x", measures=measured([Measures("a", "", "t")]))
     report.lengths = [100] * 50
     report.print_rows(settings("x"))
     assert "99 %" not in capsys.readouterr().out
@@ -114,38 +129,37 @@ def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
 
 
 def test_a_picture_of_a_voice_that_looks_like_a_formula(tmp_path):
-    measures = [Measures("a", "$\\frac$", "text", Sound(seconds=1.0))]
-    report = Report("a$b$_^", measures=measures)
+    measures = [Measures("a", "$\\frac$", "text", sound=Sound(seconds=1.0))]
+    report = Report("a$b$_^", measures=measured(measures))
     draw_report(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size
 
 
 def test_the_summary_counts_clips_without_a_voice_name():
     clips = [Measures("a", "tom", "one"), Measures("b", "", "two"), Measures("c", "tom", "six")]
-    report = Report("x", clips=3, measures=clips)
+    report = Report("x", clips=3, measures=measured(clips))
     assert report.summary().endswith(", voice tom, 1 without a voice name")
-    report.measures = clips[::2]
+    report.measures = measured(clips[::2])
     assert report.summary().endswith(", voice tom")
 
 
 SOURCE = "(Orpheus's README: good results from about 50 of a voice, the best from 300)"
 
 
-def report_of(findings=(), steps=20, **clips):
-    """A report on clips of six seconds, so many of each voice.
+def measured(measures):
+    """The measures of clips as make_rows hands them to the report."""
+    rows = [clip._asdict() | clip.sound._asdict() for clip in measures]
+    return MeasuredClips(pa.Table.from_pylist(rows, pa.schema(COLUMNS)))
 
-    `findings` are (name, first, last) of the clips that have one.
-    """
+
+def report_of(steps=20, **clips):
+    """A report on clips of six seconds, so many of each voice."""
     names = [voice for voice, count in clips.items() for _ in range(count)]
     measures = [
-        Measures(f"row {n}", "" if voice == "unnamed" else voice, "text", Sound(seconds=6.0))
+        Measures(f"row {n}", "" if voice == "unnamed" else voice, "text", sound=Sound(seconds=6.0))
         for n, voice in enumerate(names)
     ]
-    found = {
-        name: [clip.describe() for clip in measures[first:last]] for name, first, last in findings
-    }
-    counts = {"clips": len(measures), "steps_per_epoch": steps}
-    return Report("x", measures=measures, findings=found, **counts)
+    return Report("x", clips=len(measures), measures=measured(measures), steps_per_epoch=steps)
 
 
 def verdict_of(report, **keys):
@@ -190,15 +204,32 @@ def test_the_verdict_follows_from_the_smallest_voice(clips, line, capsys):
     assert printed == (f"warning  {line.split('get more: ')[1]}\n" if "get more" in line else "")
 
 
-def test_clips_with_important_findings_are_counted_once():
-    findings = [("digits", 0, 9), ("pace", 8, 20), ("quiet", 19, 30), ("no_highs", 0, 300)]
-    line = verdict_of(report_of(findings, anna=300))
-    assert line.endswith(": ready to train; 30 to look at (pace, quiet, digits)")
-    line = verdict_of(report_of([*findings, ("long", 30, 31)], anna=300))
-    assert line.endswith("; before you train, look at 31 with findings (pace, quiet, digits, long)")
-    report = report_of(findings, anna=300)
-    report.measures = report.measures[20:]  # of the clips that are left out, none is counted
-    assert "; 10 to look at (quiet)" in verdict_of(report)
+def test_clips_with_important_findings_are_counted_once(tokenizer):
+    """Of the clips that are left out, none is counted."""
+
+    def report_on(digits, pairs):
+        texts = [f"{(n % digits and 'a') or 1} text" for n in range(60)]
+        measures = [
+            Measures(
+                f"row {n}",
+                "anna",
+                f"{text} {'*' if n < pairs else 'x'}",
+                sound=Sound(str(n), seconds=6.0),
+            )
+            for n, text in enumerate(texts)
+        ]
+        report = Report("x", clips=60, measures=measured(measures), steps_per_epoch=20)
+        report.add_findings(["unspeakable"] if pairs > 50 else [], tokenizer)
+        return report
+
+    report = report_on(20, 2)  # rows 0, 20 and 40 have digits, rows 0 and 1 a symbol
+    assert report.suspects == 4 and report.important == {"digits": 3, "unspeakable": 2}
+    line = verdict_of(report)
+    assert "; 4 to look at (digits, unspeakable)" in line
+    report = report_on(7, 2)
+    assert "look at 10 with findings (digits, unspeakable)" in verdict_of(report)
+    report = report_on(7, 56)
+    assert report.important == {"digits": 1} and len(report.measures) == 4
 
 
 def test_clips_that_were_not_meant_to_be_left_out_come_first():
@@ -224,3 +255,35 @@ def test_the_demo_is_ready_and_its_runs_do_not_warn(tokenizer, capsys):
     assert re.fullmatch(r"2\.9 min of slt, 47 steps a pass: ready to train; 300 clips .*", line)
     warn_of_few_clips(report)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "text, markup, meant",
+    [
+        ("well (laughs) yes", "(laughs)", "<laugh>"),
+        ("[laughs] yes", "[laughs]", "<laugh>"),
+        ("<laughs softly> yes", "<laughs softly>", "<laugh>"),
+        ("<laugh/> yes", "<laugh/>", "<laugh>"),
+        ("<Laugh> yes", "<Laugh>", "<laugh>"),
+        ("yes *heavy sigh*", "*heavy sigh*", "<sigh>"),
+        ("(softly chuckling) yes", "(softly chuckling)", "<chuckle>"),
+        ("{gasps} yes", "{gasps}", "<gasp>"),
+        ("fish &amp; chips", "&amp;", "&"),
+        ("it&#39;s", "&#39;", "'"),
+        ("an <i>old", "<i>", ""),
+        ("old<br>", "<br>", ""),
+        ('<break time="1s"/> yes', '<break time="1s"/>', ""),
+        ("[music] yes", "[music]", ""),
+        ("(applause)", "(applause)", ""),
+    ],
+)
+def test_markup_that_is_neither_a_tag_nor_speech(text, markup, meant):
+    assert find_markup(text) == [markup] and what_is_meant(markup) == meant
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<laugh> yes", "<sneeze> yes", "he (my brother) left", "AT&T and R&D", "a < b, b > c"],
+)
+def test_tags_and_speech_are_no_markup(text):
+    assert find_markup(text) == []

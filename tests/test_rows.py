@@ -4,16 +4,20 @@ All on the transformers backend: importing unsloth would patch TRL for the whole
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
 from clip_folders import folder_of, noise, parquet_with_bytes, rows_of, same, settings, two_clips
 from conftest import DEMO, ROOT, script
+from datasets import Dataset
 from running import settings_of
 from tqdm import tqdm
 
@@ -21,14 +25,15 @@ import finetune
 import orpheus.codec
 import orpheus.rows
 from orpheus.audio import measure_clip
-from orpheus.clips import read_clips
+from orpheus.clips import Clip, Clips, read_clips
 from orpheus.rows import (
+    Rows,
+    choose_held_out,
     count_packed,
     length_batches,
     make_row,
     make_rows,
     slots_used,
-    split_rows,
     steps_per_epoch,
 )
 from orpheus.settings import UserError, read_settings
@@ -295,7 +300,7 @@ def test_a_second_run_neither_decodes_nor_encodes(tmp_path, tokenizer, work):
     assert work() == (2, 2, 1) and report.cached == 0
     again, second = rows_of(tmp_path / "one", tokenizer, **cache)
     assert work() == (2, 2, 1) and second.cached == 2 and same(first, again)
-    assert second.measures == report.measures and second.lengths == report.lengths
+    assert second.measures.table == report.measures.table and second.lengths == report.lengths
     assert rows_of(tmp_path / "two", tokenizer, **cache)[1].cached == 2
     assert work() == (2, 2, 1)
     assert rows_of(tmp_path / "one", tokenizer, keep_silence=0.2, **cache)[1].cached == 0
@@ -328,57 +333,113 @@ def test_a_longer_max_length_encodes_what_the_cache_cut_off(tmp_path, tokenizer,
     assert same(whole, rows_of(tmp_path, tokenizer, max_length=500)[0])
 
 
-def test_a_torn_file_in_the_cache_is_made_anew(tmp_path, tokenizer):
+def test_ranks_share_the_encoding(tmp_path, tokenizer, monkeypatch):
+    """Each encodes every other clip; then the first makes the rows, and they are those of one."""
+    two_clips(tmp_path, [f"{n}.wav" for n in range(7)])
+    folder_of(tmp_path, [(f"{n}.wav", f"text {n}", "x") for n in range(7)])
+    cache, encoded, sent = {"cache_dir": tmp_path / "cache"}, [], []
+    load = orpheus.rows.load_recording
+
+    def counted(made, *words):
+        load(made, *words)
+        encoded.append(int(made.text[5:]))
+
+    def broadcast(made):
+        sent.extend(made)
+        return sent[-1:] if made != [None] else [rank_0]
+
+    monkeypatch.setattr(orpheus.rows, "load_recording", counted)
+    monkeypatch.setattr(orpheus.rows, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(orpheus.rows, "WORLD_SIZE", 2)
+    monkeypatch.setattr(orpheus.rows, "RANK", 1)
+    rank_0 = (tmp_path / "not there", None)
+    rows_of(tmp_path, tokenizer, **cache)  # the first rank's file is not on this machine
+    assert sorted(encoded[:3]) == [1, 3, 5] and len(encoded) == 7
+    shutil.rmtree(tmp_path / "cache")
+    encoded.clear()
+    monkeypatch.setattr(orpheus.rows, "RANK", 0)
+    rows, report = rows_of(tmp_path, tokenizer, **cache)
+    assert sorted(encoded[:4]) == [0, 2, 4, 6]
+    monkeypatch.setattr(orpheus.rows, "WORLD_SIZE", 1)
+    alone, other = rows_of(tmp_path, tokenizer)
+    assert same(rows, alone) and report.digest == other.digest
+
+
+def cached_files(folder):
+    return sorted(path for path in folder.glob("*/*/*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"[]\n"])
+def test_a_torn_file_in_the_cache_is_made_anew(damage, tmp_path, tokenizer):
     two_clips(tmp_path)
     folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", "two", "x")])
     cache = {"cache_dir": tmp_path / "cache"}
     rows, _ = rows_of(tmp_path, tokenizer, **cache)
-    first, second = sorted((tmp_path / "cache").rglob("*.json"))
-    first.write_bytes(first.read_bytes()[:-9])
-    second.write_bytes(b"")
+    whole = {path: path.read_bytes() for path in cached_files(tmp_path / "cache")}
+    for path, data in whole.items():
+        path.write_bytes(damage(data))
     again, report = rows_of(tmp_path, tokenizer, **cache)
     assert report.cached == 0 and same(rows, again)
+    assert {path: path.read_bytes() for path in cached_files(tmp_path / "cache")} == whole
     assert rows_of(tmp_path, tokenizer, **cache)[1].cached == 2
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "[]",
-        "7",
-        "null",
-        "{}",
-        '"text"',
-        "[" * 100_000,
-        {"codes": [[1, 2], [3]]},
-        {"codes": [1, 2, 3]},
-        {"codes": []},
-        {"codes": [-1] * 42},
-        {"codes": [10**6] * 42},
-        {"codes": [1.5] * 42},
-        {"codes": ["1"] * 42},
-        {"codes": None},
-        {"codes": [1] * 7000},
-        {"seconds": "0.5"},
-        {"seconds": float("nan")},
-        {"seconds": 1e308},
-        {"rate": None},
-        {"level": float("-inf")},
-        {"unknown": 1},
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_cache_entry_of_another_shape_is_made_anew(broken, tmp_path, tokenizer):
+def test_a_second_start_opens_no_recording(tmp_path, tokenizer, monkeypatch):
+    """Their names, sizes and times are enough; what has changed is read anew."""
     two_clips(tmp_path)
-    folder_of(tmp_path, [("a.wav", "one", "x")])
+    folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", "two", "x")])
     cache = {"cache_dir": tmp_path / "cache"}
     rows, _ = rows_of(tmp_path, tokenizer, **cache)
-    (entry,) = (tmp_path / "cache").rglob("*.json")
-    whole = entry.read_text()
-    text = broken if isinstance(broken, str) else json.dumps(json.loads(whole) | broken)
-    entry.write_text(text)
+    opened = []
+    load = orpheus.rows.load_recording
+    monkeypatch.setattr(
+        orpheus.rows, "load_recording", lambda *words: (opened.append(words[1].audio), load(*words))
+    )
     again, report = rows_of(tmp_path, tokenizer, **cache)
-    assert report.cached == 0 and same(rows, again) and entry.read_text() == whole
+    assert report.cached == 2 and same(rows, again) and not opened
+    times = os.stat(tmp_path / "b.wav")
+    size = len((tmp_path / "b.wav").read_bytes())
+    noise(tmp_path / "b.wav", seed=5)
+    os.utime(tmp_path / "b.wav", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len((tmp_path / "b.wav").read_bytes()) == size
+    other, report = rows_of(tmp_path, tokenizer, **cache)
+    assert report.cached == 1 and opened == [tmp_path / "b.wav"]
+    assert same(rows[:1], other[:1]) and not same(rows[1:], other[1:])
+    (tmp_path / "b.wav").rename(tmp_path / "c.wav")  # hashed, and found by that
+    folder_of(tmp_path, [("a.wav", "one", "x"), ("c.wav", "two", "x")])
+    moved, report = rows_of(tmp_path, tokenizer, **cache)
+    assert report.cached == 2 and len(opened) == 2 and same(other, moved)
+    rows_of(tmp_path, tokenizer, **cache)
+    assert len(opened) == 2
+
+
+def test_the_cache_has_its_files_in_many_folders(tmp_path, tokenizer):
+    rows_of("data/numbers", tokenizer, cache_dir=tmp_path, leave_out="[]")
+    files = cached_files(tmp_path)
+    assert len(files) == 96 + 94 and len({path.parent for path in files}) > 96
+    assert len(list(tmp_path.iterdir())) == 1 + len(list(tmp_path.glob("rows-*")))
+
+
+def peak(count, tokenizer, ids):
+    """Bytes that Python and numpy hold at most while `count` rows of 980 tokens are made."""
+    prompt = prompt_ids(tokenizer, ids, "one two three", "x")
+    audio = codes_to_ids(np.ones((137, 7), dtype=int), ids).tolist()
+    columns = {"input_ids": [*prompt, *audio, ids.eos, ids.eoa]}
+    chosen = settings("x", leave_out="[]", max_length=1024)
+    tracemalloc.start()
+    clips = Clips((Clip(f"row {n}", pretokenized=columns) for n in range(count)), count)
+    rows, _, report = make_rows(clips, chosen, tokenizer)
+    texts = sum(len(row["text"]) for row in rows)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == len(report.measures) == count and texts == report.characters
+    return held
+
+
+def test_memory_does_not_grow_with_the_rows(tokenizer, ids):
+    """But for the report's lines on clips with findings: 16 bytes a token would be 28 MB here."""
+    few, many = (peak(count, tokenizer, ids) for count in (200, 2000))
+    assert many - few < 4e6
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer, monkeypatch):
@@ -415,8 +476,8 @@ def test_two_processes_on_one_cold_cache(tmp_path, tokenizer):
     _, report = rows_of("data/numbers", tokenizer, limit=9)
     saved = json.loads((tmp_path / "out/data_report.json").read_text())
     assert saved["digest"] == report.digest and saved["rows"] == 9
-    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    assert len(files) == 9 and all(json.loads(p.read_text())["codes"] for p in files)
+    assert len(cached_files(tmp_path / "cache")) == 2 * 9
+    assert not list((tmp_path / "cache").glob("rows-*"))
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["data_report.json", "data_report.png"]
 
@@ -455,7 +516,8 @@ def rows(ids):
     draw = np.random.default_rng(5)
     settings = read_settings("data/demo/config.json")
     codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 12)]
-    return [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+    rows = [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+    return Rows(Dataset.from_list([row | {"text": "a", "voice": ""} for row in rows]))
 
 
 @pytest.fixture
@@ -473,7 +535,7 @@ def trainer_of(tmp_path, tokenizer, rows):
         for name, weight in model.named_parameters():  # else half of the gradients are zero
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        return finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
+        return finetune.make_trainer(model, tokenizer, rows.dataset, arguments, settings, None)
 
     return make
 
@@ -561,7 +623,6 @@ def test_the_doctor_counts_steps_as_the_trainer_does(trainer_of, rows, batching,
 
 def test_packed_rows_are_counted_as_trl_packs_them():
     """Which packs each thousand rows by itself."""
-    from datasets import Dataset
     from trl import pack_dataset
 
     for count in (300, 1000, 3000):
@@ -630,10 +691,18 @@ def test_both_backends_give_the_same_losses(native, tmp_path, monkeypatch):
 
 
 def test_no_text_stands_on_both_sides():
-    rows = [{"text": f"text {n % 40}", "n": n} for n in range(100)]
+    texts = pa.chunked_array([[f"text {n % 40}" for n in range(60)], ["text 0"] * 40])
     settings = settings_of(held_out="0.25")
-    train, held = split_rows(rows, settings)
-    assert len(train) + len(held) == 100
-    assert len({row["text"] for row in held}) == 10
-    assert not {row["text"] for row in held} & {row["text"] for row in train}
-    assert split_rows(rows, settings) == (train, held)
+    held = choose_held_out(texts, settings)
+    texts = np.array(texts.to_pylist())
+    assert len(held) == 100 and len(set(texts[held])) == 10
+    assert not set(texts[held]) & set(texts[~held])
+
+
+def test_rows_are_a_sequence(tokenizer):
+    rows, report = rows_of("data/numbers", tokenizer, limit=5)
+    assert len(rows) == 5 and rows[-1]["text"] == rows[4]["text"] == list(rows)[4]["text"]
+    assert [row["text"] for row in rows[1:3]] == [clip.text for clip in report.measures][1:3]
+    assert rows[0]["input_ids"].dtype == rows[0]["labels"].dtype == np.int64
+    with pytest.raises(IndexError):
+        rows[5]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -41,13 +42,13 @@ def clip_seconds(draw, count: int) -> np.ndarray:
     return np.clip(draw.lognormal(np.log(6.2), 0.4, count), 1, 10)
 
 
-def make_rows(settings, tokenizer, ids, count: int) -> list[dict]:
+def make_rows(settings, tokenizer, ids, count: int) -> Dataset:
     draw, rows = np.random.default_rng(0), []
     for n, length in enumerate(clip_seconds(draw, count)):
         codes = draw.integers(0, ids.codebook_size, (Sound(seconds=length).frames, SLOTS))
         prompt = prompt_ids(tokenizer, ids, f"a text of the usual length, number {n}" * 2)
         rows.append(make_row(prompt, codes, ids, settings))
-    return rows
+    return Dataset.from_list(rows)
 
 
 def one_run(mode: dict, steps: int, tokenizer, ids) -> tuple[float, float]:

@@ -12,6 +12,7 @@ finetune.import_backend(settings)  # unsloth comes before transformers, which th
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 
 from orpheus.codec import load_codec  # noqa: E402
 from orpheus.models import load_tokenizer  # noqa: E402
@@ -26,8 +27,9 @@ ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(5)
 codes = [draw.integers(0, ids.codebook_size, (n, 7)) for n in draw.integers(3, 32, 24)]
 rows = [make_row([ids.soh, ids.bos, 65, ids.sos], c, ids, settings) for c in codes]
+dataset = Dataset.from_list(rows)
 model = finetune.load_model(settings, arguments)
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
+trainer = finetune.make_trainer(model, tokenizer, dataset, arguments, settings, None)
 assert trainer.args.packing
 
 

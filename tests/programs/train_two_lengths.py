@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import unsloth  # noqa: F401 (before transformers, which it patches)
+from datasets import Dataset
 
 import finetune
 from orpheus.codec import load_codec
@@ -20,11 +21,11 @@ tokenizer = load_tokenizer(Path(settings.model))
 ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
 draw = np.random.default_rng(0)
 rows = [draw.integers(ids.audio, ids.audio + 7 * ids.codebook_size, n) for n in (1054, 337)]
-rows = [{"input_ids": row, "labels": row.copy()} for row in rows]
+dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
 model = finetune.load_model(settings, arguments)
 
 
-trainer = finetune.make_trainer(model, tokenizer, rows, arguments, settings, None)
+trainer = finetune.make_trainer(model, tokenizer, dataset, arguments, settings, None)
 batch = next(iter(trainer.get_train_dataloader()))
 assert set(batch) == {"input_ids", "attention_mask", "labels"}, set(batch)
 assert all(tensor.shape == (2, 1054) for tensor in batch.values())
