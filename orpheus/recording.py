@@ -14,7 +14,7 @@ import soxr
 
 from orpheus.align import Word
 from orpheus.audio import BLOCK_SECONDS, ClipError, mix, open_audio, read_blocks
-from orpheus.settings import UserError, first_reason
+from orpheus.settings import UserError
 from orpheus.tokens import SAMPLE_RATE
 
 SPEECH_RATE = 16_000  # Hz, what Silero and Whisper take
@@ -116,8 +116,8 @@ def load_whisper(name: str, language: str | None) -> Callable:
     try:
         model = WhisperModel(name, compute_type="int8")
     except (OSError, ValueError, RuntimeError) as error:
-        fault = f"neither a folder nor to be had: {first_reason(error)}"
-        raise UserError(f"--whisper {name}: {fault}") from None
+        fault = f"neither a folder nor to be had: {error}"
+        raise UserError(f"--whisper {name}: {fault}") from error
     if language and language not in model.supported_languages:
         raise UserError(f"--language {language}: {name} does not know it; name another --whisper")
     tokenizer = model.hf_tokenizer

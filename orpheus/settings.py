@@ -88,9 +88,7 @@ class RowSettings(Part):
     max_length: Count = key(2048, "Longest row, and a packed row's length; a second is 82 tokens")
     too_long: Literal["drop", "truncate"] = key("drop", "What becomes of rows over max_length")
     batching: Literal["pack", "pad", "pad_to_max"] = key(
-        "pack",
-        "pack: whole clips fill rows of max_length; pad: each batch is padded to its longest row, "
-        "with rows of similar length together; pad_to_max: every row is padded to max_length",
+        "pack", "Clips fill rows; or each is padded to the longest of its batch; or to max_length"
     )
     held_out: Share = key(0.05, "Share of the texts that is not trained on but evaluated")
 
@@ -113,9 +111,7 @@ class MemorySettings(Part):
     """memory"""
 
     weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("4bit", "Precision of the base model")
-    gradient_checkpointing: bool | Literal["unsloth"] = key(
-        "unsloth", "Recompute activations to save memory; unsloth: and offload them to RAM"
-    )
+    gradient_checkpointing: bool | Literal["unsloth"] = key("unsloth", "Recompute activations")
     per_device_train_batch_size: Count = key(1, "Rows per batch on each GPU")
     gradient_accumulation_steps: Count = key(1, "Batches per optimiser step")
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = key(
@@ -144,18 +140,14 @@ class OutputSettings(Part):
 
     output_dir: str = key("outputs/numbers", "Folder for the adapter, checkpoints and samples")
     overwrite: bool = key(False, "Start anew; a run in output_dir is kept as output_dir.old1, …")
-    resume: bool | Literal["weights"] = key(
-        False, "Continue from the last checkpoint; weights: even if it lacks the optimiser"
-    )
+    resume: bool | Literal["weights"] = key(False, "Continue the run; weights: without optimiser")
     save_steps: Positive = key(100, "Steps between checkpoints")
     save_total_limit: Count | None = key(2, "How many checkpoints to keep; null: all")
     sample_steps: Count = key(100, "Steps between checks: held-out loss, and spoken sample_texts")
     sample_texts: list[str] = key(SAMPLE_TEXTS, "Texts that are spoken at checks and at the end")
     logging_steps: Positive = key(1, "Steps between lines of the log")
     logging_nan_inf_filter: bool = key(False, "Hide losses that are not finite from the log")
-    include_num_input_tokens_seen: bool | Literal["all", "non_padding", "no"] = key(
-        "non_padding", "Tokens that are counted for tokens/s and hours of audio"
-    )
+    include_num_input_tokens_seen: bool | str = key("non_padding", "Tokens counted; or all, or no")
     report_to: str | list[str] | None = key("tensorboard", "tensorboard, wandb, trackio, … or none")
 
 
@@ -197,8 +189,6 @@ class Settings(
 
 PARTS = Settings.__bases__[::-1]
 PATHS = [name for name, f in Settings.model_fields.items() if f.json_schema_extra["path"]]
-SPEAKING = list(SpeakingSettings.model_fields)
-RUN_KEYS = ["codec", *SPEAKING]  # that infer.py takes
 
 
 @cache
@@ -215,9 +205,8 @@ def trainer_keys() -> set[str]:
 ALIASES = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
     "lora_rank": "lora_r",
+    "lr": "learning_rate",
     "load_in_4bit": 'weights "4bit"',
 }
 # SFTConfig's keys that a run sets itself, or that would do nothing.
@@ -246,14 +235,11 @@ def check_name(name: str, source: str) -> None:
     if name in Settings.model_fields:
         return
     if name not in trainer_keys():
-        hint = nearest(name, [*Settings.model_fields, *sorted(trainer_keys())])
-        raise UserError(f"{source}: no key is named {name!r}; {hint}")
+        known = [*Settings.model_fields, *sorted(trainer_keys())]
+        raise UserError(f"{source}: no key is named {name!r}; {nearest(name, known)}")
     for patterns, reason in REFUSED.items():
         if any(fnmatch(name, pattern) for pattern in patterns.split()):
             raise UserError(f"{source}: {name} cannot be set, leave it out: {reason}")
-
-
-# ---------------------------------------------------------------- values
 
 
 def read_settings(
@@ -398,8 +384,7 @@ def read_command_line(description: str) -> Settings:
 
 # ---------------------------------------------------------------- how a script ends
 
-# Parts of the messages of torch, cuBLAS and cuDNN, and Unsloth's loss, whose errors have only
-# RuntimeError in common.
+# In the messages of the RuntimeErrors of torch, of cuBLAS and cuDNN, and of Unsloth's loss.
 OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "negligible GPU memory")
 log_folders = [Path()]  # where error.log may be written: output_dir first, once it is known
 
@@ -447,7 +432,7 @@ def run(main: Callable[[], None]) -> None:
         if is_out_of_memory(error):
             message = "the GPU's memory is full: README, Out of memory, says what to change first"
         else:
-            what = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            what = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
             code, message = 1, f"{what}; {write_error_log()}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -456,20 +441,9 @@ def run(main: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def quiet_libraries():
     """Keep what libraries print to standard output off the console, unless an error passes."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
             yield
-    except BaseException:
-        sys.stderr.write(printed.getvalue())
-        raise
-
-
-def first_reason(error: Exception) -> str:
-    """The first line of an exception's message, and the second where that ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] += f" {lines[1]}"
-    if not lines or not isinstance(error, OSError | RuntimeError | ValueError):
-        lines = [f"{type(error).__name__} {' '.join(lines)}".strip()]  # KeyError: 'weight_map'
-    return textwrap.shorten(lines[0], 200, placeholder=" …")
+        except BaseException:
+            sys.stderr.write(printed.getvalue())
+            raise
