@@ -22,6 +22,7 @@ TABLES = tuple(f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".js
 LOOSE = {"FolderBasedBuilder", "Csv"}  # of datasets: AudioFolder wants torchcodec
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", *NEED_FFMPEG)
+SOUND_FOLDERS = ("", "wavs", "wav", "audio", "audios", "clips")
 # What columns hold, by their names in lower case without signs; earlier patterns are preferred.
 UNIT = "(time|at)?(s|sec|secs|seconds|ms)?"
 COLUMNS = {
@@ -90,14 +91,17 @@ def find_audio(name: str, home: Path | None, absolute_paths: bool) -> Path:
     if not inside and not absolute_paths:
         fault = f"{path} is outside the dataset's folder; --absolute_paths allows it"
         raise ClipError(fault, "outside the folder")
-    stem = path.with_suffix("") if path.suffix.lower() in SOUNDS else path
-    endings = [ending for suffix in SOUNDS for ending in (suffix, suffix.upper())]
-    for place in ("", "wavs", "wav", "audio", "audios", "clips"):
-        for file in (path, *(f"{stem}{ending}" for ending in endings)):
-            for form in ("NFC", "NFD"):  # macOS writes é as two characters, others as one
-                found = home / place / unicodedata.normalize(form, str(file))
+    for form in ("NFC", "NFD"):  # macOS writes é as two characters, others as one
+        file = unicodedata.normalize(form, str(path))
+        if os.path.isfile(home / file):
+            return home / file
+        stem, ending = os.path.splitext(file)
+        stems = [file, stem] if ending.lower() in SOUNDS else [file]
+        endings = ["", *SOUNDS, *map(str.upper, SOUNDS)]
+        for place in filter(os.path.isdir, (home / name for name in SOUND_FOLDERS)):
+            for found in (f"{place}/{stem}{ending}" for stem in stems for ending in endings):
                 if os.path.isfile(found):
-                    return found
+                    return Path(found)
     return home / path
 
 
@@ -332,6 +336,7 @@ def builder_kinds(builder) -> set[str]:
 
 def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
     """Return the table of the rows that a builder of datasets streams."""
+    from pyarrow.dataset import ParquetFragmentScanOptions
     from pyarrow.parquet import read_metadata
 
     split, features, count, notes = split_name(settings), builder.info.features, None, []
@@ -358,8 +363,10 @@ def open_builder(builder, settings: DataSettings, home: Path | None) -> Table:
 
     def stream(columns):
         builder.info.features = features
-        if is_parquet:  # which then reads these alone, and not a million rows at once
+        if is_parquet:  # which then reads these alone, and holds neither many rows nor a whole file
             builder.config.columns, builder.config.batch_size = columns, 64
+            how = {"pre_buffer": False, "use_buffered_stream": True, "buffer_size": 2**20}
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(**how)
         dataset = builder.as_streaming_dataset(split=split)
         return dataset.select_columns(columns) if columns else dataset
 
