@@ -302,18 +302,19 @@ def read_audio(
 
 
 def pack_samples(samples: Any, rate: Any) -> bytes:
-    """Return the bytes of an audio file of decoded samples: an array or lists of one or two axes.
+    """Return the bytes of an audio file of samples: an array or lists, with up to two axes.
 
-    Integers are those of 16 bits. Of two axes the shorter one is that of the channels.
+    Integers are of 16 or 32 bits; the shorter axis is that of the channels.
     """
     try:
-        array, rate, file = np.asarray(samples), int(rate), io.BytesIO()
-        array = array / 2**15 if array.dtype.kind == "i" else array
-        array = array.T if array.ndim == 2 and array.shape[0] < array.shape[1] else array
-        # AU, since its header has no time in it, as that of a wav with floats has
-        soundfile.write(file, array.astype(np.float32), rate, format="AU", subtype="FLOAT")
+        array, file = np.asarray(samples), io.BytesIO()
+        if array.dtype.kind == "i":
+            array = array / (2**15 if np.abs(array).max(initial=0) <= 2**15 else 2**31)
+        array = array.T if array.ndim == 2 and len(array) < array.shape[1] else array
+        # AU, since the header of a wav with floats has the time in it
+        soundfile.write(file, array.astype(np.float32), int(rate), format="AU", subtype="FLOAT")
     except (TypeError, ValueError, IndexError, soundfile.LibsndfileError) as error:
-        raise ClipError(f"samples that are not numbers at a rate: {error}", "unreadable") from error
+        raise ClipError(f"no samples at a rate: {error}", "unreadable") from error
     return file.getvalue()
 
 
@@ -390,10 +391,7 @@ def audio_file(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
 
 
 def wav_header(size: int) -> bytes:
-    """Return the 44 bytes before `size` bytes of 16-bit mono samples at 24 kHz.
-
-    Players take 2³² − 1 for an unknown length. (The standard library's `wave` refuses it.)
-    """
+    """Return the 44 bytes before `size` bytes of int16 samples; 2³² − 1 if that is unknown."""
     sizes, rate = (min(36 + size, 2**32 - 1), min(size, 2**32 - 1)), SAMPLE_RATE
     fields = (b"RIFF", sizes[0], b"WAVEfmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", sizes[1])
     return struct.pack("<4sI8sIHHIIHH4sI", *fields)

@@ -1,7 +1,6 @@
 """A dataset in any of the accepted forms (data/README.md) → its clips."""
 
 import fnmatch
-import io
 import itertools
 import math
 import os
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 
-from orpheus.audio import ClipError
+from orpheus.audio import ClipError, pack_samples
 from orpheus.files import is_hub_id
 from orpheus.settings import DataSettings, UserError, read_text
 from orpheus.tables import (
@@ -374,16 +372,7 @@ def read_sound(values: dict, home: Path | None, absolute_paths: bool) -> Path | 
         return audio if isinstance(audio, Path | bytes) else None
     if not rate:
         raise ClipError("samples without their rate; add a column sampling_rate", "no sound")
-    try:
-        samples = np.asarray(audio)
-        if samples.dtype.kind == "i":  # of 16 or 32 bits
-            samples = samples / (2**15 if np.abs(samples).max(initial=0) <= 2**15 else 2**31)
-        samples = samples.T if samples.ndim == 2 and len(samples) < samples.shape[1] else samples
-        file = io.BytesIO()
-        soundfile.write(file, samples.astype(np.float32), int(rate), "FLOAT", format="WAV")
-    except (TypeError, ValueError, soundfile.LibsndfileError) as error:
-        raise ClipError(f"no samples at a rate: {error}", "unreadable") from error
-    return file.getvalue()
+    return pack_samples(audio, rate)
 
 
 def read_segment(values: dict, columns: dict[str, str]) -> tuple[float, float | None]:

@@ -193,7 +193,7 @@ def test_samples_that_are_decoded_already():
         (mono, 0),
         (3.0, 9),
     ):
-        with pytest.raises(UserError, match="samples that are not numbers at a rate"):
+        with pytest.raises(UserError, match="no samples at a rate"):
             pack_samples(samples, rate)
 
 
