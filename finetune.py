@@ -33,32 +33,31 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first rank prints for all
     out = Path(settings.output_dir)
     with contextlib.nullcontext() if runs.RANK else runs.lock_folder(out):
-        fine_tune(settings, started)
+        checkpoint = runs.find_checkpoint(settings)
+        if checkpoint and runs.is_finished(settings, checkpoint):
+            longer = "a higher max_steps or num_train_epochs trains it longer"
+            print(f"{out} holds a finished run of this length: nothing to resume ({longer})")
+            return
+        if settings.resume and not checkpoint:
+            print(f"warning  no complete checkpoint in {out}: training starts from the beginning")
+        fine_tune(settings, checkpoint, started)
 
 
-def fine_tune(settings: Settings, started: float) -> None:
+def fine_tune(settings: Settings, checkpoint: Path | None, started: float) -> None:
     """From clips to an adapter, in an output_dir that is this process's own."""
     from orpheus import clips
 
-    # 1. What the output folder and the dataset hold
-    out, checkpoint = Path(settings.output_dir), runs.find_checkpoint(settings)
-    if checkpoint and runs.is_finished(settings, checkpoint):
-        longer = "a higher max_steps or num_train_epochs trains it longer"
-        print(f"{out} holds a finished run of this length: nothing to resume ({longer})")
-        return
-    dataset = clips.read_clips(settings)
+    # 1. The dataset, the machine, and the settings as that allows
+    out, dataset = Path(settings.output_dir), clips.read_clips(settings)
     import_backend(settings)
     from orpheus import checks, codec, doctor, memory, models, rows, trainer
 
-    # 2. The settings, as this machine allows
     models.check_machine(settings.model)
     settings = trainer.resolve_settings(settings)
     arguments = make_sft_config(settings, checkpoint)
-    trainer.check_compatibility(settings, arguments)
-    trainer.print_machine(settings)
-    memory.print_memory(settings, memory.read_base(settings))
+    trainer.print_machine(settings, memory.read_base(settings))
 
-    # 3. Clips → rows of tokens, before the base is loaded
+    # 2. Clips → rows of tokens, before the base is loaded
     tokenizer = models.load_tokenizer(files.fetch(settings.model, files.TOKENIZER_FILES))
     snac = codec.load_codec(settings.codec, models.device())
     train_rows, held_out, report = rows.make_rows(dataset, settings, tokenizer, snac)
@@ -69,11 +68,11 @@ def fine_tune(settings: Settings, started: float) -> None:
     runs.set_aside(settings)
     evaluator = checks.SampleEvaluator(tokenizer, snac, settings, report, held_out)
 
-    # 4. The base with a LoRA, and the trainer
+    # 3. The base with a LoRA, and the trainer
     model = load_model(settings, arguments)
     sft_trainer = make_trainer(model, tokenizer, train_rows.dataset, arguments, settings, evaluator)
 
-    # 5. Training, and what it leaves: the adapter, the table of the checks, the model card
+    # 4. Training, and what it leaves: the adapter, the table of the checks, the model card
     if not runs.RANK:
         runs.save_config(settings)
         report.save(out)
@@ -99,18 +98,18 @@ def import_backend(settings: Settings) -> None:
 def make_sft_config(settings: Settings, checkpoint: Path | None = None):
     """Return TRL's SFTConfig: the settings that it has, and what follows from others.
 
-    Raises: UserError for a value that it does not take.
+    Raises: UserError for a value that it does not take, or that this machine does not allow.
     """
     from trl import SFTConfig
 
-    from orpheus.models import device
+    from orpheus import models, trainer
 
     follows = {
         "packing": settings.batching == "pack",
         "padding_free": False,  # else Unsloth flattens padded batches; packing turns it on itself
         "pad_to_multiple_of": settings.max_length if settings.batching == "pad_to_max" else None,
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
-        "use_cpu": device() == "cpu",
+        "use_cpu": models.device() == "cpu",
         "eval_strategy": "no",  # TrainingMonitor evaluates every sample_steps
         "metric_for_best_model": "eval_score",  # keeps the best checkpoint from rotation
         "greater_is_better": True,
@@ -123,10 +122,10 @@ def make_sft_config(settings: Settings, checkpoint: Path | None = None):
     if checkpoint and arguments.auto_find_batch_size:  # go on with the rows that it came to
         state = read_json(checkpoint / "trainer_state.json")
         arguments.per_device_train_batch_size = state["train_batch_size"]
-    if arguments.n_gpu > 1:  # transformers would take all, by nn.DataParallel, and print their sum
-        words = f"torchrun --nproc-per-node {arguments.n_gpu} finetune.py"
-        print(f"warning  1 of {arguments.n_gpu} GPUs is used; .venv/bin/{words} … uses all of them")
+    if (count := arguments.n_gpu) > 1:  # transformers would use nn.DataParallel, and add the losses
+        print(f"warning  1 of {count} GPUs is used; for all: torchrun --nproc-per-node {count} …")
         arguments._n_gpu = 1  # private: there is no key for it
+    trainer.check_compatibility(settings, arguments)
     return arguments
 
 
@@ -151,8 +150,8 @@ def load_model(settings: Settings, arguments):
     check_loaded(model, settings, dtype)
     settle_model(model, dtype)
     if not settings.full_finetuning:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = files.absolute_path_or_hub_id(settings.model)
+        name = files.absolute_path_or_hub_id(settings.model)
+        model.peft_config["default"].base_model_name_or_path = name
         # PEFT would ask the hub at each checkpoint whether the base's vocabulary was another
         model.save_pretrained = functools.partial(
             model.save_pretrained, save_embedding_layers=False

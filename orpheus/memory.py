@@ -6,23 +6,14 @@ tests/benchmarks/account_memory.py counts the same tensor by tensor; the two agr
 import itertools
 import json
 import math
-import os
 import resource
 from collections import namedtuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from orpheus import models
 from orpheus.files import CONFIG_FILES, fetch, is_adapter
-from orpheus.models import (
-    LINEAR_LAYERS,
-    check_stored,
-    has_own_head,
-    is_left_out,
-    read_model_config,
-    stored_weights,
-    training_dtype,
-)
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS
 
@@ -36,15 +27,15 @@ Base = namedtuple("Base", "config linear others lora own_head", defaults=[None])
 
 
 def count_weights(config, own_head: bool | None = None) -> Base:
-    """The Base of a model's config, counted on the meta device: nothing is loaded."""
+    """Return the Base of a model's config, counted on the meta device: nothing is loaded."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    modules = model.named_modules()
-    layers = {n: m.weight for n, m in modules if n.rpartition(".")[2] in LINEAR_LAYERS}
-    lora = sum(sum(weight.shape) for weight in layers.values())
-    if stored_weights(config):
-        layers = {n: weight for n, weight in layers.items() if not is_left_out(config, n)}
-    linear = sum(weight.numel() for weight in layers.values())
+    linear = lora = 0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in models.LINEAR_LAYERS:
+            lora += sum(module.weight.shape)
+            left_out = models.stored_weights(config) and models.is_left_out(config, name)
+            linear += 0 if left_out else module.weight.numel()
     others = sum(weight.numel() for weight in model.parameters()) - linear
     if not config.tie_word_embeddings:
         own_head = True
@@ -54,31 +45,32 @@ def count_weights(config, own_head: bool | None = None) -> Base:
 
 
 def read_config(settings: Settings):
-    """The base's config.json; `UserError` for an adapter, or a max_length beyond its context."""
+    """Return the base's config.
+
+    Raises: UserError for an adapter, or a max_length beyond the base's context.
+    """
     folder = fetch(settings.model, CONFIG_FILES)
     if is_adapter(folder):
         raise UserError(f"model {folder} is an adapter; give the base that it was trained on")
-    config = read_model_config(folder)
-    check_stored(settings, config)
-    context = config.max_position_embeddings
-    if settings.max_length > context:
-        over = f"max_length {settings.max_length} is over"
-        raise UserError(f"{over} the {context} tokens that {settings.model} sees")
+    config = models.read_model_config(folder)
+    models.check_stored(settings, config)
+    context = f"{config.max_position_embeddings} tokens that {settings.model} sees"
+    if settings.max_length > config.max_position_embeddings:
+        raise UserError(f"max_length {settings.max_length} is over the {context}")
     return config
 
 
 def read_base(settings: Settings) -> Base:
-    """The shape of the base that `settings.model` names."""
+    """Return the Base that `settings.model` names."""
     config, folder = read_config(settings), fetch(settings.model, CONFIG_FILES)
-    return count_weights(config, has_own_head(folder, training_dtype(settings)))
+    return count_weights(config, models.has_own_head(folder, models.training_dtype(settings)))
 
 
 def state_bytes(optimiser: str, weight_value: int) -> float:
     """Bytes of optimiser state on the GPU for each trained weight of `weight_value` bytes."""
     if any(word in optimiser for word in ("paged", "adafactor", "sgd")):
         return 0  # in RAM when the GPU is full; a row and a column; none
-    moments = 1 if any(word in optimiser for word in ("lion", "rmsprop", "adagrad")) else 2
-    return moments * (1 if "8bit" in optimiser else 4 if "32bit" in optimiser else weight_value)
+    return (1 if "lion" in optimiser else 2) * (1 if "8bit" in optimiser else weight_value)
 
 
 def bytes_per_value(config: dict) -> tuple[int, int]:
@@ -135,9 +127,8 @@ def training_moments(config: dict, base: Base, gradients: float) -> list[dict[st
     loss += max(head, copies) if checkpointing else head + copies
     tied = 0 if lora else 2 * embeddings  # gradients as a head and as embeddings, before their sum
     # The MLP's gradients are three and a cast, or one, since Unsloth reuses what it kept
-    work = 10 * shape.intermediate_size * tokens
-    if unsloth and lora:
-        work = product * (shape.intermediate_size + shape.hidden_size) * tokens
+    lean = product * (shape.intermediate_size + shape.hidden_size)
+    work = tokens * (lean if unsloth and lora else 10 * shape.intermediate_size)
     # Without earlier batches in the step, gradients grow as activations are freed
     before = gradients if config["gradient_accumulation_steps"] > 1 else 0
     again = layer if checkpointing else copies
@@ -151,7 +142,7 @@ def training_moments(config: dict, base: Base, gradients: float) -> list[dict[st
 
 
 def speaking_bytes(config: dict, base_config) -> float:
-    """The static cache of a batch of sample_texts, and one layer's copy of it per query head."""
+    """Return the size of a batch's full cache, with one layer's copy of it per query head."""
     tokens = SLOTS * (config["max_seconds"] * SAMPLE_RATE / FRAME_SAMPLES + 1)
     # About 15 characters are spoken in a second; longer texts are spoken in parts
     parts = sum(math.ceil(len(t) / 15 / config["max_seconds"]) for t in config["sample_texts"])
@@ -162,7 +153,7 @@ def speaking_bytes(config: dict, base_config) -> float:
 
 
 def memory_plan(config: dict, base: Base) -> dict[str, float]:
-    """Bytes on the GPU at the worst moment of a run, by what they hold.
+    """Return the bytes on the GPU at the worst moment of a run, by what they hold.
 
     `config` is Settings.flat(), with bf16 and fp16 resolved.
     """
@@ -200,12 +191,13 @@ def smallest_change(config: dict, base: Base, free: float) -> dict | None:
         {"max_length": min(1024, config["max_length"])},
         {"lora_r": min(16, config["lora_r"])},
     ]
-    remedies = [{k: v for k, v in remedy.items() if config[k] != v} for remedy in remedies]
-    remedies = [remedy for remedy in remedies if remedy]
-    counts = range(len(remedies) + 1)
-    chosen = itertools.chain(*(itertools.combinations(remedies, n) for n in counts))
-    changes = ({k: v for remedy in group for k, v in remedy.items()} for group in chosen)
-    return next((new for new in changes if total_bytes(config | new, base) <= free), None)
+    remedies = [remedy for remedy in remedies if not all(config[k] == v for k, v in remedy.items())]
+    for count in range(len(remedies) + 1):
+        for group in itertools.combinations(remedies, count):
+            change = {k: v for remedy in group for k, v in remedy.items() if config[k] != v}
+            if total_bytes(config | change, base) <= free:
+                return change
+    return None
 
 
 def most_rows(config: dict, base: Base, free: float) -> int:
@@ -217,47 +209,28 @@ def most_rows(config: dict, base: Base, free: float) -> int:
 
 def format_settings(change: dict | None) -> str:
     if change is None:
-        return "no change of settings makes it fit: a smaller base, or a larger card"
+        return "only a smaller base, or a larger card"
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in change.items())
 
 
 def print_plan(settings: Settings, base: Base) -> None:
     """--plan: where the memory goes, and what this GPU or, without one, other cards hold."""
     config = settings.flat()
-    keys = "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps"
-    chosen = format_settings({name: config[name] for name in keys})
-    print(f"{settings.model}: {settings.max_length} tokens a row, {chosen}")
+    keys = "max_length", "gradient_checkpointing", "per_device_train_batch_size"
+    print(f"{settings.model}: {format_settings({name: config[name] for name in keys})}")
     for name, size in memory_plan(config, base).items():
         if size:
             print(f"  {name:26}{size / GIB:8.2f} GiB")
     print(f"  {'in all':26}{total_bytes(config, base) / GIB:8.2f} GiB, an estimate")
-    if base.own_head is None:
+    if base.own_head is None:  # since the weights are not here
         more = bytes_per_value(config)[1] * base.config.vocab_size * base.config.hidden_size / GIB
-        head = "its head is taken for its embeddings, since the weights are not here"
-        print(f"  {head}; one of its own takes {more:.2f} GiB more")
-    for card in [free_memory() / GIB] if torch.cuda.is_available() else CARDS:
+        print(f"  taking its head for its embeddings; one of its own is {more:.2f} GiB more")
+    for card in [torch.cuda.mem_get_info()[0] / GIB] if torch.cuda.is_available() else CARDS:
         change = smallest_change(config, base, card * GIB)
         verdict = "fits" if change == {} else f"too small: {format_settings(change)}"
         rows = most_rows(config, base, card * GIB)
         room = f"; room for {rows} row{'s' * (rows > 1)} a batch" if rows else ""
         print(f"{card:4.4g} GiB: {verdict}{room}")
-
-
-def free_memory() -> int:
-    """Free bytes of this rank's GPU."""
-    return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
-
-
-def print_memory(settings: Settings, base: Base) -> None:
-    """Print what the run will need of the GPU's memory, and a warning if it may not fit."""
-    if not torch.cuda.is_available() or settings.device_map or settings.trainer.get("fsdp"):
-        return  # the plan is for a single GPU
-    config, free = settings.flat(), free_memory()
-    need = total_bytes(config, base)
-    print(f"memory   {need / GIB:.1f} GiB planned of {free / GIB:.1f} free")
-    if need > free:
-        change = format_settings(smallest_change(config, base, free))
-        print(f"warning  the run may not fit; what would: {change}")
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
@@ -22,9 +24,9 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from orpheus import memory
 from orpheus.checks import format_check, loss_warnings
 from orpheus.doctor import FEW_STEPS
-from orpheus.memory import GIB, peak_memory
 from orpheus.models import add_old_names
 from orpheus.rows import count_padded, length_batches
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
@@ -48,9 +50,6 @@ for logger, words in UNWANTED.items():
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
 )
-
-
-# ---------------------------------------------------------------- the trainer
 
 
 @dataclass
@@ -121,10 +120,9 @@ class SpeechTrainer(SFTTrainer):
             are not, since the weights would be trained already when training begins anew.
         """
         self.micro_batches = []  # (input_ids, loss) of the step so far
-        self.check_seconds = 0.0  # time spent in `evaluate`
-        self.started = None  # when the first step of this process began
-        self.first = None, 0  # the steps and tokens before it
-        self.logged = None  # training seconds, tokens and steps at the last line of the log
+        self.started, self.check_seconds = time.perf_counter(), 0.0
+        # Training seconds, tokens and steps: at the first step, and at the last line of the log
+        self.first = self.logged = None
         if batch_size < self._train_batch_size:
             full, self._train_batch_size = self._train_batch_size, batch_size
             now = f"{self.rows_per_step} rows a step, {self.total_steps} steps"
@@ -134,7 +132,7 @@ class SpeechTrainer(SFTTrainer):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            first = self.first[0] in (None, self.state.global_step)
+            first = not self.first or self.first[2] == self.state.global_step
             if self.args.auto_find_batch_size and first and batch_size > 1:
                 raise torch.OutOfMemoryError("GPU out of memory.") from error  # accelerate's words
             remedy = "--plan shows what fits"
@@ -146,12 +144,10 @@ class SpeechTrainer(SFTTrainer):
         return f"step {self.state.global_step + 1}: {fault}; last checkpoint: {good}"
 
     def training_step(self, model, inputs, *args, **kwargs):
-        tokens, step = self.state.num_input_tokens_seen, self.state.global_step
-        if self.started is None:
-            self.started, self.first = time.perf_counter(), (step, tokens)
-            self.logged = 0.0, tokens, step
-        elif self.logged[2] == self.first[0] < step:  # the first step also compiles kernels
-            self.logged = self.training_seconds(), tokens, step
+        if self.first is None:
+            self.first = self.logged = self.progress()
+        elif self.logged is self.first and self.state.global_step > self.first[2]:
+            self.logged = self.progress()  # speed leaves out the first step, which compiles kernels
         input_ids = inputs["input_ids"]  # super() takes it out of `inputs`
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.micro_batches.append((input_ids, loss.detach()))
@@ -164,8 +160,10 @@ class SpeechTrainer(SFTTrainer):
         losses = torch.stack([loss for _, loss in self.micro_batches]).tolist()
         for (input_ids, _), loss in zip(self.micro_batches, losses, strict=True):
             if not math.isfinite(loss):
-                texts = decode_prompts(input_ids, self.processing_class)
-                raise UserError(f"{self.at_step(f'the loss is {loss}')}; in the batch: {texts}")
+                prompt = "(.*?)".join(re.escape(TOKEN_NAMES[name]) for name in ("bos", "eot"))
+                found = re.findall(prompt, self.processing_class.decode(input_ids.flatten()))
+                fault = self.at_step(f"the loss is {loss}")
+                raise UserError(f"{fault}; in the batch: {'; '.join(found)[:500]}")
         self.micro_batches = []
 
     def log(self, logs, start_time=None):
@@ -175,22 +173,23 @@ class SpeechTrainer(SFTTrainer):
 
     def training_figures(self) -> dict[str, float]:
         """Hours of audio so far, peak memory, speed since the last line, and the time left."""
-        state, seen = self.state, self.state.num_input_tokens_seen
-        now = self.training_seconds(), seen, state.global_step
+        state, now = self.state, self.progress()
         seconds, tokens, steps = np.subtract(now, self.logged).tolist()
-        figures = {"peak_gib": peak_memory() / GIB, "tokens_per_second": tokens / seconds}
+        figures = {
+            "peak_gib": memory.peak_memory() / memory.GIB,
+            "tokens_per_second": tokens / seconds,
+        }
         if self.args.include_num_input_tokens_seen != "no":
-            figures["audio_hours"] = seen * self.seconds_per_token / 3600
-        if self.logged[2] > self.first[0]:
+            figures["audio_hours"] = now[1] * self.seconds_per_token / 3600
+        if self.logged[2] > self.first[2]:
             figures["seconds_left"] = seconds / steps * (state.max_steps - state.global_step)
         self.logged = now
         return figures
 
-    def training_seconds(self) -> float:
-        """Seconds since the first step began, without those of the checks."""
-        if self.started is None:  # a run resumed at its last step
-            return 0.0
-        return time.perf_counter() - self.started - self.check_seconds
+    def progress(self) -> tuple[float, int, int]:
+        """Return seconds in this process, without those of the checks; tokens and steps."""
+        seconds = time.perf_counter() - self.started - self.check_seconds
+        return seconds, self.state.num_input_tokens_seen, self.state.global_step
 
     def evaluate(self, *_, **__):
         started = time.perf_counter()
@@ -210,18 +209,6 @@ class SpeechTrainer(SFTTrainer):
                 name, step = f"sample/{n:02}", self.state.global_step
                 writer.add_audio(name, audio[None], step, sample_rate=SAMPLE_RATE)
         return metrics
-
-
-def decode_prompts(input_ids: torch.Tensor, tokenizer) -> str:
-    """The texts in a batch, of one clip a row or of many: the start of every prompt in it."""
-    flat = input_ids.flatten().tolist()
-    bos, eot = (tokenizer.convert_tokens_to_ids(TOKEN_NAMES[n]) for n in ("bos", "eot"))
-    texts = [flat[n + 1 : n + 60] for n, token in enumerate(flat) if token == bos]
-    texts = [text[: text.index(eot)] if eot in text else text for text in texts]
-    return "; ".join(tokenizer.batch_decode(texts))[:500]
-
-
-# ---------------------------------------------------------------- the console
 
 
 def print_batches(trainer: SpeechTrainer) -> None:
@@ -256,18 +243,17 @@ def print_summary(trainer: SpeechTrainer, settings: Settings, started: float) ->
     """Print minutes, tokens per second, peak memory, and where everything is."""
     logs = trainer.state.log_history
     losses = [log["loss"] for log in logs if "loss" in log]
-    training, checks = trainer.training_seconds(), trainer.check_seconds
+    (training, seen, steps), checks = trainer.progress(), trainer.check_seconds
     whole = time.perf_counter() - started
-    memory = "GPU memory" if torch.cuda.is_available() else "RAM"
+    kind = "GPU memory" if torch.cuda.is_available() else "RAM"
     times = f"training {training / 60:.1f}, checks {checks / 60:.1f}"
     print("---")
     loss = f", loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
-    print(f"steps    {trainer.state.global_step}{loss}")
+    print(f"steps    {steps}{loss}")
     print(f"minutes  {whole / 60:.1f}: {times}, setting up {(whole - training - checks) / 60:.1f}")
-    tokens = trainer.state.num_input_tokens_seen - trainer.first[1]
-    if tokens and training:
+    if trainer.first and (tokens := seen - trainer.first[1]):
         print(f"speed    {tokens / training:,.0f} tokens/s in training")
-    print(f"memory   {peak_memory() / GIB:.2f} GiB of {memory} at its peak")
+    print(f"memory   {memory.peak_memory() / memory.GIB:.2f} GiB of {kind} at its peak")
     print(f"{'model' if settings.full_finetuning else 'adapter':9}{settings.output_dir}")
     print(f'say more: {python_command()} infer.py "…" --model {shlex.quote(settings.output_dir)}')
 
@@ -307,19 +293,8 @@ def format_step(logs: dict, state) -> str:
         parts.append(f"{logs['audio_hours']:.2f} h of audio")
     parts.append(f"{logs['peak_gib']:.1f} GiB")
     if "seconds_left" in logs:
-        parts.append(f"{format_duration(logs['seconds_left'])} left")
+        parts.append(f"{timedelta(seconds=round(logs['seconds_left']))} left")
     return "   ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """1 h 02, 12 min, or 40 s."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
-
-
-# ---------------------------------------------------------------- stopping
 
 
 class StopOnSignal(TrainerCallback):
@@ -369,57 +344,48 @@ def write_unbuffered(file: int, text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 
-# ---------------------------------------------------------------- what the machine allows
-
-
 def resolve_settings(settings: Settings) -> Settings:
     """Return the settings with SFTConfig's keys in its types, and the precision decided.
 
-    `bf16` null takes bf16 where the GPU has it, else fp16; a CPU computes in bf16 with or without
-    instructions for it.
+    `bf16` null takes bf16 where the machine has it, as a CPU always does, else fp16.
 
     Raises: UserError for a value that SFTConfig does not take, or bf16 on a GPU without it.
     """
     hints = get_type_hints(SFTConfig) | {"fsdp": bool | str | None}  # it takes true, which says str
-    settings = parse_trainer_keys(settings, hints)
-    gpu = torch.cuda.is_available()
+    settings, gpu = parse_trainer_keys(settings, hints), torch.cuda.is_available()
     has_bf16 = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16, fp16 = settings.bf16, settings.fp16
-    if bf16 and not has_bf16:
+    if settings.bf16 and not has_bf16:
         raise UserError("settings: bf16 needs an Ampere or newer GPU; set bf16 false, fp16 true")
-    if bf16 is None:
-        bf16, fp16 = has_bf16 and not fp16, fp16 or not has_bf16
-    return settings.replace(bf16=bf16, fp16=fp16)
+    if settings.bf16 is not None:
+        return settings
+    return settings.replace(bf16=has_bf16 and not settings.fp16, fp16=settings.fp16 or not has_bf16)
 
 
 def check_compatibility(settings: Settings, arguments: SFTConfig) -> None:
     """Raises: UserError for what this backend or machine cannot do, before a model is loaded."""
-    gpu, unsloth = torch.cuda.is_available(), settings.backend == "unsloth"
-    weights = settings.weights
-    new = gpu and torch.cuda.get_device_capability() >= (9, 0)
+    cpu, unsloth, weights = arguments.use_cpu, settings.backend == "unsloth", settings.weights
+    old = cpu or torch.cuda.get_device_capability() < (9, 0)
     optim = getattr(arguments.optim, "value", arguments.optim)
     lean = any(word in optim for word in ("8bit", "paged", "bnb"))
-    refused = {
-        'weights "8bit" need a GPU, or backend "transformers"': (
-            weights == "8bit" and unsloth and not gpu
+    offload = settings.gradient_checkpointing == "unsloth"
+    several = arguments.auto_find_batch_size and WORLD_SIZE > 1
+    refused = [
+        (unsloth and cpu and weights == "8bit", 'weights "8bit" need backend "transformers" here'),
+        (
+            weights == "fp8" and (old or not unsloth),
+            'weights "fp8" need Unsloth and an H100 or newer',
         ),
-        'weights "fp8" need a GPU such as an H100 or RTX 50, and backend "unsloth"': (
-            weights == "fp8" and not (new and unsloth)
-        ),
-        'full_finetuning needs weights "16bit"': settings.full_finetuning and weights != "16bit",
-        'gradient_checkpointing "unsloth" needs backend "unsloth"; set it to true': (
-            settings.gradient_checkpointing == "unsloth" and not unsloth
-        ),
-        "fp16 needs a GPU; set bf16, or neither for fp32": arguments.fp16 and not gpu,
-        f"optim {optim} needs a GPU; adamw_torch_fused does not": lean and not gpu,
-        'fsdp needs backend "transformers"': bool(arguments.fsdp) and unsloth,
-        "auto_find_batch_size works on a single GPU; set per_device_train_batch_size": (
-            arguments.auto_find_batch_size and WORLD_SIZE > 1
-        ),
-    }
-    for message in (message for message, condition in refused.items() if condition):
-        raise UserError(f"settings: {message}")
-    if gpu and unsloth:
+        (settings.full_finetuning and weights != "16bit", 'full_finetuning needs weights "16bit"'),
+        (offload and not unsloth, 'gradient_checkpointing "unsloth" needs Unsloth; set it to true'),
+        (arguments.fp16 and cpu, "fp16 needs a GPU; set bf16, or neither for fp32"),
+        (lean and cpu, f"optim {optim} needs a GPU; adamw_torch_fused does not"),
+        (arguments.fsdp and unsloth, 'fsdp needs backend "transformers"'),
+        (several, "auto_find_batch_size works on a single GPU"),
+    ]
+    for condition, message in refused:
+        if condition:
+            raise UserError(f"settings: {message}")
+    if unsloth and not cpu:
         check_compiler()
     for name in set(arguments.report_to) - set(get_available_reporting_integrations()):
         remedy = f"`pip install {name}`, if that is a tracker of transformers"
@@ -437,23 +403,23 @@ def check_compiler() -> None:
         raise UserError(f"Unsloth's kernels need {missing}: {remedy}")
 
 
-def print_machine(settings: Settings) -> None:
-    """Print the GPU, what is free of its memory, its driver, the versions and the attention."""
+def print_machine(settings: Settings, base: memory.Base) -> None:
+    """Print the GPU, its memory and what the run needs of it, driver, versions and attention."""
     if not torch.cuda.is_available():
         return
-    free, total = (size / GIB for size in torch.cuda.mem_get_info())
+    config, (free, total) = settings.flat(), torch.cuda.mem_get_info()
     driver, attention = torch._C._cuda_getDriverVersion(), "sdpa"  # 12080 for CUDA 12.8
     if settings.backend == "unsloth":
-        from unsloth.utils import attention_dispatch as unsloth
+        from unsloth.utils import attention_dispatch
 
         packed = settings.batching == "pack"
-        attention = unsloth.select_attention_backend(use_varlen=packed)
-        if packed and attention == unsloth.SDPA:  # torch's for rows of several clips, or slow calls
-            varlen = unsloth._NATIVE_BEATS_XFORMERS
-            attention = "torch varlen" if varlen else "sdpa for each clip (install xformers)"
+        attention = attention_dispatch.select_attention_backend(use_varlen=packed)
+    sizes = free, total, memory.total_bytes(config, base)
+    sizes = "{:.1f} of {:.1f} GiB free, {:.1f} planned".format(*(n / memory.GIB for n in sizes))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", settings.backend))
-    card = f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
     driver = f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
-    print(f"machine  {card}; {driver}; {versions}; attention: {attention}")
-    if total - free > 1.5:  # CUDA itself takes some 0.5
-        print(f"warning  others use about {total - free - 0.5:.1f} GiB of it: see nvidia-smi")
+    card = torch.cuda.get_device_name()
+    print(f"machine  {card}, {sizes}; {driver}; {versions}; attention: {attention}")
+    change = memory.smallest_change(config, base, free)
+    if change != {} and not (settings.device_map or settings.trainer.get("fsdp")):
+        print(f"warning  the run may not fit; what would: {memory.format_settings(change)}")

@@ -112,7 +112,7 @@ def test_the_console_has_one_line_for_each_step_and_each_check(finished):
     step, check = lines[2:4]
     number = r"[\d,.]+"
     pattern = rf"step     4/4   loss {number}   lr {number}e-\d   {number} tok/s   "
-    assert re.fullmatch(pattern + rf"{number} h of audio   {number} GiB   0 s left", step), step
+    assert re.fullmatch(pattern + rf"{number} h of audio   {number} GiB   0:00:00 left", step), step
     samples = re.escape(f"samples: {out}/samples/step-000004/")
     pattern = rf"check    step 4   held-out {number}   slots 0–6:( {number}){{7}}   "
     assert re.fullmatch(pattern + rf"ended \d/2   pace {number}   {samples}", check), check
