@@ -11,8 +11,6 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 OTHER := $(if $(filter gpu,$(KIND)),cpu,gpu)
 READY := .venv/ready-$(KIND)
-# Without its dependencies, which would replace the pins: requirements/*.txt name those it needs.
-UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
 install: $(READY)
 
@@ -33,13 +31,13 @@ test: $(READY)
 	.venv/bin/python -m pytest
 
 # A .venv that was made for the other kind of machine is emptied first.
-$(READY): requirements/$(KIND).txt requirements/common.txt Makefile
+$(READY): requirements/$(KIND).txt requirements/common.txt requirements/unsloth.txt Makefile
 	@$(or $(PYTHON),false) $(USABLE) || { echo 'error: Python 3.11, 3.12 or 3.13 with venv is needed:' \
 	'sudo apt install python3-venv python3-dev; where that is older, as on Ubuntu 22.04,' \
 	'sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt install python3.12-venv python3.12-dev'; exit 1; }
 	$(PYTHON) -m venv $(if $(wildcard .venv/ready-$(OTHER)),--clear) .venv
 	.venv/bin/python -m pip install -r $<
-	.venv/bin/python -m pip install --no-deps $(UNSLOTH)
+	.venv/bin/python -m pip install --no-deps -r requirements/unsloth.txt
 	touch $@
 
 .PHONY: install demo train cut test
