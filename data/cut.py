@@ -59,7 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--whisper", default="small", help="size or folder of a Whisper model")
     help_text = "reject clips whose heard and given letters differ by more (default: 0.1)"
     parser.add_argument("--max_cer", default=0.1, type=float, help=help_text)
-    options = parser.parse()[0]
+    options = parser.parse_args()
     if not 0 <= options.max_cer <= 1:
         raise UserError(f"--max_cer is {options.max_cer}; give a share from 0 to 1")
     if options.language and not re.fullmatch("[a-z]{2,3}", options.language):

@@ -113,7 +113,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", metavar="RUN", help="adapter or checkpoint of finetune.py")
     parser.add_argument("out", metavar="FOLDER", help="new folder for the merged model")
-    arguments, _ = parser.parse()
+    arguments = parser.parse_args()
     if merge(arguments.model, Path(arguments.out)) > MAX_DIVERGENCE:
         print("parity   FAILED: it does not speak as the adapter does. Listen before you use it")
         sys.exit(1)

@@ -5,36 +5,30 @@ import contextlib
 import difflib
 import io
 import json
-import logging
 import os
 import re
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-
-# bitsandbytes warns that an optional package is missing, which would make 4-bit a bit faster.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.json"
-COMMAND_LINE = "command line"
 
 
 class UserError(ValueError):
     """A mistake that the user can correct: what, where and the remedy, in one line."""
 
     def __init__(self, message: str):
-        lines = map(str.strip, message.splitlines())  # a file's name or an error may have several
-        super().__init__(" ".join(line for line in lines if line))
+        super().__init__(" ".join(filter(None, message.splitlines())))
 
 
 # ---------------------------------------------------------------- the settings
@@ -63,8 +57,6 @@ class Part(BaseModel):
 
 
 class DataSettings(Part):
-    """data"""
-
     dataset: str = key("data/numbers", "Folder of clips, or hub id of a dataset", path=True)
     dataset_config: str | None = key(None, "Configuration of a hub dataset")
     dataset_split: str = key("train", "Split of a hub dataset")
@@ -82,8 +74,6 @@ class DataSettings(Part):
 
 
 class RowSettings(Part):
-    """rows"""
-
     train_on: Literal["audio", "all"] = key("audio", "all: there is loss on the prompt, too")
     max_length: Count = key(2048, "Longest row, and a packed row's length; a second is 82 tokens")
     too_long: Literal["drop", "truncate"] = key("drop", "What becomes of rows over max_length")
@@ -94,11 +84,7 @@ class RowSettings(Part):
 
 
 class ModelSettings(Part):
-    """model"""
-
-    model: str = key(
-        "unsloth/orpheus-3b-0.1-ft-unsloth-bnb-4bit", "Base model: hub id or folder", path=True
-    )
+    model: str = key("unsloth/orpheus-3b-0.1-ft-unsloth-bnb-4bit", "Base model", path=True)
     codec: str = key("hubertsiuzdak/snac_24khz", "SNAC at 24 kHz: hub id or folder", path=True)
     backend: Literal["unsloth", "transformers"] = key("unsloth", "transformers: TRL and PEFT alone")
     full_finetuning: bool = key(False, "Train all weights, which have to be 16bit, and no LoRA")
@@ -108,21 +94,15 @@ class ModelSettings(Part):
 
 
 class MemorySettings(Part):
-    """memory"""
-
     weights: Literal["4bit", "8bit", "fp8", "16bit"] = key("4bit", "Precision of the base model")
     gradient_checkpointing: bool | Literal["unsloth"] = key("unsloth", "Recompute activations")
     per_device_train_batch_size: Count = key(1, "Rows per batch on each GPU")
     gradient_accumulation_steps: Count = key(1, "Batches per optimiser step")
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = key(
-        None, "Split one model over several GPUs"
-    )
+    device_map: Literal["auto", "balanced", "sequential"] | None = key(None, "Split over GPUs")
     plan: bool = key(False, "Print where the memory would go, and stop")
 
 
 class TrainingSettings(Part):
-    """training"""
-
     num_train_epochs: Positive = key(3, "Passes over the data")
     max_steps: int = key(-1, "Optimiser steps; -1: as many as num_train_epochs takes", ge=-1)
     learning_rate: float = key(2e-4, "Peak learning rate", gt=0, le=1)
@@ -136,8 +116,6 @@ class TrainingSettings(Part):
 
 
 class OutputSettings(Part):
-    """output"""
-
     output_dir: str = key("outputs/numbers", "Folder for the adapter, checkpoints and samples")
     overwrite: bool = key(False, "Start anew; a run in output_dir is kept as output_dir.old1, …")
     resume: bool | Literal["weights"] = key(False, "Continue the run; weights: without optimiser")
@@ -152,8 +130,6 @@ class OutputSettings(Part):
 
 
 class SpeakingSettings(Part):
-    """speaking"""
-
     seed: int = key(3407, "Seed of training and of speaking", ge=0, lt=2**32)
     temperature: NonNegative = key(0.6, "Sampling temperature; 0: greedy")
     top_p: float = key(0.95, "Nucleus sampling", gt=0, le=1)
@@ -165,16 +141,10 @@ class SpeakingSettings(Part):
     cache_implementation: str | None = key(None, "generate's cache; static: compiled, on a GPU")
 
 
-# pydantic takes the fields of the last base first.
-class Settings(
-    SpeakingSettings,
-    OutputSettings,
-    TrainingSettings,
-    MemorySettings,
-    ModelSettings,
-    RowSettings,
+class Settings(  # pydantic takes the fields of the last base first
+    SpeakingSettings, OutputSettings, TrainingSettings, MemorySettings, ModelSettings, RowSettings,
     DataSettings,
-):
+):  # fmt: skip
     """All settings of a run. Keys that are not declared above are TRL's SFTConfig's."""
 
     def flat(self) -> dict[str, Any]:
@@ -212,33 +182,26 @@ ALIASES = {
 # SFTConfig's keys that a run sets itself, or that would do nothing.
 REFUSED = {
     "packing padding_free pad_to_multiple_of *_sampling_*": "it follows from batching",
-    "use_cpu": "a GPU is used if there is one",
     "resume_from_checkpoint ignore_data_skip": "--resume continues from the last checkpoint",
     "push_to_hub hub_*": "`hf upload you/anna outputs/anna` publishes a finished run",
     "*eval* do_*": "sample_steps sets when a run is evaluated, held_out on what",
-    "*best_model* greater_is_better": "the best checkpoint is always kept, and checks.csv names it",
     "dataset_* *_dataset *_only_loss truncation_mode chat_* *_token": "the rows come ready made",
-    "model_init_kwargs trust_remote_code": "weights and device_map set how the base is loaded",
 }
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     """Return a hint at the one of the `known` names that is most like `name`."""
-    if name in ALIASES:
-        return f"use {ALIASES[name]}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, known, n=1)
     return f"the nearest is {near[0]!r}" if near else "--help lists them"
 
 
 def check_name(name: str, source: str) -> None:
-    """Raises: UserError for a key that nothing has, or that cannot be set."""
-    if name in Settings.model_fields:
-        return
-    if name not in trainer_keys():
-        known = [*Settings.model_fields, *sorted(trainer_keys())]
+    """Raise a UserError for a key that nothing has, or that cannot be set."""
+    known = [*Settings.model_fields, *sorted(trainer_keys())]
+    if name not in known:
         raise UserError(f"{source}: no key is named {name!r}; {nearest(name, known)}")
     for patterns, reason in REFUSED.items():
-        if any(fnmatch(name, pattern) for pattern in patterns.split()):
+        if any(fnmatch(name, p) for p in patterns.split()) and name not in Settings.model_fields:
             raise UserError(f"{source}: {name} cannot be set, leave it out: {reason}")
 
 
@@ -252,45 +215,32 @@ def read_settings(
     """
     file = Path(config or CONFIG)
     given = read_json(file) if config or file.exists() else {}
-    words = {name: parse_word(word) for name, word in (words or {}).items()}
-    sources = ({} if saved else dict.fromkeys(given, file)) | dict.fromkeys(words, COMMAND_LINE)
+    words = {name: parse_word(name, word) for name, word in (words or {}).items()}
+    sources = ({} if saved else dict.fromkeys(given, file)) | dict.fromkeys(words, "command line")
     for name, source in sources.items():
         check_name(name, source)
     given.setdefault("dataset", Settings.model_fields["dataset"].default)  # this one is a path
     given |= {name: find_path(given[name], file) for name in PATHS if name in given}
-    return validate(Settings, given | words, dict.fromkeys(given, file) | sources)
-
-
-def parse_word(word: Any) -> Any:
-    """Return a word of the command line as JSON, but strings and numbers as the word itself."""
     try:
-        value = json.loads(word)
-    except (TypeError, ValueError):
-        return word
-    return value if value is None or isinstance(value, bool | list | dict) else word
-
-
-def validate(model: type[BaseModel], values: dict[str, Any], sources: dict) -> BaseModel:
-    """Return `values` as a `model` types them, or raise a UserError that names one of them."""
-    try:
-        return model.model_validate(values)
+        return Settings.model_validate(given | words)
     except ValidationError as error:
-        errors = error.errors()
+        errors, values = error.errors(), given | words
         name = errors[0]["loc"][0]
         reasons = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][0] == name))
-        wrong = json.dumps(values[name], ensure_ascii=False, default=str)[:80]
-        field = model.model_fields[name]
-        default = "" if field.is_required() else json.dumps(field.default)
-        usual = f"; the default is {default}" if 0 < len(default) < 60 else ""
-        raise UserError(f"{sources[name]}: {name} is {wrong}: {reasons}{usual}") from error
+        default = json.dumps(Settings.model_fields[name].default)
+        usual = f"; the default is {default}" if len(default) < 60 else ""
+        wrong = f"{name} is {json.dumps(values[name], ensure_ascii=False, default=str)[:80]}"
+        raise UserError(f"{sources.get(name, file)}: {wrong}: {reasons}{usual}") from error
 
 
-def parse_trainer_keys(settings: Settings, hints: dict[str, Any]) -> Settings:
-    """Return the settings with the keys that only SFTConfig has in its types, which are `hints`."""
-    given = settings.model_extra
-    fields = {name: (hints[name], ...) for name in given}
-    model = create_model("SFTConfig", __config__=ConfigDict(allow_inf_nan=False), **fields)
-    return settings.replace(**dict(validate(model, given, dict.fromkeys(given, "settings"))))
+def parse_word(name: str, word: Any) -> Any:
+    """Return a word of the command line as JSON. Of our keys, pydantic tells what is a number."""
+    try:
+        value = json.loads({"True": "true", "False": "false"}.get(word, word))
+    except (TypeError, ValueError):
+        return word
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return word if is_plain and name in Settings.model_fields else value
 
 
 def find_path(path: Any, config: Path) -> Any:
@@ -324,49 +274,41 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the command line
 
+HIDDEN = argparse.SUPPRESS
 SWITCH = {"nargs": "?", "const": "true"}  # so that --plan is --plan true
 
 
 class Parser(argparse.ArgumentParser):
     """A script's own options, and settings as `--key value`; none may be abbreviated."""
 
-    def __init__(self, description: str, usage: str | None = None):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(description=description, usage=usage, **options)
+    def __init__(self, description: str, **options):
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **options)
 
     def error(self, message: str):
-        raise UserError(f"{COMMAND_LINE}: {message}")
+        raise UserError(f"command line: {message}")
 
-    def add_settings(self, names: list[str]) -> None:
-        """Add --config and the settings of these names, by part."""
+    def add_settings(self, names: tuple[str, ...]) -> None:
         self.add_argument("--config", metavar="FILE", help="settings, in place of config.json's")
         for part in PARTS:
-            group = self.add_argument_group(part.__doc__)
+            group = self.add_argument_group(part.__name__.removesuffix("Settings").lower())
             for name in [name for name in part.model_fields if name in names]:
                 field = part.model_fields[name]
-                default = json.dumps(field.default, ensure_ascii=False)
+                words = {"help": f"{field.description} (default: {json.dumps(field.default)})"}
                 types = (field.annotation, *get_args(field.annotation))
                 choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
-                words = {"help": f"{field.description} (default: {default})"}
                 words |= {"metavar": "|".join(choices) or "…"} | (SWITCH if bool in types else {})
-                group.add_argument(f"--{name}", **words)
+                group.add_argument(f"--{name}", default=HIDDEN, **words)
 
     def parse(self, *names: str) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """Return the script's own options, and the settings of these `names` that are given.
-
-        They are given by --config and the command line. The options have all `settings`, too.
-        """
-        if names:
-            self.add_settings(names)
+        """Return the script's options, with all `settings`, and those of `names` that are given."""
+        self.add_settings(names)
         options, unknown = self.parse_known_args()
-        words = {name: vars(options).pop(name) for name in set(names)}
-        words = {name: word for name, word in words.items() if word is not None}
         if unknown:
             hint = nearest(unknown[0].lstrip("-"), [*vars(options), *names])
             hint = hint if unknown[0][0] == "-" else "write --key value, as in --dataset my_voice"
-            raise UserError(f"{COMMAND_LINE}: no option is named {unknown[0]!r}; {hint}")
-        if not names:
-            return options, {}
+            raise UserError(f"command line: no option is named {unknown[0]!r}; {hint}")
+        words = {name: vars(options).pop(name) for name in set(names) & vars(options).keys()}
         options.settings = read_settings(options.config, words)
         given = options.settings.model_fields_set if options.config else words
         return options, {name: getattr(options.settings, name) for name in names if name in given}
@@ -376,7 +318,7 @@ def read_command_line(description: str) -> Settings:
     """Return the settings of a script that takes all of them, and SFTConfig's."""
     parser = Parser(description, usage="%(prog)s [--config FILE] [--key value …]")
     for name in trainer_keys() - Settings.model_fields.keys():
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **SWITCH)
+        parser.add_argument(f"--{name}", help=HIDDEN, default=HIDDEN, **SWITCH)
     settings = parser.parse(*Settings.model_fields, *trainer_keys())[0].settings
     log_folders[:] = [Path(settings.output_dir), Path()]
     return settings
@@ -438,12 +380,6 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-@contextlib.contextmanager
 def quiet_libraries():
-    """Keep what libraries print to standard output off the console, unless an error passes."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        try:
-            yield
-        except BaseException:
-            sys.stderr.write(printed.getvalue())
-            raise
+    """Return a context that keeps what libraries print off the console."""
+    return contextlib.redirect_stdout(io.StringIO())

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import pyarrow.compute as pc
@@ -30,7 +29,7 @@ from orpheus.doctor import FEW_STEPS
 from orpheus.models import add_old_names
 from orpheus.rows import count_padded, length_batches
 from orpheus.runs import RANK, WORLD_SIZE, last_checkpoint, python_command
-from orpheus.settings import Settings, UserError, is_out_of_memory, parse_trainer_keys
+from orpheus.settings import Settings, UserError, is_out_of_memory
 from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 
 # What we use of libraries beyond their public names: SpeechTrainer overrides _save,
@@ -345,14 +344,11 @@ def write_unbuffered(file: int, text: str) -> None:
 
 
 def resolve_settings(settings: Settings) -> Settings:
-    """Return the settings with SFTConfig's keys in its types, and the precision decided.
+    """Return the settings with the precision decided, or raise a UserError for bf16 without it.
 
     `bf16` null takes bf16 where the machine has it, as a CPU always does, else fp16.
-
-    Raises: UserError for a value that SFTConfig does not take, or bf16 on a GPU without it.
     """
-    hints = get_type_hints(SFTConfig) | {"fsdp": bool | str | None}  # it takes true, which says str
-    settings, gpu = parse_trainer_keys(settings, hints), torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     has_bf16 = not gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.bf16 and not has_bf16:
         raise UserError("settings: bf16 needs an Ampere or newer GPU; set bf16 false, fp16 true")

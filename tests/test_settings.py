@@ -28,20 +28,14 @@ from orpheus.settings import (
 from orpheus.trainer import resolve_settings
 
 
-def test_every_other_number_of_the_trainer_is_finite():
-    settings = read_settings(None, {"router_aux_loss_coef": "nan"})
-    with pytest.raises(UserError, match=r"router_aux_loss_coef is .* finite"):
-        resolve_settings(settings)
-
-
 def test_unknown_and_wrong_trainer_keys():
     for overrides, line in [
         ({"learning_rat": "1"}, "no key is named 'learning_rat'; the nearest is 'learning_rate'"),
         ({"datset": "x"}, "no key is named 'datset'; the nearest is 'dataset'"),
-        ({"lora_rank": "8"}, "no key is named 'lora_rank'; use lora_r"),
+        ({"lora_rank": "8"}, "no key is named 'lora_rank'; the nearest is 'lora_r'"),
         ({"max_seq_length": "8"}, "the nearest is 'max_length'"),
-        ({"load_in_4bit": "true"}, "no key is named 'load_in_4bit'; use weights \"4bit\""),
-        ({"batch_size": "8"}, "use per_device_train_batch_size"),
+        ({"load_in_4bit": "true"}, 'the nearest is .weights "4bit"'),
+        ({"batch_size": "8"}, "the nearest is 'per_device_train_batch_size'"),
         ({"learning_rate": "fast"}, 'learning_rate is "fast": .* valid number'),
         ({"lr_scheduler_type": "bend"}, "settings: bend is not a valid SchedulerType"),
     ]:
@@ -114,6 +108,10 @@ def test_a_wrong_value_is_answered_with_the_default(tmp_path):
         ("voice", "null", None),
         ("overwrite", "True", True),
         ("learning_rate", "1", 1.0),
+        ("adam_beta2", "0.9", 0.9),
+        ("tf32", "False", False),
+        ("fsdp", "full_shard", "full_shard"),
+        ("fsdp_config", '{"a": 1}', {"a": 1}),
     ],
 )
 def test_words_of_the_command_line(name, text, value):
@@ -140,7 +138,7 @@ def test_keys_of_sftconfig_that_would_not_be_used_are_refused(name):
 def test_a_changed_copy_leaves_the_settings_alone():
     settings = read_settings(None, {"adam_beta2": "0.9"})
     changed = settings.replace(limit=5, adam_beta2=0.8, adam_beta1=0.7, learning_rate=1.0)
-    assert (settings.limit, settings.trainer["adam_beta2"]) == (None, "0.9")
+    assert (settings.limit, settings.trainer["adam_beta2"]) == (None, 0.9)
     assert "adam_beta1" not in settings.flat() and settings.learning_rate == 2e-4
     given = {"adam_beta2": 0.8, "adam_beta1": 0.7, "learning_rate": 1.0}
     assert changed.limit == 5 and given.items() <= changed.trainer.items()
@@ -215,6 +213,7 @@ def test_keys_of_a_saved_config_are_not_looked_up(tmp_path):
 
 # ---------------------------------------------------------------- the command line
 
+PART_NAMES = [part.__name__.removesuffix("Settings").lower() for part in PARTS]
 HEAVY = {"torch", "transformers", "trl", "datasets", "unsloth", "peft", "snac"}
 
 
@@ -223,7 +222,7 @@ def test_help_and_mistakes_in_keys_need_no_heavy_imports(name):
     mistakes = {
         ("--learning_rate", "nan"): "error: command line: learning_rate is",
         ("--adam_beta_2", "0.9"): "no option is named '--adam_beta_2'; the nearest is 'adam_beta2'",
-        ("--lr", "1"): "no option is named '--lr'; use learning_rate",
+        ("--lr", "1"): "no option is named '--lr'; the nearest is 'learning_rate'",
         ("--eval_steps", "5"): "error: command line: eval_steps cannot be set, leave it out:",
         ("--help",): "",
     }
@@ -248,7 +247,7 @@ def test_help_shows_each_key_with_its_meaning_and_default(monkeypatch, capsys):
     for name, field in Settings.model_fields.items():
         meaning = re.escape(f"{field.description} (default: {json.dumps(field.default)})")
         assert re.search(rf"^  --{name} \S+\s+{meaning}$", printed, re.M), name
-    assert re.findall(r"^(\w+):$", printed, re.M)[1:] == [part.__doc__ for part in PARTS]
+    assert re.findall(r"^(\w+):$", printed, re.M)[1:] == PART_NAMES
 
 
 def command_line(monkeypatch, *words):
@@ -261,7 +260,7 @@ def test_the_grammar_of_the_command_line(monkeypatch):
     settings = command_line(monkeypatch, *words, "--adam_beta2", "0.9")
     assert settings.overwrite and not settings.plan and settings.max_steps == -1
     assert settings.dataset == "a=b"
-    assert settings.model_extra == {"tf32": True, "adam_beta2": "0.9"}
+    assert settings.model_extra == {"tf32": True, "adam_beta2": 0.9}
     for words, line in {
         ("--dataset",): "argument --dataset: expected one argument",
         ("--datset", "x"): "no option is named '--datset'; the nearest is 'dataset'",
