@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -51,24 +50,18 @@ CHANGEABLE |= SpeakingSettings.model_fields.keys() - {"seed"}
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Make a folder and keep it to this process, until the end or until the process is killed.
-
-    Raises:
-        UserError: another run has the folder, or it cannot be written to.
-    """
+    """Make a folder and keep it to this process, until it ends or is killed; or raise UserError."""
     lock = FileLock(os.path.realpath(out / LOCK))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / LOCK).touch()
-    except OSError as error:
-        message = f"{out}: cannot be written: {error.strerror}"
-        raise UserError(f"{message}; try another --output_dir") from error
-    try:
         lock.acquire(timeout=0)
     except Timeout:
-        message = f"another run is writing to {out}"
-        raise UserError(f"{message}: wait for it, or choose another --output_dir") from None
-    except OSError as error:  # as on some network file systems
+        remedy = "wait for it, or choose another --output_dir"
+        raise UserError(f"another run is writing to {out}: {remedy}") from None
+    except OSError as error:
+        if not os.path.exists(lock.lock_file):
+            message = f"{out}: cannot be written: {error.strerror}; try another --output_dir"
+            raise UserError(message) from error
         print(f"warning  {out} cannot be locked ({error.strerror}): start no second run in it")
     try:
         yield
@@ -80,41 +73,35 @@ def lock_folder(out: Path) -> Iterator[None]:
 def find_checkpoint(settings: Settings) -> Path | None:
     """Return the checkpoint from which the run in output_dir goes on; None: it begins.
 
-    Raises:
-        UserError: the folder holds a run, and neither `resume` nor `overwrite` is set; or it holds
-            anything else.
+    Raises UserError if neither `resume` nor `overwrite` says so of a run, and for other files.
     """
     out = Path(settings.output_dir)
     strange = [path.name for path in out.glob("*") if not HARMLESS.fullmatch(path.name)]
     if strange and not (out / SAVED_CONFIG).is_file():
         message = f"{out} holds {min(strange)}, and no run of finetune.py"
         raise UserError(f"{message}: choose another --output_dir, or move what is in it")
-    if not holds_run(out) or (settings.overwrite and not settings.resume):
+    if settings.overwrite and not settings.resume:
         return None
     checkpoint, finished = last_checkpoint(out), is_model(out)
-    if settings.resume and (checkpoint or not finished):
+    nothing = not finished and not any(out.glob("checkpoint-*"))
+    if nothing or (settings.resume and (checkpoint or not finished)):
         return checkpoint
-    kind, more = "an unfinished run", f"`{command('--resume')}` continues it"
-    if finished:
-        saved = read_settings(out / SAVED_CONFIG, saved=True)
-        name = "max_steps" if saved.max_steps > 0 else "num_train_epochs"
-        longer = command("--resume", f"--{name}", f"{2 * getattr(saved, name):g}")
-        kind, more = "a finished run", f"`{longer}` trains it longer"
-    if not checkpoint:
-        more = "it has no checkpoint to resume"
+    more = "it has no checkpoint to resume"
+    if checkpoint and finished:
+        steps = str(2 * int(checkpoint.name[11:]))
+        more = f"`{command('--resume', '--max_steps', steps)}` trains it longer"
+    elif checkpoint:
+        more = f"`{command('--resume')}` continues it"
+    kind = "a finished run" if finished else "an unfinished run"
     anew = f"`{command('--overwrite')}` starts anew, and keeps this one"
     raise UserError(f"{out} holds {kind}: {more}; {anew}")
-
-
-def holds_run(out: Path) -> bool:
-    """Whether a folder has anything that a new run in it would replace."""
-    return is_model(out) or any(out.glob("checkpoint-*"))
 
 
 def set_aside(settings: Settings) -> None:
     """Rename the folder of the run that `overwrite` replaces, if there is one, and say so."""
     out = Path(settings.output_dir).resolve()
-    if RANK or settings.resume or not settings.overwrite or not holds_run(out):
+    begun = is_model(out) or any(out.glob("checkpoint-*"))
+    if RANK or settings.resume or not settings.overwrite or not begun:
         return
     names = (out.with_name(f"{out.name}.old{n}") for n in itertools.count(1))
     kept = next(name for name in names if not name.exists())
@@ -134,9 +121,8 @@ def python_command() -> str:
 def command(*options: str) -> str:
     """Return the command line of this process with more options, as a person would type it."""
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORLD_SIZE)]
-    ranks = ranks if WORLD_SIZE > 1 else []
-    more = options[options[0] in sys.argv :]
-    return shlex.join([python_command(), *ranks, *sys.argv, *more])
+    words = [*(ranks if WORLD_SIZE > 1 else []), *sys.argv, *options[options[0] in sys.argv :]]
+    return shlex.join([python_command(), *words])
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -154,35 +140,28 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def is_finished(settings: Settings, checkpoint: Path) -> bool:
-    """Whether the run of a checkpoint is saved, and was as long as the settings want it."""
+    """Return whether a checkpoint's run is saved, and was as long as the settings want it."""
     state = read_json(checkpoint / "trainer_state.json")
     long = state["epoch"] >= settings.num_train_epochs
     if settings.max_steps > 0:
         long = state["global_step"] >= settings.max_steps
-    return is_model(checkpoint.parent) and long
-
-
-def resolve_paths(settings: Settings) -> dict[str, Any]:
-    """Return the flat settings as they are saved, with paths that hold from any folder."""
-    paths = {name: absolute_path_or_hub_id(getattr(settings, name)) for name in PATHS}
-    return settings.flat() | paths | {"overwrite": False, "resume": False}
+    return long and is_model(checkpoint.parent)
 
 
 def save_config(settings: Settings) -> None:
-    """Save the settings; before the first step, because checkpoints need them, too."""
-    path = Path(settings.output_dir) / SAVED_CONFIG
-    write_text(path, json.dumps(resolve_paths(settings), indent=2, ensure_ascii=False) + "\n")
+    """Save the settings, with paths that hold from any folder; before any checkpoint needs them."""
+    paths = {name: absolute_path_or_hub_id(getattr(settings, name)) for name in PATHS}
+    values = settings.flat() | paths | {"overwrite": False, "resume": False}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    write_text(Path(settings.output_dir) / SAVED_CONFIG, text)
 
 
 def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
-    """Check that a run can go on from a checkpoint as it began.
-
-    Raises:
-        UserError: it had other settings, or rows of another digest; or its optimiser is missing.
-    """
+    """Raise UserError where a run cannot go on from a checkpoint as it began, with the reasons."""
     out = Path(settings.output_dir)
     saved = read_settings(out / SAVED_CONFIG, saved=True)  # newer keys have their defaults
-    before, now = resolve_paths(saved), resolve_paths(settings)
+    before, now = saved.flat(), settings.flat()
+    now["model"] = absolute_path_or_hub_id(settings.model)  # as it is saved
     known = (Settings.model_fields.keys() | trainer_keys()) - CHANGEABLE
     changes = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -195,14 +174,15 @@ def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
         for run, count in ((saved, ranks), (settings, WORLD_SIZE))
     )
     if had != has:
-        steps = had * settings.gradient_accumulation_steps / has
-        remedy = f"gradient_accumulation_steps {steps:g} keeps them"
-        changes.append(f"a step had {had} rows, on {ranks} GPUs, and has {has} ({remedy})")
+        remedy = f"gradient_accumulation_steps {settings.gradient_accumulation_steps * had / has:g}"
+        changes.append(
+            f"a step had {had} rows, on {ranks} GPUs, and has {has} ({remedy} keeps them)"
+        )
     if read_json(out / SAVED_REPORT).get("digest") != digest:
         changes.append("the training data has changed")
     if changes:
         raise UserError(f"{out}: cannot resume: {'; '.join(changes)}; --overwrite starts anew")
-    complete = any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()
+    complete = all(any(checkpoint.glob(name)) for name in ("optimizer*", "scheduler.pt"))
     if not complete and settings.resume != "weights":
         message = f"{checkpoint}: without optimizer.pt and scheduler.pt, both would start anew"
         raise UserError(f"{message}: copy them there, or if that is meant, give --resume weights")
@@ -210,18 +190,15 @@ def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_full_disk(out: Path, progress: Callable[[], str]) -> Iterator[None]:
-    """Raise a `UserError` with the remedy where the disk fills up while something is saved.
-
-    `progress` says how far the run is.
-    """
+    """Raise a `UserError` with the remedy, and how far the run is, where the disk fills up."""
     try:
         yield
     except Exception as error:
         if not any(phrase in str(error) for phrase in DISK_FULL):
             raise
-        message = f"{progress()}: {out} cannot be written, its disk is full: free some of it"
-        checkpoint = last_checkpoint(out) or "none yet"
-        raise UserError(f"{message}, then --resume; last checkpoint: {checkpoint}") from error
+        message = f"{progress()}: {out} cannot be written, its disk is full: free some of it, then"
+        last = last_checkpoint(out) or "none yet"
+        raise UserError(f"{message} --resume; last checkpoint: {last}") from error
 
 
 def find_sample(home: Path) -> Path | None:
@@ -230,12 +207,9 @@ def find_sample(home: Path) -> Path | None:
 
 
 def model_card(home: Path, settings: Settings, name: str, merged: str = "") -> str:
-    """Return the README.md of a run, or of its merged model, as the hub shows it.
+    """Return the README.md of the run in `home`, as the hub shows it under `name`.
 
-    Args:
-        home: the run's folder.
-        name: of the model, on the hub.
-        merged: what the comparison of a merged model with its adapter says.
+    For its merged model, `merged` is what the comparison with the adapter says.
     """
     report = read_json(home / SAVED_REPORT)
     adapter = not (merged or settings.full_finetuning)

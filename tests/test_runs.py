@@ -246,7 +246,7 @@ def test_what_shapes_the_training_may_not_change(run_copy, monkeypatch):
     assert [reason.split()[0] for reason in reasons] == [
         *("adam_beta2", "lora_r", "seed"), "a", "the", "--overwrite"
     ]  # fmt: skip
-    assert reasons[1] == "lora_r was 64 and is 4" and reasons[3].startswith("a step had 2 rows, on")
+    assert reasons[1] == "lora_r was 64 and is 4" and reasons[3].startswith("a step had 2 rows on")
 
 
 def test_a_run_older_than_a_key_goes_on(run_copy, monkeypatch, capsys):
@@ -278,7 +278,7 @@ def test_the_rows_of_a_step_stay_on_another_number_of_ranks(run_copy, monkeypatc
     settings = settings.replace(output_dir=str(run_copy))
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
-    with pytest.raises(UserError, match=r"had 4 rows, .*accumulation_steps 2 keeps"):
+    with pytest.raises(UserError, match=r"had 4 rows on 2 GPUs .*accumulation_steps 2 keeps"):
         runs.check_resumed(settings, digest, checkpoint)
     halves = settings.replace(gradient_accumulation_steps=4, per_device_train_batch_size=1)
     runs.check_resumed(halves, digest, checkpoint)
