@@ -47,33 +47,28 @@ def output_paths(options: argparse.Namespace, count: int) -> list[Path]:
     """Return the file of each text: --out, or numbered wavs in it."""
     several = bool(options.file) or count > 1
     out = Path(options.out or ("out" if several else "out.wav"))
-    if several and out.suffix.lower() in (".wav", ".flac"):
-        raise UserError(f"--out {out}: several texts need a folder, such as --out {out.stem}/")
-    if str(out) not in STREAM_TARGETS:
-        return [out / f"{n:03}.wav" for n in range(1, count + 1)] if several else [out]
-    if several and str(out) == "-":
-        raise UserError("--out -: a wav holds one text; pcm takes several, and so does a folder")
+    if several and (out.suffix.lower() in (".wav", ".flac") or options.out == "-"):
+        raise UserError(f"--out {out}: several texts need a folder, such as --out out/, or pcm")
+    if several and options.out != "pcm":
+        return [out / f"{n:03}.wav" for n in range(1, count + 1)]
     return [out] * count
 
 
 def decode_input(options: argparse.Namespace, given: dict):
     """Return as Speech what the codec makes of a recording, or of ids from another program."""
-    import torch
-
     from orpheus import audio, codec, files, models, tokens, voice
 
     settings, tokenizer = options.settings, None
     if options.model or files.is_model(Path(settings.output_dir)):
-        run = voice.find_run(options.model or settings.output_dir, files.TOKENIZER_FILES, **given)
-        settings, tokenizer = run.settings, models.load_tokenizer(run.folder)
+        found = voice.find_voice(options.model or settings.output_dir, given, files.TOKENIZER_FILES)
+        settings, tokenizer = found.settings, models.load_tokenizer(found.folder)
     snac = codec.load_codec(settings.codec, models.device())
     if options.wav:
         codes, end = codec.encode(snac, [audio.read_audio(Path(options.wav))[0]])[0], "encoded"
     else:
         codes, end = tokens.read_tokens(Path(options.tokens), tokenizer, snac.codebook_size), "read"
-    torch.manual_seed(settings.seed)
     part = voice.Utterance("", [], 0, codes=codes, end=f"{end} and decoded")
-    return voice.Speech("", [part], iter([codec.decode(snac, codes)]))
+    return voice.Speech("", [part], codec.decode_stream(snac, codes, settings.seed))
 
 
 def write_speech(speeches, path: Path, stream: bool) -> None:
@@ -98,18 +93,16 @@ def main() -> None:
     options, given = read_options()
     piped = options.out in STREAM_TARGETS
     with contextlib.redirect_stdout(sys.stderr if piped else sys.stdout):
-        from orpheus import tokens
+        from orpheus import tokens, voice
 
         texts = tokens.read_texts(Path(options.file)) if options.file else options.texts or [""]
         paths, stream = output_paths(options, len(texts)), options.stream or piped
         if options.wav or options.tokens:
             speeches = iter([decode_input(options, given)])
         else:
-            from orpheus.voice import default_model, load_voice
-
             given |= {"voice": options.voice} if options.voice else {}
-            model = options.model or default_model(options.settings)
-            speeches = load_voice(model, **given).speak(texts, stream)
+            model = options.model or voice.default_model(options.settings)
+            speeches = voice.load_voice(model, **given).speak(texts, stream)
         for path in paths:
             write_speech(speeches, path, stream)
 

@@ -52,20 +52,18 @@ TAG = re.compile(r"<\w+>")  # an emotion tag, as <laugh>
 SLOW, SLOW_WIDE, SLOWER = 0.1, 0.3, 1.4
 
 
-def speakable(text: str) -> bool:
-    """Return whether there is a letter or digit to speak in a text."""
-    return any(map(str.isalnum, text))
-
-
 def split_text(text: str, settings: SpeakingSettings, pace: float | None = None) -> list[str]:
     """Split a text into parts that take at most `max_seconds`, and fold its white space.
 
     Parts are whole sentences, by the rules of `language`. A sentence that is too long is split
     between words or after commas of full width, and where there are none, anywhere. `pace` is the
-    voice's, in seconds a character, if it is known.
+    voice's, in seconds a character, if it is known. Raises a UserError for a text without a letter
+    or digit.
     """
     text = " ".join(text.split())
-    wide = sum(east_asian_width(character) in "WF" for character in text) / max(len(text), 1)
+    if not any(map(str.isalnum, text)):
+        raise UserError(f"{text[:40]!r}: nothing to speak: no letter or digit")
+    wide = sum(east_asian_width(character) in "WF" for character in text) / len(text)
     slow = pace * SLOWER if pace else SLOW + (SLOW_WIDE - SLOW) * wide
     most = max(20, int(settings.max_seconds / slow))  # characters
     sentences = sentencex.segment(settings.language, text) if len(text) > most else []
@@ -80,7 +78,7 @@ def split_text(text: str, settings: SpeakingSettings, pace: float | None = None)
             cut -= 1
         parts.append(text[start:cut])
         start = cut + (text[cut] == " ")
-    return [part for part in [*parts, text[start:]] if speakable(part)]
+    return [part for part in [*parts, text[start:]] if any(map(str.isalnum, part))]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -163,8 +161,8 @@ SLOTS_TO_LEVELS = [0, 1, 4, 2, 3, 5, 6]
 
 def levels_to_slots(levels: list[np.ndarray]) -> np.ndarray:
     """Return SNAC's levels, (…, T), (…, 2T) and (…, 4T), as (…, T, 7) codes in slot order."""
-    side_by_side = [level.reshape(*levels[0].shape, -1) for level in levels]
-    return np.concatenate(side_by_side, axis=-1)[..., LEVELS_TO_SLOTS]
+    levels = [level.reshape(*levels[0].shape, -1) for level in levels]
+    return np.concatenate(levels, axis=-1)[..., LEVELS_TO_SLOTS]
 
 
 def slots_to_levels(codes):
@@ -232,28 +230,29 @@ def whole_frames(speech: np.ndarray, ids: SpeechIds) -> tuple[np.ndarray, np.nda
     return ids_to_codes(speech[inside].ravel(), ids), np.setdiff1d(np.arange(len(slots)), inside)
 
 
-def whole_numbers(values) -> np.ndarray:
-    """Converts to an int64 array; raises ValueError for a ragged list or other values."""
-    array = np.asarray(values)
+def whole_numbers(name: str, values) -> np.ndarray:
+    """Return the (n,) int64 values of a list, which a UserError names if they are none."""
+    try:
+        array = np.asarray(values).reshape(-1)
+    except ValueError:  # a ragged list
+        array = np.array([None])
     if array.size and array.dtype.kind not in "iu":
-        raise ValueError(array.dtype)
+        raise UserError(f"{name} are not a list of whole numbers")
     return array.astype(np.int64)
 
 
 def read_codes(codes, ids: SpeechIds) -> np.ndarray:
-    """Converts codes from a dataset to (frames, 7) in slot order.
+    """Return the (frames, 7) codes of a dataset's row, or raise a UserError that says what it is.
 
-    `codes` are SNAC's three levels of lengths 1:2:4, or a list in slot order, of codes or of their
-    ids. Raises `UserError` for other shapes, and for codes outside of 0 to codebook_size - 1.
+    They are SNAC's three levels of lengths 1:2:4, or in slot order, as codes or as ids.
     """
-    try:
-        first = len(codes[0]) if len(codes) == 3 else 0
-        if first and [len(level) for level in codes] == [first, 2 * first, 4 * first]:
-            codes = levels_to_slots([np.asarray(level) for level in codes])
-        codes = whole_numbers(codes).reshape(-1, SLOTS)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"codes are neither frames of {SLOTS} nor levels of 1:2:4") from None
-    bounds = f"codes go from 0 to {ids.codebook_size - 1}"
+    levels = len(codes) == 3 and all(np.ndim(level) == 1 for level in codes)
+    if levels and len(codes[2]) == 2 * len(codes[1]) == 4 * len(codes[0]):
+        codes = levels_to_slots([np.asarray(level) for level in codes])
+    codes = whole_numbers("codes", codes)
+    if codes.size % SLOTS:
+        raise UserError(f"codes are neither frames of {SLOTS} nor levels of 1:2:4")
+    codes, bounds = codes.reshape(-1, SLOTS), f"codes go from 0 to {ids.codebook_size - 1}"
     if not len(codes):
         raise UserError(f"no frame: {bounds}")
     if ids.audio <= codes.min() and codes.max() < ids.audio + SLOTS * ids.codebook_size:
@@ -265,23 +264,18 @@ def read_codes(codes, ids: SpeechIds) -> np.ndarray:
 
 
 def split_row(columns: dict, ids: SpeechIds) -> list[dict[str, np.ndarray]]:
-    """Converts a pre-tokenised row to arrays of `input_ids` and `labels`, for each clip in it.
+    """Return arrays of `input_ids` and `labels` for each clip in a pre-tokenised row.
 
     A clip goes from SOH (or BOS) to EOS and EOA. What stands outside of clips is padding, or a part
     of one that was cut, and is left out, as is what an `attention_mask` hides. Without labels, the
-    loss is computed on all ids after SOS. Raises `UserError` for columns that are not lists of
-    whole numbers of equal length, and for a row without SOS.
+    loss is computed on all ids after SOS.
     """
     names = ("input_ids", "labels", "attention_mask")
-    names = [name for name in names if columns.get(name) is not None]
-    try:
-        row = {name: whole_numbers(columns[name]).reshape(-1) for name in names}
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{' or '.join(names)} are not a list of whole numbers") from None
+    row = {n: whole_numbers(n, columns[n]) for n in names if columns.get(n) is not None}
     size = len(row["input_ids"])
-    for name in names:
-        if len(row[name]) != size:
-            raise UserError(f"{len(row[name])} {name} for {size} input_ids")
+    for name, values in row.items():
+        if len(values) != size:
+            raise UserError(f"{len(values)} {name} for {size} input_ids")
     kept = (row["input_ids"] != ids.pad) & (row.pop("attention_mask", np.ones(size)) != 0)
     row = {name: values[kept] for name, values in row.items()}
     input_ids = row["input_ids"]
@@ -305,20 +299,20 @@ def split_row(columns: dict, ids: SpeechIds) -> list[dict[str, np.ndarray]]:
 
 
 def check_row(row: dict[str, np.ndarray], ids: SpeechIds) -> np.ndarray:
-    """Returns the (frames, 7) codes of a clip that `split_row` found.
+    """Return the (frames, 7) codes of a clip that `split_row` found.
 
-    Raises `UserError` for ids that the base does not have, for a clip without whole frames and EOS,
-    and for labels that train something else or nothing.
+    Raises:
+        UserError: ids that the base does not have, no whole frames or EOS, or labels that train
+            something else or nothing.
     """
     input_ids, labels = row["input_ids"], row["labels"]
     end = ids.audio + SLOTS * ids.codebook_size
     if (wrong := np.flatnonzero((input_ids < 0) | (input_ids >= end))).size:
         place = f"id {input_ids[wrong[0]]} at position {wrong[0]} of its input_ids"
         raise UserError(f"{place}: ids go from 0 to {end - 1}")
-    start = np.argmax(input_ids == ids.sos) + 1
-    if ids.eos not in input_ids[start:]:
+    speech = input_ids[np.argmax(input_ids == ids.sos) + 1 :]
+    if ids.eos not in speech:
         raise UserError(f"no EOS (id {ids.eos}) among its input_ids")
-    speech = input_ids[start:]
     codes = ids_to_codes(speech[: np.argmax(speech == ids.eos)], ids)
     if not len(codes):
         raise UserError("no frame between its SOS and EOS")
@@ -331,10 +325,7 @@ def check_row(row: dict[str, np.ndarray], ids: SpeechIds) -> np.ndarray:
 
 
 def read_prompt(input_ids: np.ndarray, tokenizer, ids: SpeechIds) -> str:
-    """The text of a row's prompt, the voice's name included: what is no control token before SOS.
-
-    Raises `UserError` for a prompt without text.
-    """
+    """Return the text of a row's prompt, with the voice's name: no control token before SOS."""
     prompt = input_ids[: np.argmax(input_ids == ids.sos)]
     text = tokenizer.decode(prompt[~np.isin(prompt, ids[:-1])]).strip()
     if not text:

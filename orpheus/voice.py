@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Semaphore
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from orpheus.tokens import (
     ids_to_codes,
     prompt_ids,
     read_speech_ids,
-    speakable,
     split_text,
 )
 
@@ -48,16 +47,14 @@ class Utterance:
     candidate: int = 0  # its number among those of best_of; each has its own random numbers
     codes: np.ndarray = field(default_factory=lambda: np.zeros((0, SLOTS), np.int64))  # (frames, 7)
     end: str = ""  # how it ended; empty while it is generated
-    audio: np.ndarray | None = None  # (samples,), if it has been decoded
 
 
 def sample_codes(
     logits: torch.Tensor, seen: torch.Tensor, settings: SpeakingSettings, uniforms: torch.Tensor
 ) -> torch.Tensor:
-    """Draw one of the choices for each row, by inverting the cumulative distribution.
+    """Return the (rows,) choices that random numbers of [0, 1) draw from (rows, choices) logits.
 
-    From (rows, choices) logits, where they were seen before (for repetition_penalty), and (rows,)
-    random numbers in [0, 1) to (rows,) indices: equal numbers give equal codes.
+    They invert the cumulative distribution. `seen` says where repetition_penalty applies.
     """
     if (penalty := settings.repetition_penalty) != 1:
         penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -78,10 +75,9 @@ NEUTRAL |= {"repetition_penalty": 1.0, "max_length": None}
 
 
 class SlotSampler(LogitsProcessor):
-    """Draws each row's next id, and forbids all others, so that `generate` has no choice left.
+    """Draws each row's next id, of its slot or the end, and forbids `generate` all others.
 
-    Slot s takes the codes of codebook s; the end token may come after each whole frame. A row's
-    random numbers depend on the seed and its candidate alone, not on the rest of the batch.
+    A row's random numbers depend on the seed and its candidate alone, not on the rest of the batch.
     """
 
     def __init__(self, voice: "Voice", parts: list[Utterance], start: int):
@@ -131,10 +127,7 @@ class PartsEnd(StoppingCriteria):
 
 
 class FrameStreamer(BaseStreamer):
-    """Hands over the frames of one row, (7,) codes, one by one, and None at the end.
-
-    `generate` goes on when the next one is wanted, so that it does not compete with the codec.
-    """
+    """Hands over (7,) codes of one row, each when `wanted`, so that it does not slow the codec."""
 
     def __init__(self, ids: SpeechIds):
         self.ids, self.speech, self.closed = ids, [], False
@@ -158,9 +151,8 @@ class FrameStreamer(BaseStreamer):
 def format_end(parts: list[Utterance]) -> str:
     """How many frames the parts of a text have, and how the first that was cut off ended."""
     frames = sum(len(part.codes) for part in parts)
-    cut_off = [part for part in parts if part.end != BY_ITSELF]
-    share = f" in {len(cut_off)} of {len(parts)} parts" if cut_off and len(parts) > 1 else ""
-    return f"{frames} frames, {cut_off[0].end if cut_off else BY_ITSELF}{share}"
+    ends = [part.end for part in parts if part.end != BY_ITSELF]
+    return f"{frames} frames, {ends[0] if ends else BY_ITSELF}"
 
 
 @dataclass
@@ -222,11 +214,7 @@ class Voice:
         return dataclasses.replace(self, name=name, settings=self.settings.replace(**changes))
 
     def speak(self, texts: list[str], stream: bool = False) -> Iterator[Speech]:
-        """Yield the Speech of each text, generated in batches or, in a stream, as it is taken.
-
-        Raises:
-            UserError: a text is empty or too long for the model, or its weights are damaged.
-        """
+        """Yield the Speech of each text, generated in batches or, in a stream, as it is taken."""
         if stream and self.settings.best_of > 1:
             raise UserError("a stream plays what comes first: leave out best_of, or set it to 1")
         lines = [self.make_parts(text) for text in texts]
@@ -238,9 +226,7 @@ class Voice:
             yield Speech(text, parts, pieces)
 
     def make_parts(self, text: str) -> list[Utterance]:
-        """Return the parts of a text, each with room for at least a frame of speech."""
-        if not speakable(text):
-            raise UserError(f"{text[:40]!r}: nothing to speak: no letter or digit")
+        """Return the parts of a text, which have to leave room for a frame of speech."""
         wanted = max(1, int(self.settings.max_seconds * SAMPLE_RATE / FRAME_SAMPLES))  # frames
         parts = []
         for words in split_text(text, self.settings, self.pace):
@@ -289,28 +275,26 @@ class Voice:
             batch = parts[first : first + size]
             groups = [[dataclasses.replace(p, candidate=n) for n in range(count)] for p in batch]
             self.generate([part for group in groups for part in group])
-            for group in groups:
-                for part in group if count > 1 else ():
-                    part.audio = np.concatenate([*self.decode(part)])
-                yield self.choose_best(group) if count > 1 else group[0]
+            yield from map(self.choose_best, groups)
 
     def choose_best(self, candidates: list[Utterance]) -> Utterance:
-        """Return the decoded candidate that is not rejected and nearest to the voice's pace."""
-        scores = [measure(part.audio, part.text, self.pace) for part in candidates]
-        faults = [*map(rejection_reason, [part.end for part in candidates], scores)]
-        distances = [abs(math.log(score.get("pace", 1))) for score in scores]
-        best = min(range(len(faults)), key=lambda n: (faults[n] != "", distances[n]))
-        failed = [f"candidate {n}, {fault}" for n, fault in enumerate(faults, 1) if fault]
-        kept = f"kept candidate {best + 1} of {len(faults)}, {len(failed)} failed"
-        print(f"{candidates[best].text[:40]!r}: {'; '.join([kept, *failed])}")
+        """Return the one nearest to the voice's pace that is not rejected; print why others are."""
+        ranks, failed = [], []
+        for n, part in enumerate(candidates if len(candidates) > 1 else (), 1):
+            scores = measure(np.concatenate([*self.decode(part)]), part.text, self.pace)
+            fault = rejection_reason(part.end, scores)
+            failed += [f"candidate {n}, {fault}"] if fault else []
+            ranks.append((fault != "", abs(math.log(scores.get("pace", 1)))))
+        best = ranks.index(min(ranks)) if ranks else 0
+        if ranks:
+            kept = f"kept candidate {best + 1} of {len(ranks)}, {len(failed)} failed"
+            print(f"{candidates[best].text[:40]!r}: {'; '.join([kept, *failed])}")
         return candidates[best]
 
     def decode(self, part: Utterance, stream: bool = False) -> Iterator[np.ndarray]:
         """Yield the samples of a part, (samples,) in pieces; in a stream, generate it meanwhile."""
-        if part.audio is not None:
-            return iter([part.audio])
         frames = self.stream_frames(part) if stream else part.codes
-        return decode_stream(self.codec, frames, seed=self.settings.seed)
+        return decode_stream(self.codec, frames, self.settings.seed)
 
     def stream_frames(self, part: Utterance) -> Iterator[np.ndarray]:
         """Yield (7,) codes of a part while another thread generates it."""
@@ -336,34 +320,30 @@ def default_model(settings: Settings) -> str:
     return out if trained else settings.model
 
 
-class Run(NamedTuple):
-    """A model's folder, and what finetune.py left in it or, if it is a checkpoint, above it."""
+def find_voice(model: str | Path, changes: dict, files: list[str] = MODEL_FILES) -> Voice:
+    """Return the Voice of a folder or hub id, of which `files` are fetched, without its model.
 
-    folder: Path
-    settings: Settings
-    home: Path | None = None  # the folder of the saved settings and report; None without them
-    voices: Sequence[str] = ()  # that it was trained on
-    pace: float | None = None  # seconds a character of their recordings
-
-
-def find_run(model: str | Path, files: list[str] = MODEL_FILES, **changes) -> Run:
-    """Return the Run of a folder or hub id, of which `files` are fetched.
-
-    Its settings are those of the run, without one those of config.json, under `changes`.
+    Its settings are those of the run, or without one those of config.json, under `changes`.
     """
+    name, changes = changes.get("voice"), {n: v for n, v in changes.items() if n != "voice"}
     folder = fetch(str(model), files)
     if not is_model(folder):
         remedy = "give a finished run, a checkpoint or a model"
         if checkpoint := last_checkpoint(folder):
             remedy = f"give {checkpoint}, or finish the run with finetune.py --resume"
         raise UserError(f"{folder}: no adapter or model in it; {remedy}")
-    for home in (folder, folder.resolve().parent):
+    for home in (folder, folder.resolve().parent):  # a checkpoint's run is above it
         if (home / SAVED_CONFIG).is_file():
             settings = read_settings(home / SAVED_CONFIG, changes, saved=True)
             report = read_json(home / SAVED_REPORT)
+            voices = [*report["voices"]]
             pace = report["seconds"] / report["characters"] if report["characters"] else None
-            return Run(folder, settings, home, [*report["voices"]], pace)
-    return Run(folder, read_settings(words=changes))
+            if name and voices and name not in voices:
+                raise UserError(f"voice {name}: {folder} was trained on {', '.join(voices)}")
+            name = name or next(iter(voices), settings.voice)
+            return Voice(None, None, None, settings, name, pace, folder, home)
+    settings = read_settings(words=changes)
+    return Voice(None, None, None, settings, name or settings.voice, folder=folder)
 
 
 def load_voice(model: str | Path | None = None, **changes) -> Voice:
@@ -380,19 +360,15 @@ def load_voice(model: str | Path | None = None, **changes) -> Voice:
     Raises:
         UserError: there is no such model, voice or setting.
     """
-    name = changes.pop("voice", None)
     model = model or default_model(read_settings())
     check_machine(str(model))
-    run = find_run(model, **changes)
-    if name and run.voices and name not in run.voices:
-        raise UserError(f"voice {name}: {run.folder} was trained on {', '.join(run.voices)}")
-    codec = load_codec(run.settings.codec, device())
-    weights = run.settings.weights if run.home or device() == "cuda" else "16bit"
-    dtype = training_dtype(run.settings) if run.home else None
-    model, tokenizer = load_model(str(run.folder), weights, dtype=dtype)
-    note = f"; {weights} weights" if weights in ("4bit", "8bit") else ""
-    note = "; trained over fp8 weights, speaks over 16-bit ones" if weights == "fp8" else note
-    print(f"model    {run.folder}: {str(model.dtype).removeprefix('torch.')}{note}")
-    name = name or next(iter(run.voices), run.settings.voice)
-    held = {"folder": run.folder, "home": run.home, "weights": weights, "dtype": dtype}
-    return Voice(model, tokenizer, codec, run.settings, name, run.pace, **held)
+    voice = find_voice(model, changes)
+    voice.codec = load_codec(voice.settings.codec, device())
+    if voice.home or device() == "cuda":
+        voice.weights = voice.settings.weights
+    voice.dtype = training_dtype(voice.settings) if voice.home else None
+    voice.model, voice.tokenizer = load_model(str(voice.folder), voice.weights, dtype=voice.dtype)
+    note = "" if voice.weights == "16bit" else f"; {voice.weights} weights"
+    note = "; trained over fp8 weights, speaks over 16-bit ones" if "fp8" in note else note
+    print(f"model    {voice.folder}: {str(voice.model.dtype).removeprefix('torch.')}{note}")
+    return voice

@@ -126,7 +126,7 @@ def test_every_frame_comes_once_in_every_chunking():
         codes = np.zeros((length, 7), dtype=np.int64)
         codes[:, 0] = np.arange(length)
         for size in range(1, 42):
-            pieces = list(decode_stream(NumberingCodec(), iter(codes), size))
+            pieces = list(decode_stream(NumberingCodec(), iter(codes), size=size))
             numbers = np.concatenate(pieces)[::FRAME_SAMPLES]
             assert numbers.tolist() == list(range(length)), (length, size)
             assert sum(map(len, pieces)) == length * FRAME_SAMPLES
@@ -140,7 +140,7 @@ def test_a_piece_is_decoded_as_soon_as_its_context_is_known(codec):
             taken.append(n)
             yield np.zeros(7, np.int64)
 
-    next(decode_stream(codec, frames(), 4))
+    next(decode_stream(codec, frames()))
     assert len(taken) == 4 + CONTEXT
 
 
@@ -150,7 +150,7 @@ def test_a_stream_equals_the_whole(codec, length):
     codes = np.random.default_rng(length).integers(0, codec.codebook_size, (length, 7))
     whole = decode(codec, codes)
     for size in (1, 4, 9):
-        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size)))
+        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size=size)))
         assert pieces.shape == whole.shape and abs(pieces - whole).max() < 1e-6, size
 
 
@@ -186,7 +186,7 @@ def test_a_stream_equals_the_whole_with_equal_noise(monkeypatch):
     codes[:, 0] = np.arange(40)
     whole = orpheus.codec.decode(codec, codes)
     for size in (1, 4, 9):
-        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size)))
+        pieces = np.concatenate(list(decode_stream(codec, iter(codes), size=size)))
         error = np.sqrt(((pieces - whole) ** 2).mean() / (whole**2).mean())
         assert 20 * np.log10(error + 1e-12) < -90, size
     field.neg_()

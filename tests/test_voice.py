@@ -16,7 +16,7 @@ from orpheus.runs import SAVED_CONFIG, SAVED_REPORT
 from orpheus.scoring import BY_ITSELF, CUT_OFF
 from orpheus.settings import UserError
 from orpheus.tokens import codes_to_ids, ids_to_codes
-from orpheus.voice import SlotSampler, Utterance, Voice, find_run, load_voice, sample_codes
+from orpheus.voice import SlotSampler, Utterance, Voice, find_voice, load_voice, sample_codes
 
 TEXTS = ["seven", "one two three four", "nine zero two", "four four eight"]
 
@@ -262,15 +262,15 @@ def test_settings_are_those_of_the_run_under_what_is_given(tmp_path):
     shutil.copy("data/demo/base/config.json", tmp_path)
     (tmp_path / SAVED_CONFIG).write_text('{"temperature": 0.2, "lora_r": 5, "top_p": 0.5}')
     (tmp_path / SAVED_REPORT).write_text('{"voices": {"slt": 9}, "seconds": 1, "characters": 8}')
-    run = find_run(tmp_path, temperature=0.9, seed="4")
-    settings = run.settings
+    found = find_voice(tmp_path, {"temperature": 0.9, "seed": "4"})
+    settings = found.settings
     assert (settings.temperature, settings.top_p, settings.seed) == (0.9, 0.5, 4)
-    assert (run.home, run.voices, run.pace) == (tmp_path, ["slt"], 0.125)
+    assert (found.home, found.name, found.pace) == (tmp_path, "slt", 0.125)
     change(tmp_path / SAVED_REPORT, characters=0)
-    assert find_run(tmp_path).pace is None
+    assert find_voice(tmp_path, {}).pace is None
     for wrong, line in (({"temperature": "warm"}, "temperature is"), ({"sed": 1}, "'seed'")):
         with pytest.raises(UserError, match=line):
-            find_run(tmp_path, **wrong)
+            find_voice(tmp_path, wrong)
     with pytest.raises(UserError, match=f"voice stl: {tmp_path} was trained on slt"):
         load_voice(tmp_path, voice="stl")
 
