@@ -5,10 +5,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -23,36 +23,32 @@ from orpheus.runs import SAVED_REPORT
 from orpheus.settings import Settings, UserError
 from orpheus.tokens import SAMPLE_RATE, TAG, count_pieces
 
-# name: (what it means, what to do). Clips with a finding that `leave_out` names are not trained on.
+# name: what it means; what to do. Clips with a finding that `leave_out` names are not trained on.
 FINDINGS = {
-    "short": ("under 0.5 s", "join it with a neighbour"),
-    "long": ("over 20 s: such clips teach a model not to stop", "cut it at a sentence"),
-    "silence": ("over 0.5 s of silence at its ends", "nothing to do: cut to keep_silence"),
-    "clipped": ("over 0.1 % of samples at or over full scale", "record it at a lower level"),
-    "quiet": ("under -40 dB", "normalise it, or record it louder"),
-    "offset": ("a DC offset over 0.01", "high-pass it at 20 Hz"),
-    "narrow": ("sampled under 16 kHz: the voice will sound dull", "find a better source"),
-    "no_highs": ("sampled at 16 to 24 kHz: highs above half of that are missing", "fine"),
-    "stereo": ("more than one channel", "nothing to do: mixed to mono"),
-    "cancelling": ("channels that cancel each other: one was taken", "fine, if it sounds right"),
-    "same_sound": ("the same sound as an earlier clip", "leave one of them out"),
-    "same_text": ("the same text as an earlier clip of the voice", "fine, if it is another take"),
-    "digits": ("digits in the text", "write them as they are spoken"),
-    "markup": ("markup that is neither an emotion tag nor speech", "write the tag, or nothing"),
-    "unspeakable": ("a link, a mail address or symbols in the text", "write what is spoken"),
-    "pace": ("seconds per character far from the voice's own", "compare the text with the sound"),
-    "loudness": ("over 10 dB from the voice's usual level", "normalise the clips"),
-    "rare_tag": ("an emotion tag that occurs under ten times", "record more of it, or remove it"),
-    "alphabet": (
-        "a character that the tokenizer splits into pieces",
-        "give much more data, or write the text in letters that the base knows",
-    ),
+    "short": "under 0.5 s; join it with a neighbour",
+    "long": "over 20 s: such clips teach a model not to stop; cut it at a sentence",
+    "silence": "over 0.5 s of silence at its ends; nothing to do: cut to keep_silence",
+    "clipped": "over 0.1 % of samples at or over full scale; record it at a lower level",
+    "quiet": "under -40 dB; normalise it, or record it louder",
+    "offset": "a DC offset over 0.01; high-pass it at 20 Hz",
+    "narrow": "sampled under 16 kHz: the voice will sound dull; find a better source",
+    "no_highs": "sampled at 16 to 24 kHz: highs above half of that are missing; fine",
+    "stereo": "more than one channel; nothing to do: mixed to mono",
+    "cancelling": "channels that cancel each other: one was taken; listen to it",
+    "same_sound": "the same sound as an earlier clip; leave one of them out",
+    "same_text": "the same text as an earlier clip of the voice; fine, if it is another take",
+    "digits": "digits in the text; write them as they are spoken",
+    "markup": "markup that is neither an emotion tag nor speech; write the tag, or nothing",
+    "unspeakable": "a link, a mail address or symbols in the text; write what is spoken",
+    "pace": "seconds per character far from the voice's own; compare the text with the sound",
+    "loudness": "over 10 dB from the voice's usual level; normalise the clips",
+    "rare_tag": "an emotion tag that occurs under ten times; record more of it, or remove it",
+    "alphabet": "a character that the tokenizer splits; give much more data, or other letters",
 }
 # Findings that a training run prints, too, unless their clips are left out: those with a remedy.
 IMPORTANT = ["long", "clipped", "quiet", "narrow", "digits", "markup", "unspeakable", "pace"]
 IMPORTANT += ["loudness", "rare_tag", "alphabet"]
 RARE = 10  # an emotion tag that occurs less often is hardly learnt
-SYMBOLS = re.compile(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]")
 # Orpheus's eight tags, by the words that people write for them in brackets of any kind.
 MEANT = {
     "laugh|giggl|haha": "<laugh>",
@@ -89,27 +85,12 @@ def what_is_meant(markup: str) -> str:
     return next((tag for words, tag in MEANT.items() if re.search(words, markup, re.I)), "")
 
 
-class Measures(NamedTuple):
-    """What the doctor examines of a clip."""
-
-    source: str  # file and row, for messages
-    voice: str
-    text: str
-    tokens: int = 0  # in its row
-    sound: Sound = Sound()
-
-    def describe(self) -> str:
-        """Return the clip as a line of the report."""
-        sound = self.sound
-        return f"{self.source}: {sound.seconds:.1f} s, {sound.level:.0f} dB, {self.text[:50]!r}"
-
-
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 COLUMNS = {"source": str, "voice": str, "text": str, "tokens": int} | Sound.__annotations__
 COLUMNS = {name: ARROW_TYPES[kind] for name, kind in COLUMNS.items()}
 
 
-class MeasuredClips(Sequence):
+class MeasuredClips:
     """The measures of clips, as the columns of an Arrow table, which may be mapped from a file."""
 
     def __init__(self, table: pa.Table):
@@ -118,20 +99,16 @@ class MeasuredClips(Sequence):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, n: int) -> Measures:
-        return next(iter(self.take([range(len(self))[n]])))
-
-    def __iter__(self) -> Iterator[Measures]:
+    def __iter__(self) -> Iterator[SimpleNamespace]:
         for batch in self.table.to_batches(1000):
             for row in batch.to_pylist():
                 sound = Sound(*(row[name] for name in Sound._fields))
-                yield Measures(*(row[name] for name in Measures._fields[:-1]), sound)
+                yield SimpleNamespace(**row, sound=sound)
 
-    def take(self, numbers) -> "MeasuredClips":
-        return MeasuredClips(self.table.take(pa.array(numbers, pa.int64())))
+    def take(self, numbers: np.ndarray) -> "MeasuredClips":
+        return MeasuredClips(self.table.take(pa.array(numbers)))
 
     def array(self, name: str) -> np.ndarray:
-        """Return a column of numbers, (clips,)."""
         return self.table[name].to_numpy()
 
     def texts(self) -> Iterator[str]:
@@ -168,8 +145,7 @@ def find_repeats(keys: np.ndarray) -> np.ndarray:
 
 def count_tags(texts: Iterable[str]) -> Counter:
     """Return how often each emotion tag occurs, the most frequent first."""
-    tags = Counter(tag for text in texts for tag in TAG.findall(text))
-    return Counter(dict(tags.most_common()))
+    return Counter(dict(Counter(tag for x in texts for tag in TAG.findall(x)).most_common()))
 
 
 def examine(clips: MeasuredClips, tags: Counter, pieces: dict[str, int]) -> dict[str, np.ndarray]:
@@ -178,15 +154,14 @@ def examine(clips: MeasuredClips, tags: Counter, pieces: dict[str, int]) -> dict
     `pieces` are the characters that the tokenizer splits, as `count_pieces` returns them.
     """
     voices, names = clips.groups("voice")
-    sounds, texts = clips.groups("digest")[0], clips.groups("text")[0]
     seconds, level, rate = map(clips.array, ("seconds", "level", "rate"))
-    lengths = pc.utf8_length(clips.table["text"]).to_numpy()
+    characters = pc.utf8_length(clips.table["text"]).to_numpy()
     cancelling = clips.array("cancelling")
     usual = np.array([np.median(level[voices == n]) for n in range(len(names))])
-    split = re.compile(f"[{re.escape(''.join(pieces))}]" if pieces else "(?!)")
+    split = f"[{re.escape(''.join(pieces))}]" if pieces else "(?!)"
 
-    def count(pattern: re.Pattern) -> list[int]:
-        return [len(pattern.findall(text)) for text in clips.texts()]
+    def count(pattern: str) -> list[int]:
+        return [len(re.findall(pattern, text)) for text in clips.texts()]
 
     excess = {
         "short": 0.5 - seconds,
@@ -199,21 +174,17 @@ def examine(clips: MeasuredClips, tags: Counter, pieces: dict[str, int]) -> dict
         "no_highs": np.where(rate < 16_000, 0, SAMPLE_RATE - rate),
         "stereo": (clips.array("channels") - 1) * ~cancelling,
         "cancelling": cancelling,
-        "same_sound": find_repeats(sounds),
-        "same_text": find_repeats(texts * len(names) + voices),
-        "digits": count(re.compile(r"\d")),
+        "same_sound": find_repeats(clips.groups("digest")[0]),
+        "same_text": find_repeats(clips.groups("text")[0] * len(names) + voices),
+        "digits": count(r"\d"),
         "markup": [len(find_markup(text)) for text in clips.texts()],
-        "unspeakable": count(SYMBOLS),
+        "unspeakable": count(r"https?://|www\.|@|[#*_{}\[\]\\|^~=+]"),
         # 10 characters for the breath before a clip
-        "pace": find_outliers(np.log(seconds / (lengths + 10)), voices),
+        "pace": find_outliers(np.log(seconds / (characters + 10)), voices),
         "loudness": np.abs(level - usual[voices]) - 10,
-        "rare_tag": [
-            max((RARE - tags[tag] for tag in TAG.findall(text)), default=0)
-            for text in clips.texts()
-        ],
+        "rare_tag": [max([0, *(RARE - tags[t] for t in TAG.findall(x))]) for x in clips.texts()],
         "alphabet": count(split),
     }
-    assert excess.keys() == FINDINGS.keys()
     return {name: np.asarray(values, dtype=float) for name, values in excess.items()}
 
 
@@ -272,52 +243,48 @@ class Report:
         self.reasons[getattr(error, "reason", "broken row")] += 1
 
     def add_findings(self, leave_out: list[str], tokenizer) -> np.ndarray:
-        """Examines the measured clips, and records those with findings that `leave_out` names.
+        """Examine the measured clips, and leave out those with findings that `leave_out` names.
 
         Returns (clips,), True for the clips that are kept. `measures` then holds those alone.
         """
         clips = self.measures
         self.tags, self.pieces = count_tags(clips.texts()), count_pieces(clips.texts(), tokenizer)
         excess = examine(clips, self.tags, self.pieces)
-        kept = np.ones(len(clips), dtype=bool)
         for name, values in excess.items():
             worst_first = np.argsort(-values, kind="stable")[: (values > 0).sum()]
             if len(worst_first):
                 self.findings[name] = [describe(clip, name) for clip in clips.take(worst_first)]
-            if name in leave_out:
-                kept &= values <= 0
-        for n in np.flatnonzero(~kept):
-            names = [name for name in leave_out if excess[name][n] > 0]
-            error = ClipError(", ".join(names), names[0].replace("_", " "))
-            self.add_left_out(clips[n].source, error)
-        found = {name: (excess[name] > 0) & kept for name in IMPORTANT}
-        self.suspects = int(np.any([*found.values()], axis=0).sum())
-        counts = {name: int(mask.sum()) for name, mask in sorted(found.items()) if mask.any()}
-        self.important = Counter(dict(Counter(counts).most_common()))
+        found = {name: values > 0 for name, values in excess.items()}
+        kept = ~np.any([np.zeros(len(clips), bool), *(found[name] for name in leave_out)], axis=0)
+        for n, clip in zip(np.flatnonzero(~kept), clips.take(np.flatnonzero(~kept)), strict=True):
+            names = [name for name in leave_out if found[name][n]]
+            self.add_left_out(clip.source, ClipError(", ".join(names), names[0].replace("_", " ")))
+        important = {name: found[name] & kept for name in sorted(IMPORTANT)}
+        self.suspects = int(np.any([*important.values()], axis=0).sum())
+        counts = Counter({name: int(mask.sum()) for name, mask in important.items() if mask.any()})
+        self.important = Counter(dict(counts.most_common()))
         if not kept.all():
             self.measures = clips.take(np.flatnonzero(kept))
         return kept
 
     def print_summary(self, settings: Settings, full: bool = False) -> None:
-        """Prints what a training run shows; in full, every finding with its worst clips."""
+        """Print what a training run shows; in full, every finding with its worst clips."""
         path = f": {Path(settings.output_dir) / SAVED_REPORT}"
         print(f"data     {self.summary()}{path if self.reasons and not full else ''}")
         if self.note:
             print(f"  note  {self.note}")
         if full:
             self.print_rows(settings)
-            for title in ("dropped", "truncated", "left_out"):
-                self.print_clips(title, getattr(self, title), 5)
-        else:
-            self.print_clips("cut to max_length", self.truncated, 0)
-        for name, (meaning, remedy) in FINDINGS.items():
+            print_clips("dropped", self.dropped, 5)
+            print_clips("left out", self.left_out, 5)
+        print_clips("cut to max_length", self.truncated, 5 * full)
+        for name, meaning in FINDINGS.items():
             left_out = name in settings.leave_out
-            if not full and (left_out or name not in IMPORTANT):
-                continue
-            clips = self.findings.get(name, [])
-            shown = 3 if full and len(clips) < self.clips / 2 else 0  # no list of nearly all clips
-            action = "left out" if left_out else "trained on"
-            self.print_clips(f"{name}, {meaning}; {action}; {remedy}", clips, shown)
+            if full or (name in IMPORTANT and not left_out):
+                clips = self.findings.get(name, [])
+                shown = 3 * (full and len(clips) < self.clips / 2)  # no list of nearly all clips
+                action = "left out" if left_out else "trained on"
+                print_clips(f"{name}, {action}: {meaning}", clips, shown)
 
     def summary(self) -> str:
         """Return a line of clips, length, voices, and how many clips are left out and why."""
@@ -357,41 +324,40 @@ class Report:
                 shown = ", ".join(f"{key} {count}" for key, count in list(counts.items())[:40])
                 print(f"{name:9}{shown}{', …' if len(counts) > 40 else ''}")
 
-    def print_clips(self, title: str, clips: list[str], shown: int) -> None:
-        """Prints how many clips there are under a title, and the first `shown` of them."""
-        if clips:
-            print(f"  {len(clips):4}  {title}")
+    def save(self, folder: Path) -> None:
+        """Write data_report.json: everything but the measures and lengths of each clip."""
+        values = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths")}
+        values |= {"rows": len(self.measures), "voices": self.voices, "seconds": self.seconds}
+        values |= {"characters": self.characters, "hours": self.seconds / 3600}
+        values["tokens"] = int(self.measures.array("tokens").sum())
+        write_text(folder / SAVED_REPORT, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_clips(title: str, clips: list[str], shown: int) -> None:
+    """Print how many clips there are under a title, and the first `shown` of them."""
+    if clips:
+        print(f"  {len(clips):4}  {title}")
         for clip in clips[:shown]:
             print(f"          {clip}")
         if 0 < shown < len(clips):
             print(f"          … and {len(clips) - shown} more, in {SAVED_REPORT}")
 
-    def save(self, folder: Path) -> None:
-        """Writes data_report.json: everything but the measures and lengths of each clip."""
-        values = {k: v for k, v in vars(self).items() if k not in ("measures", "lengths")}
-        values |= {"rows": len(self.measures), "voices": self.voices}
-        values |= {"seconds": self.seconds, "characters": self.characters}  # the voice's pace
-        tokens = int(self.measures.array("tokens").sum())
-        values |= {"hours": self.seconds / 3600, "tokens": tokens}
-        write_text(folder / SAVED_REPORT, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
-
-def describe(clip: Measures, finding: str) -> str:
+def describe(clip: SimpleNamespace, finding: str) -> str:
     """Return a clip as a line of the report under a finding."""
-    line = clip.describe()
-    if finding != "markup":
-        return line
-    meant = [
-        f"{found} → {what_is_meant(found)}".removesuffix(" → ") for found in find_markup(clip.text)
-    ]
-    return f"{line}: {', '.join(meant)}"
+    sound = clip.sound
+    line = f"{clip.source}: {sound.seconds:.1f} s, {sound.level:.0f} dB, {clip.text[:50]!r}"
+    markup = find_markup(clip.text) if finding == "markup" else []
+    meant = [f"{found} → {what_is_meant(found)}".removesuffix(" → ") for found in markup]
+    return ": ".join([line, *filter(None, [", ".join(meant)])])
 
 
 def check_leave_out(settings: Settings) -> None:
-    """Raises `UserError` for a name in `leave_out` that is not a finding's."""
-    if unknown := set(settings.leave_out) - FINDINGS.keys():
-        name, names = min(unknown)[:80], ", ".join(FINDINGS)
-        raise UserError(f"leave_out: no finding is named {name!r}; there are {names}")
+    """Raise a UserError for a name in `leave_out` that is not a finding's."""
+    for name in settings.leave_out:
+        if name not in FINDINGS:
+            fault = f"no finding is named {name[:80]!r}; there are {', '.join(FINDINGS)}"
+            raise UserError(f"leave_out: {fault}")
 
 
 def draw_report(report: Report, path: Path) -> None:
@@ -427,18 +393,17 @@ def describe_few_clips(report: Report) -> str:
     """Return which voices have under GOOD_CLIPS clips, with the source; empty if none has."""
     sizes = {voice: clips for voice, (clips, _) in report.measure_voices().items()}
     voice = min(sizes, key=sizes.get)
-    if sizes[voice] >= GOOD_CLIPS:
-        return ""
     few = sum(clips < GOOD_CLIPS for clips in sizes.values())
+    if not few:
+        return ""
     subject = f"{few} of {len(sizes)} voices have under {GOOD_CLIPS} clips, " if few > 1 else ""
-    name = voice or "the voice without a name"
-    count = f"{sizes[voice]} clip{'s' if sizes[voice] > 1 else ''}"
+    has = f"{voice or 'the voice without a name'} has {'only ' if few > 1 else ''}{sizes[voice]}"
     results = f"good results from about {GOOD_CLIPS} of a voice, the best from {BEST_CLIPS}"
-    return f"{subject}{name} has {'only ' if few > 1 else ''}{count} (Orpheus's README: {results})"
+    return f"{subject}{has} clip{'s'[: sizes[voice] > 1]} (Orpheus's README: {results})"
 
 
 def warn_of_few_clips(report: Report) -> None:
-    """Prints a training run's warning of voices with too few clips."""
+    """Print a training run's warning of voices with too few clips."""
     if shortage := describe_few_clips(report):
         print(f"warning  {shortage}")
 
@@ -446,45 +411,35 @@ def warn_of_few_clips(report: Report) -> None:
 def describe_size(report: Report) -> str:
     """Return the minutes of each voice, and the optimiser steps of a pass."""
     minutes = {voice: seconds / 60 for voice, (_, seconds) in report.measure_voices().items()}
-    size = ", ".join(
-        f"{length:.1f} min {f'of {voice}' if voice else 'without a voice name'}"
-        for voice, length in minutes.items()
-    )
+    names = {voice: f"of {voice}" if voice else "without a voice name" for voice in minutes}
+    size = ", ".join(f"{length:.1f} min {names[voice]}" for voice, length in minutes.items())
     if len(minutes) > 4:
         size = f"{len(minutes)} voices of {min(minutes.values()):.1f} min or more"
-    steps = report.steps_per_epoch
-    return f"{size}, {steps} step{'s' if steps > 1 else ''} a pass"
+    return f"{size}, {report.steps_per_epoch} step{'s'[: report.steps_per_epoch > 1]} a pass"
 
 
 def give_verdict(report: Report, settings: Settings) -> str:
     """Return what to do before training, or that the data is ready for it, in a line."""
-    suspects = f"{report.suspects}{{}} ({', '.join(report.important)})"
+    names = ", ".join(report.important)
     intended = sum(report.reasons[name.replace("_", " ")] for name in settings.leave_out)
     left_out = report.reasons.total() - intended
-    shortage, first = describe_few_clips(report), []
+    size, shortage, first = describe_size(report), describe_few_clips(report), []
     if left_out > LOOK_FIRST * report.clips:
         first.append(f"see why {left_out} of {report.clips} clips are left out")
     if report.suspects > LOOK_FIRST * len(report.measures):
-        first.append(f"look at {suspects.format(' with findings')}")
+        first.append(f"look at {report.suspects} with findings ({names})")
     if shortage:
         remedy = "raise limit" if report.clips == settings.limit else "get more"
         first.append(f"{remedy}: {shortage}")
-    size = describe_size(report)
     if first:
         return f"{size}; before you train, {' and '.join(first)}"
-    ready = [f"ready to train{advise_epochs(report, settings)}"]
+    ready, steps = "ready to train", math.ceil(report.steps_per_epoch * settings.num_train_epochs)
+    if settings.max_steps <= 0 and steps < FEW_STEPS:
+        enough = math.ceil(FEW_STEPS / report.steps_per_epoch)
+        given = f"{settings.num_train_epochs:g} would be {steps} steps"
+        ready += f" with --num_train_epochs {enough} or more ({given})"
     if report.suspects:
-        ready.append(suspects.format(" to look at"))
+        ready += f"; {report.suspects} to look at ({names})"
     if min(clips for clips, _ in report.measure_voices().values()) < BEST_CLIPS:
-        ready.append(f"{BEST_CLIPS} clips of a voice would be best")
-    return f"{size}: {'; '.join(ready)}"
-
-
-def advise_epochs(report: Report, settings: Settings) -> str:
-    """Return the passes over the data that a run needs, if it would have under FEW_STEPS steps."""
-    steps = math.ceil(report.steps_per_epoch * settings.num_train_epochs)
-    if settings.max_steps > 0 or steps >= FEW_STEPS:
-        return ""
-    enough = math.ceil(FEW_STEPS / report.steps_per_epoch)
-    given = f"{settings.num_train_epochs:g} would be {steps} steps"
-    return f" with --num_train_epochs {enough} or more ({given})"
+        ready += f"; {BEST_CLIPS} clips of a voice would be best"
+    return f"{size}: {ready}"

@@ -10,11 +10,10 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,13 +28,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from orpheus.audio import ClipError, Sound, measure_clip
-from orpheus.clips import Clip, Clips, printable, read_clips
+from orpheus.clips import Clip, Clips, printable, read_clips, split_prefix
 from orpheus.codec import CODEC_FILES, encode, load_codec
 from orpheus.doctor import COLUMNS, MeasuredClips, Report, check_leave_out
 from orpheus.files import atomic_file, fetch, make_folder
 from orpheus.models import device
 from orpheus.runs import RANK, WORLD_SIZE
-from orpheus.settings import Settings, UserError, read_json
+from orpheus.settings import Settings, UserError
 from orpheus.tokens import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -53,9 +52,6 @@ from orpheus.tokens import (
 WINDOW = 64  # clips that are loaded, encoded and written together
 IDS = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())}
 SCHEMA = pa.schema(IDS | COLUMNS)
-
-
-# ---------------------------------------------------------------- rows
 
 
 class Rows(Sequence):
@@ -81,24 +77,22 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     """Return the rows that a run trains on, those that it holds out, and the report on the data.
 
     Each rank encodes its share into the cache; then the first one makes the rows for all of them.
-    A clip that cannot be used is left out, and the report names it. `codec` is settings.codec, if
-    it is loaded already.
-
-    Raises:
-        UserError: no row is left; or the dataset, codec or tokenizer cannot be used.
+    A clip that cannot be used is left out, and the report names it; a UserError says if none is
+    left. `codec` is settings.codec, if it is loaded already.
     """
     check_leave_out(settings)
-    ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
+    codec = codec or load_codec(settings.codec, device())
+    ids = read_speech_ids(tokenizer, codec.codebook_size)
     if settings.cache_dir:
         make_folder(settings.cache_dir, "cache_dir")
     if WORLD_SIZE == 1 or settings.cache_dir is None:
         written = write_rows(clips, settings, tokenizer, ids, codec)
         return choose_rows(*written, settings, tokenizer)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    ranks = PartialState(cpu=not torch.cuda.is_available())
     share = Clips(itertools.islice(read_clips(settings), RANK, None, WORLD_SIZE), None)
     for _ in encode_clips(share, settings, tokenizer, ids, codec):
         pass
-    state.wait_for_everyone()
+    ranks.wait_for_everyone()
     made = [None if RANK else write_rows(clips, settings, tokenizer, ids, codec)]
     path, report = broadcast_object_list(made)[0]
     if not path.exists():  # on another machine, which does not share the cache
@@ -109,9 +103,9 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
 def write_rows(
     clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
 ) -> tuple[Path, Report]:
-    """Return a new Arrow file of all rows with their measures, and the beginning of the report.
+    """Return an Arrow file of all rows, which lasts as long as this process, and a report.
 
-    It lies in a folder of its own, for what TRL maps from it, until this process ends.
+    TRL writes what it makes of the rows into the same folder.
     """
     report = Report(printable(settings.dataset), note=clips.note)
     folder = Path(tempfile.mkdtemp(prefix="rows-", dir=settings.cache_dir))
@@ -120,7 +114,7 @@ def write_rows(
     with atomic_file(path) as part, pa.ipc.new_stream(str(part), SCHEMA) as file:
         for window in encode_clips(clips, settings, tokenizer, ids, codec):
             if rows := build_rows(window, report, settings, tokenizer, ids):
-                file.write_batch(to_arrow(rows))
+                file.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
     return path, report
 
 
@@ -129,11 +123,15 @@ def choose_rows(
 ) -> tuple[Rows, Rows, Report]:
     """Return the rows of a file that are trained on and held out; complete the report on them."""
     dataset = Dataset.from_file(str(path))
-    check_any_left(len(dataset), report, settings)
     report.measures = MeasuredClips(dataset.data.table.select([*COLUMNS]))
-    kept = np.flatnonzero(report.add_findings(settings.leave_out, tokenizer))
-    check_any_left(len(kept), report, settings)
-    dataset = dataset.select(kept)
+    kept = report.add_findings(settings.leave_out, tokenizer) if len(dataset) else []
+    if not any(kept):
+        first = (report.left_out + report.dropped + ["no clips"])[0]
+        long = report.dropped and not report.left_out
+        remedy = f"raise max_length, {settings.max_length}" if long else "see data/README.md"
+        fault = f"no rows left of {report.clips} clips; the first: {first}"
+        raise UserError(f"{settings.dataset}: {fault}; {remedy}")
+    dataset = dataset.select(np.flatnonzero(kept))
     report.digest = digest_rows(dataset)
     texts = report.measures.table["text"]
     held_out = choose_held_out(texts, settings)
@@ -175,32 +173,10 @@ def build_rows(
         if len(report.prompts) < 3:
             prompt = row["input_ids"][: np.argmax(row["input_ids"] == ids.sos) + 1]
             report.prompts.append(tokenizer.decode(prompt))
-        measures = {"source": clip.source, "voice": clip.voice, "text": clip.text}
-        measures |= {"tokens": len(row["input_ids"])} | clip.sound._asdict()
-        rows.append(row | measures)
+        row = {name: values.astype(np.int32) for name, values in row.items()}
+        row |= {"source": clip.source, "voice": clip.voice, "text": clip.text}
+        rows.append(row | {"tokens": len(row["input_ids"])} | clip.sound._asdict())
     return rows
-
-
-def to_arrow(rows: list[dict]) -> pa.RecordBatch:
-    """Return rows and their measures as columns."""
-    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
-    ends = np.cumsum([0, *columns["tokens"]])
-    for name in IDS:
-        values = np.concatenate(columns[name]).astype(np.int32)
-        columns[name] = pa.ListArray.from_arrays(ends.astype(np.int32), values)
-    return pa.RecordBatch.from_pydict(columns, SCHEMA)
-
-
-def check_any_left(rows: int, report: Report, settings: Settings) -> None:
-    """Raise a `UserError` with the first reason where every clip was left out."""
-    if rows:
-        return
-    first = (report.left_out + report.dropped + ["no clips"])[0]
-    remedy = "see data/README.md"
-    if report.dropped and not report.left_out:
-        remedy = f"raise max_length, which is {settings.max_length}"
-    fault = f"no rows left of {report.clips} clips; the first: {first}"
-    raise UserError(f"{settings.dataset}: {fault}; {remedy}")
 
 
 def digest_rows(dataset: Dataset) -> str:
@@ -218,17 +194,6 @@ def row_text(clip: Clip, settings: Settings) -> tuple[str, str]:
     """Return (text, voice) of a clip, white space folded; `settings.voice` is for those without."""
     texts = clip.text, clip.voice or settings.voice
     return tuple(" ".join((text or "").split()) for text in texts)
-
-
-def split_prompt(prompt: str, voice: str) -> tuple[str, str]:
-    """Return (text, voice) of a prompt, `name: text` or the text alone.
-
-    The name is `voice`, if the prompt begins with that, else one word before a colon.
-    """
-    if voice and prompt.startswith(f"{voice}: "):
-        return prompt[len(voice) + 2 :].strip(), voice
-    named = re.match(r"([^\s:]+): +(.+)", prompt, re.DOTALL)
-    return (named[2], named[1]) if named else (prompt, "")
 
 
 def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:
@@ -261,15 +226,6 @@ def choose_held_out(texts: pa.ChunkedArray, settings: Settings) -> np.ndarray:
 # ---------------------------------------------------------------- the cache
 
 
-def read_codebook_size(codec: str) -> int:
-    """Return the number of codes of each of a codec's levels, from its config alone."""
-    config = fetch(codec, CODEC_FILES) / "config.json"
-    size = read_json(config).get("codebook_size")
-    if not isinstance(size, int):
-        raise UserError(f"{config}: no codebook_size: not a SNAC codec")
-    return size
-
-
 def open_cache(settings: Settings) -> Path | None:
     """Return the cache's folder for this codec and this way of trimming; None without a cache.
 
@@ -279,15 +235,9 @@ def open_cache(settings: Settings) -> Path | None:
     """
     if settings.cache_dir is None:
         return None
-    shape = 2, settings.keep_silence, settings.silence_db, Sound._fields
-    digest = hashlib.sha256(repr(shape).encode())
-    folder = fetch(settings.codec, CODEC_FILES)
-    try:
-        for name in CODEC_FILES:
-            digest.update((folder / name).read_bytes())
-    except OSError as error:
-        remedy = "set --codec to a SNAC codec's folder"
-        raise UserError(f"{error.filename}: {error.strerror}; {remedy}") from error
+    digest = hashlib.sha256(repr((2, settings.keep_silence, settings.silence_db)).encode())
+    for name in CODEC_FILES:
+        digest.update((fetch(settings.codec, CODEC_FILES) / name).read_bytes())
     return Path(settings.cache_dir, digest.hexdigest()[:16])
 
 
@@ -299,18 +249,15 @@ def cache_file(cache: Path, *key) -> str:
 
 def stat_file(clip: Clip, cache: Path) -> str | None:
     """Return where a clip is cached under the path, size and times of its recording."""
-    if isinstance(clip.audio, bytes):
+    if not os.path.isfile(clip.audio):
         return None
-    try:
-        path, stat = os.path.abspath(clip.audio), os.stat(clip.audio)
-    except OSError:
-        return None
+    stat = os.stat(clip.audio)
     times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    return cache_file(cache, path, *times, clip.start, clip.duration)
+    return cache_file(cache, os.path.abspath(clip.audio), *times, clip.start, clip.duration)
 
 
-def read_cached(path: str, max_frames: int, ids: SpeechIds) -> tuple | None:
-    """Return the sound and the codes of a clip in the cache.
+def read_cached(path: str, max_frames: int) -> tuple | None:
+    """Return the (sound, codes, True) of a clip in the cache.
 
     None where it has to be made: there is no such file, it is damaged, or it holds fewer frames
     than a row can take.
@@ -318,20 +265,17 @@ def read_cached(path: str, max_frames: int, ids: SpeechIds) -> tuple | None:
     try:
         with open(path, "rb", buffering=0) as file:
             head, _, codes = file.read().partition(b"\n")
-        sound = Sound(**json.loads(head))
-        codes = np.frombuffer(codes, "<u2").reshape(-1, SLOTS)
-        whole = min(sound.frames, max_frames) <= len(codes) and codes.max() < ids.codebook_size
+        sound, codes = Sound(**json.loads(head)), np.frombuffer(codes, "<u2").reshape(-1, SLOTS)
     except (OSError, ValueError, TypeError):
         return None
-    return (sound, codes) if whole else None
+    return (sound, codes, True) if min(sound.frames, max_frames) <= len(codes) else None
 
 
 def write_cached(path: str, sound: Sound, codes: np.ndarray) -> None:
     """Write a clip into the cache: a line of JSON, then two bytes for each code."""
+    head = json.dumps(sound._asdict()).encode()
     with atomic_file(Path(path)) as part:
-        part.write_bytes(
-            json.dumps(sound._asdict()).encode() + b"\n" + codes.astype("<u2").tobytes()
-        )
+        part.write_bytes(head + b"\n" + codes.astype("<u2").tobytes())
 
 
 # ---------------------------------------------------------------- clips
@@ -355,19 +299,17 @@ class EncodedClip:
 
 def read_clip(clip: Clip, settings: Settings, tokenizer, ids: SpeechIds) -> list[EncodedClip]:
     """Return a clip with what its dataset says of it; several for a row of chained clips."""
-    text, voice = row_text(clip, settings)
-    made = EncodedClip(clip.source, text, voice, clip.error)
+    made = EncodedClip(clip.source, *row_text(clip, settings), clip.error)
     tokens = clip.pretokenized or {}
-    if made.error:
-        return [made]
     try:
+        if clip.error:
+            return [made]
         if "input_ids" in tokens:
             rows = split_row(tokens, ids)
-            if len(rows) == 1:
-                return [read_row(made, rows[0], tokenizer, ids)]
-            parts = [replace(made, source=f"{clip.source} clip {n + 1}") for n in range(len(rows))]
+            names = [f"{clip.source} clip {n + 1}" for n in range(len(rows))]
+            parts = [replace(made, source=name) for name in names] if len(rows) > 1 else [made]
             return [read_row(*part, tokenizer, ids) for part in zip(parts, rows, strict=True)]
-        if not text:
+        if not made.text:
             raise ClipError("the text is empty", "no text")
         if tokens:
             made.codes = read_codes(tokens.get("codes", tokens.get("codes_list")), ids)
@@ -383,40 +325,39 @@ def read_row(made: EncodedClip, row: dict, tokenizer, ids: SpeechIds) -> Encoded
     """Fill in a clip from ids that were made elsewhere; text and voice are those of its prompt."""
     try:
         made.row, made.sound = row, measure_codes(check_row(row, ids))
-        text, made.voice = split_prompt(read_prompt(row["input_ids"], tokenizer, ids), made.voice)
-        made.text = made.text.removeprefix(f"{made.voice}: ") or text
+        prompt = read_prompt(row["input_ids"], tokenizer, ids)
+        name, text = split_prefix(prompt)
+        if " " in name and name != made.voice:  # rather a sentence with a colon
+            name, text = "", prompt
+        made.voice, made.text = name, made.text.removeprefix(f"{name}: ") or text
     except UserError as error:
         made.error = error
     return made
 
 
 def measure_codes(codes: np.ndarray) -> Sound:
-    """Return what is known of a clip of which there are only the codes."""
-    digest = hashlib.sha256(codes.tobytes()).hexdigest()
-    return Sound(digest, seconds=len(codes) * FRAME_SAMPLES / SAMPLE_RATE)
+    seconds = len(codes) * FRAME_SAMPLES / SAMPLE_RATE
+    return Sound(hashlib.sha256(codes.tobytes()).hexdigest(), seconds=seconds)
 
 
-def load_recording(
-    made: EncodedClip, clip: Clip, settings: Settings, cache: Path | None, ids: SpeechIds
-) -> None:
+def load_recording(made: EncodedClip, clip: Clip, settings: Settings, cache: Path | None) -> None:
     """Fill in a clip's codes from the cache, by its recording's SHA-256, else its samples.
 
     The samples end four frames after the longest row, which is as far as the encoder looks ahead.
     """
-    max_frames = settings.max_length // SLOTS
+    max_frames, audio = settings.max_length // SLOTS, clip.audio
     try:
-        if cache and (isinstance(clip.audio, bytes) or os.path.isfile(clip.audio)):
-            audio = clip.audio
+        if cache and (isinstance(audio, bytes) or os.path.isfile(audio)):
             with io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             path = cache_file(cache, digest, clip.start, clip.duration)
-            if found := read_cached(path, max_frames, ids):
-                made.sound, made.codes, made.cached = *found, True
+            if found := read_cached(path, max_frames):
+                made.sound, made.codes, made.cached = found
                 for file in made.files:
-                    write_cached(file, *found)
+                    write_cached(file, made.sound, made.codes)
                 return
             made.files = (path, *made.files)
-        audio, made.sound = measure_clip(clip.audio, settings, clip.start, clip.duration)
+        audio, made.sound = measure_clip(audio, settings, clip.start, clip.duration)
         made.audio = audio[: (max_frames + 4) * FRAME_SAMPLES]
     except UserError as error:
         made.error = error
@@ -427,51 +368,41 @@ def encode_clips(
 ) -> Iterator[list[EncodedClip]]:
     """Yield all clips with their codes, in order and in windows.
 
-    At most two windows of samples are in memory. The codec is loaded, unless one is given, when the
-    first clip has to be encoded.
+    At most two windows of samples are in memory.
     """
     cache, max_frames = open_cache(settings), settings.max_length // SLOTS
 
     def load_window(batch: list[Clip]) -> tuple[list[EncodedClip], list[Future]]:
         window, loading = [], []
         for clip in batch:
-            made = read_clip(clip, settings, tokenizer, ids)
-            window += made
-            if made[0].error or made[0].sound:
+            first, *more = read_clip(clip, settings, tokenizer, ids)
+            window += [first, *more]
+            if first.error or first.sound:
                 continue
-            if cache and (file := stat_file(clip, cache)):
-                made[0].files = (file,)
-                if found := read_cached(file, max_frames, ids):
-                    made[0].sound, made[0].codes, made[0].cached = *found, True
+            if cache and isinstance(clip.audio, Path) and (file := stat_file(clip, cache)):
+                first.files = (file,)
+                if found := read_cached(file, max_frames):
+                    first.sound, first.codes, first.cached = found
                     continue
-            loading.append(threads.submit(load_recording, made[0], clip, settings, cache, ids))
+            loading.append(threads.submit(load_recording, first, clip, settings, cache))
         return window, loading
 
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-        tqdm(total=clips.count, unit=" clips", delay=1, disable=RANK > 0 or None) as bar,
-    ):
-        iterator = iter(clips)
-        batches = iter(lambda: list(itertools.islice(iterator, WINDOW)), [])
-        for window, loading in one_ahead(map(load_window, batches)):
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with threads, tqdm(total=clips.count, unit=" clips", delay=1, disable=RANK > 0 or None) as bar:
+        clips = iter(clips)
+        batches = iter(lambda: list(itertools.islice(clips, WINDOW)), [])
+        windows = itertools.chain(map(load_window, batches), [None])
+        for (window, loading), _ahead in itertools.pairwise(windows):
             for future in loading:
                 future.result()
-            new = [clip for clip in window if clip.audio is not None]
-            if new:
-                codec = codec or load_codec(settings.codec, device())
-            sounds = [clip.audio for clip in new]
-            for clip, codes in zip(new, encode_sounds(codec, sounds, threads), strict=True):
-                clip.codes, clip.audio = codes[:max_frames], None
-                for file in clip.files:
-                    write_cached(file, clip.sound, clip.codes)
+            if new := [clip for clip in window if clip.audio is not None]:
+                sounds = encode_sounds(codec, [clip.audio for clip in new], threads)
+                for clip, codes in zip(new, sounds, strict=True):
+                    clip.codes, clip.audio = codes[:max_frames], None
+                    for file in clip.files:
+                        write_cached(file, clip.sound, clip.codes)
             bar.update(len(window))
             yield window
-
-
-def one_ahead(items: Iterable) -> Iterator:
-    """Yield items, each when the next one has been made."""
-    for item, _following in itertools.pairwise(itertools.chain(items, [None])):
-        yield item
 
 
 def encode_sounds(
@@ -482,8 +413,6 @@ def encode_sounds(
     On a GPU they are encoded in batches of like length. On a CPU batches bring nothing, and one
     thread for each sound is quicker than several for one.
     """
-    if not sounds:
-        return
     if next(codec.parameters()).device.type == "cuda":
         order, codes = sorted(range(len(sounds)), key=lambda n: len(sounds[n])), {}
         for batch in (order[n : n + size] for n in range(0, len(order), size)):
@@ -502,7 +431,7 @@ def encode_sounds(
 
 
 def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
-    """Row numbers in an order that puts rows of like length into the same batch of `size` rows.
+    """Return row numbers in an order that puts rows of like length into one batch of `size`.
 
     Rows are shuffled, sorted by length within pools of 32 batches, and the batches are shuffled.
     The order depends on `seed` alone, so that a resumed run has the same batches. The batch with
@@ -522,10 +451,7 @@ def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
 
 
 def count_packed(lengths: list[int], max_length: int) -> int:
-    """How many packed rows of `max_length` tokens TRL makes of rows (best fit, decreasing).
-
-    A test compares it with TRL, which packs each thousand rows by itself.
-    """
+    """Return how many packed rows TRL makes: best fit, decreasing, each thousand by itself."""
     packed = 0
     for first in range(0, len(lengths), 1000):
         space = []  # left in each packed row, ascending
@@ -537,14 +463,14 @@ def count_packed(lengths: list[int], max_length: int) -> int:
 
 
 def count_padded(lengths: list[int], size: int, seed: int) -> int:
-    """Tokens, padding included, of an epoch's batches of `size` rows padded to their longest."""
-    order = length_batches(lengths, size, seed)
-    batches = [[lengths[row] for row in order[n : n + size]] for n in range(0, len(order), size)]
+    """Return the tokens, padding included, of a pass in batches padded to their longest row."""
+    order = [lengths[row] for row in length_batches(lengths, size, seed)]
+    batches = (order[n : n + size] for n in range(0, len(order), size))
     return sum(len(batch) * max(batch) for batch in batches)
 
 
 def steps_per_epoch(lengths: list[int], settings: Settings) -> int:
-    """Optimiser steps of one pass over rows of these lengths, on one GPU."""
+    """Return the optimiser steps of one pass over rows of these lengths, on one GPU."""
     packed = settings.batching == "pack"
     rows = count_packed(lengths, settings.max_length) if packed else len(lengths)
     batches = math.ceil(rows / settings.per_device_train_batch_size)
@@ -552,7 +478,7 @@ def steps_per_epoch(lengths: list[int], settings: Settings) -> int:
 
 
 def slots_used(lengths: list[int], settings: Settings) -> dict[str, float]:
-    """For each way of `batching`, the share of a batch's slots that hold a token, not padding."""
+    """Return, by `batching`, the share of a batch's slots that hold a token, not padding."""
     max_length, size = settings.max_length, settings.per_device_train_batch_size
     slots = {
         "pack": count_packed(lengths, max_length) * max_length,

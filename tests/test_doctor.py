@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ from orpheus.doctor import (
     COLUMNS,
     FINDINGS,
     MeasuredClips,
-    Measures,
     Report,
     draw_report,
     find_markup,
@@ -119,7 +119,7 @@ def test_the_console(tmp_path, tokenizer, capsys, monkeypatch):
 
 
 def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
-    report = Report("x", measures=measured([Measures("a", "", "t")]))
+    report = Report("x", measures=measured([one("a", "", "t")]))
     report.lengths = [100] * 50
     report.print_rows(settings("x"))
     assert "99 %" not in capsys.readouterr().out
@@ -129,14 +129,18 @@ def test_a_share_that_is_kept_is_printed_only_if_it_is_less_than_all(capsys):
 
 
 def test_a_picture_of_a_voice_that_looks_like_a_formula(tmp_path):
-    measures = [Measures("a", "$\\frac$", "text", sound=Sound(seconds=1.0))]
+    measures = [one("a", "$\\frac$", "text", sound=Sound(seconds=1.0))]
     report = Report("a$b$_^", measures=measured(measures))
     draw_report(report, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size
 
 
 def test_the_summary_counts_clips_without_a_voice_name():
-    clips = [Measures("a", "tom", "one"), Measures("b", "", "two"), Measures("c", "tom", "six")]
+    clips = [
+        one("a", "tom", "one"),
+        one("b", "", "two"),
+        one("c", "tom", "six"),
+    ]
     report = Report("x", clips=3, measures=measured(clips))
     assert report.summary().endswith(", voice tom, 1 without a voice name")
     report.measures = measured(clips[::2])
@@ -146,9 +150,13 @@ def test_the_summary_counts_clips_without_a_voice_name():
 SOURCE = "(Orpheus's README: good results from about 50 of a voice, the best from 300)"
 
 
+def one(source, voice, text, sound=Sound()):  # noqa: B008
+    return SimpleNamespace(source=source, voice=voice, text=text, sound=sound)
+
+
 def measured(measures):
     """The measures of clips as make_rows hands them to the report."""
-    rows = [clip._asdict() | clip.sound._asdict() for clip in measures]
+    rows = [{"tokens": 0} | vars(clip) | clip.sound._asdict() for clip in measures]
     return MeasuredClips(pa.Table.from_pylist(rows, pa.schema(COLUMNS)))
 
 
@@ -156,7 +164,7 @@ def report_of(steps=20, **clips):
     """A report on clips of six seconds, so many of each voice."""
     names = [voice for voice, count in clips.items() for _ in range(count)]
     measures = [
-        Measures(f"row {n}", "" if voice == "unnamed" else voice, "text", sound=Sound(seconds=6.0))
+        one(f"row {n}", "" if voice == "unnamed" else voice, "text", sound=Sound(seconds=6.0))
         for n, voice in enumerate(names)
     ]
     return Report("x", clips=len(measures), measures=measured(measures), steps_per_epoch=steps)
@@ -210,7 +218,7 @@ def test_clips_with_important_findings_are_counted_once(tokenizer):
     def report_on(digits, pairs):
         texts = [f"{(n % digits and 'a') or 1} text" for n in range(60)]
         measures = [
-            Measures(
+            one(
                 f"row {n}",
                 "anna",
                 f"{text} {'*' if n < pairs else 'x'}",

@@ -27,7 +27,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     cases = [
         (tmp_path / "none", "no such folder; give one of clips"),
         ("no_such_folder", "no such folder; give one of clips"),
-        (tmp_path, "no metadata.csv, .* no audio file with a .txt beside it"),
+        (tmp_path, "give one of its tables as --dataset"),
         (column, "no column text or .*; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
         (broken, "metadata.jsonl row 2: not JSON"),

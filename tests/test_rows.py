@@ -269,7 +269,7 @@ def test_ids_come_before_codes(tmp_path, tokenizer, ids):
 @pytest.fixture
 def work(monkeypatch):
     """Counts the recordings that are decoded and encoded, and the codecs that are loaded."""
-    done = {"measure_clip": 0, "encode": 0, "load_codec": 0}
+    done = {"measure_clip": 0, "encode": 0}
 
     def count(module, name):
         real = getattr(module, name)
@@ -282,7 +282,7 @@ def work(monkeypatch):
 
     for name in done:
         count(orpheus.rows, name)
-    return lambda: (done["measure_clip"], done["encode"], done["load_codec"])
+    return lambda: (done["measure_clip"], done["encode"])
 
 
 def test_a_second_run_neither_decodes_nor_encodes(tmp_path, tokenizer, work):
@@ -294,12 +294,12 @@ def test_a_second_run_neither_decodes_nor_encodes(tmp_path, tokenizer, work):
     folder_of(tmp_path / "two", [("a.wav", "five", "y"), ("c.wav", "six", "y")])
     cache = {"cache_dir": tmp_path / "cache"}
     first, report = rows_of(tmp_path / "one", tokenizer, **cache)
-    assert work() == (2, 2, 1) and report.cached == 0
+    assert work() == (2, 2) and report.cached == 0
     again, second = rows_of(tmp_path / "one", tokenizer, **cache)
-    assert work() == (2, 2, 1) and second.cached == 2 and same(first, again)
+    assert work() == (2, 2) and second.cached == 2 and same(first, again)
     assert second.measures.table == report.measures.table and second.lengths == report.lengths
     assert rows_of(tmp_path / "two", tokenizer, **cache)[1].cached == 2
-    assert work() == (2, 2, 1)
+    assert work() == (2, 2)
     assert rows_of(tmp_path / "one", tokenizer, keep_silence=0.2, **cache)[1].cached == 0
     shutil.copytree("data/demo/codec", tmp_path / "codec")
     weights = torch.load(tmp_path / "codec/pytorch_model.bin")
@@ -315,7 +315,7 @@ def test_parquet_bytes_and_files_share_the_cache(tmp_path, tokenizer, work):
     rows, _ = rows_of(tmp_path / "data", tokenizer, **cache)
     folder_of(tmp_path, [("a.wav", "one", "x"), ("b.wav", 'two, "three" four', "y")])
     again, report = rows_of(tmp_path / "metadata.csv", tokenizer, **cache)
-    assert report.cached == 2 and work() == (2, 2, 1) and same(rows, again)
+    assert report.cached == 2 and work() == (2, 2) and same(rows, again)
 
 
 def test_a_longer_max_length_encodes_what_the_cache_cut_off(tmp_path, tokenizer, work):

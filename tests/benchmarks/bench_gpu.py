@@ -50,7 +50,7 @@ from orpheus.memory import (  # noqa: E402
     read_base,
 )
 from orpheus.models import device, load_tokenizer  # noqa: E402
-from orpheus.rows import encode_sounds, read_codebook_size  # noqa: E402
+from orpheus.rows import encode_sounds  # noqa: E402
 from orpheus.tokens import read_speech_ids  # noqa: E402
 from orpheus.trainer import check_compatibility, resolve_settings  # noqa: E402
 
@@ -144,7 +144,7 @@ def measure(lines: list[dict]) -> Iterator[dict]:
     arguments = finetune.make_sft_config(settings)
     check_compatibility(settings, arguments)
     tokenizer = load_tokenizer(Path(settings.model))
-    ids = read_speech_ids(tokenizer, read_codebook_size(settings.codec))
+    ids = read_speech_ids(tokenizer, load_codec(settings.codec).codebook_size)
     model = finetune.load_model(settings, arguments)
     for line in lines:
         gc.collect()  # the trainer before is held by reference cycles
