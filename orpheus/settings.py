@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.json"
+# When it is imported, bitsandbytes warns of an optional package, which would make 4-bit a bit faster.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class UserError(ValueError):
