@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.json"
-# When it is imported, bitsandbytes warns of an optional package, which would make 4-bit a bit faster.
+# On import, bitsandbytes warns of an optional package, which would make 4-bit a bit faster.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
