@@ -174,10 +174,8 @@ def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
         for run, count in ((saved, ranks), (settings, WORLD_SIZE))
     )
     if had != has:
-        remedy = f"gradient_accumulation_steps {settings.gradient_accumulation_steps * had / has:g}"
-        changes.append(
-            f"a step had {had} rows, on {ranks} GPUs, and has {has} ({remedy} keeps them)"
-        )
+        keeps = f"gradient_accumulation_steps {settings.gradient_accumulation_steps * had / has:g}"
+        changes.append(f"a step had {had} rows on {ranks} GPUs and has {has} ({keeps} keeps them)")
     if read_json(out / SAVED_REPORT).get("digest") != digest:
         changes.append("the training data has changed")
     if changes:
