@@ -220,7 +220,7 @@ def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evalu
     from transformers import PrinterCallback
 
     from orpheus.tokens import TOKEN_NAMES
-    from orpheus.trainer import SpeechTrainer, TrainingMonitor, print_batches, print_changes
+    from orpheus.trainer import SpeechTrainer, print_batches, print_changes
 
     tokenizer.pad_token = TOKEN_NAMES["pad"]
     disable_progress_bars()  # nothing is downloaded from here on
@@ -231,7 +231,6 @@ def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evalu
             args=arguments,
             train_dataset=dataset.select_columns(["input_ids", "labels"]).with_format(None),
             processing_class=tokenizer,
-            callbacks=[TrainingMonitor(settings)],
             evaluator=evaluator,
         )
     for parameter, data in trained:  # TRL casts a quantised model's LoRA to bf16; keep it in fp32
@@ -244,7 +243,7 @@ def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evalu
 
 def train(trainer, settings: Settings, checkpoint: Path | None) -> None:
     """Train to the end. A signal makes it save a checkpoint and exit with 130."""
-    from orpheus.trainer import StopOnSignal
+    from orpheus.trainer import StopOnSignal, TrainingMonitor
 
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0}
     if state["global_step"] >= trainer.total_steps:
@@ -252,7 +251,8 @@ def train(trainer, settings: Settings, checkpoint: Path | None) -> None:
         # Otherwise transformers would train one step more; so it only loads the checkpoint.
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     with StopOnSignal() as stop:
-        trainer.add_callback(stop)
+        for callback in (TrainingMonitor(settings), stop):
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         print(f"stopped at step {trainer.state.global_step}; checkpoint in {settings.output_dir}")

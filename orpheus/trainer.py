@@ -36,12 +36,9 @@ from orpheus.tokens import FRAME_SAMPLES, SAMPLE_RATE, SLOTS, TOKEN_NAMES
 # _get_train_sampler and _inner_training_loop and sets _train_batch_size, print_machine asks
 # torch._C and Unsloth. Besides, these lines are kept off the console:
 UNWANTED = {
-    # SDPA keeps packed clips apart as well, by their position_ids: tests/test_rows.py
-    "trl.trainer.sft_trainer": "Flash Attention variant",
-    # the model's special tokens become the tokenizer's, as they should
-    "transformers.trainer_utils": "were aligned accordingly",
-    # a banner that says once more what our lines say
-    "transformers.trainer": "Unsloth - 2x faster free finetuning",
+    "trl.trainer.sft_trainer": "Flash Attention variant",  # SDPA keeps packed clips apart, too
+    "transformers.trainer_utils": "were aligned accordingly",  # special tokens, as they should be
+    "transformers.trainer": "Unsloth - 2x faster free finetuning",  # a banner
 }
 for logger, words in UNWANTED.items():
     logging.getLogger(logger).addFilter(lambda line, words=words: words not in line.getMessage())
