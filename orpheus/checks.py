@@ -23,13 +23,10 @@ POSITIONS = 256  # whose logits are held at once: those of a whole row would fil
 def held_out_metrics(
     model, rows: list[dict], ids: SpeechIds, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Return mean loss (nats) and accuracy over held-out rows: of all tokens, and by kind of token.
+    """Return mean loss (nats) and accuracy over held-out rows, of all tokens and by kind of token.
 
-    Kinds are text, slots 0 to 6, and the end of speech.
-
-    Args:
-        rows: `input_ids` and `labels`, one-dimensional arrays; they are computed one by one.
-        dtype: the dtype to autocast to, as in training; float32 for none.
+    Kinds are text, slots 0 to 6, and the end of speech. Rows are computed one by one, under
+    autocast to `dtype` as in training, unless that is float32.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = [*(f"slot{n}" for n in range(SLOTS)), "end", "text"]
@@ -66,16 +63,8 @@ def target_kinds(targets: torch.Tensor, ids: SpeechIds) -> torch.Tensor:
 
 
 class SampleEvaluator:
-    """Evaluates a model in training: held-out loss, and `sample_texts` as infer.py would say them.
-
-    Args:
-        tokenizer, codec: of the base.
-        report: on the data; the samples are spoken by its first voice.
-        held_out: rows that are not trained on.
-
-    Raises:
-        UserError: the base's context has no room for one of the texts.
-    """
+    """Evaluates a model in training: loss on `held_out` rows, and `sample_texts` as infer.py would
+    say them, in the report's first voice. Raises a UserError for texts that cannot be spoken."""
 
     def __init__(self, tokenizer, codec, settings: Settings, report: Report, held_out):
         self.settings, self.held_out = settings, held_out
@@ -125,8 +114,7 @@ def sample_folder(settings: Settings, step: int) -> Path:
 def speech_metrics(samples: list[Speech], pace: float, loss: float) -> dict[str, float]:
     """Return the share of samples that ended by themselves, their pace, and a score of the step.
 
-    The pace is in multiples of the data's `pace`, which is in seconds a character. The score weighs
-    the share that ended first, then the pace, the held-out loss last.
+    Theirs is in multiples of the data's `pace`. The score weighs the share first, the loss last.
     """
     if not samples:
         return {"eval_score": -loss / 10}

@@ -350,15 +350,12 @@ def load_voice(model: str | Path | None = None, **changes) -> Voice:
     """Load an adapter, a checkpoint, a merged model or a base, with its codec.
 
     It speaks in the precision and over the weights of its training; a base without a run, on a CPU,
-    in 16 bits.
+    in 16 bits. Raises a UserError for a model, voice or setting that does not exist.
 
     Args:
         model: folder or hub id; None is the run of config.json, or its base if there is none yet.
         changes: settings that go over those of the run (temperature, seed, codec, …), and `voice`,
             one of the names that the model was trained on, if not the first.
-
-    Raises:
-        UserError: there is no such model, voice or setting.
     """
     model = model or default_model(read_settings())
     check_machine(str(model))
