@@ -332,7 +332,7 @@ def main() -> None:
     add("--texts", metavar="N", type=int, default=50, help="held-out texts, at most (50)")
     add("--seeds", metavar="N", type=int, default=3, help="how often a model says a text (3)")
     add("--blind", action="store_true", help="hide the names until a click")
-    add("--whisper", metavar="…", default="base", help="faster-whisper's model: a size or a folder")
+    add("--whisper", metavar="…", help="faster-whisper's model: a size or a folder (base)")
     add("--out", metavar="FILE", help="page to write (evaluation.html in the run's folder)")
     arguments, options = parser.parse("codec", *SpeakingSettings.model_fields)
     options |= {"best_of": 1} | ({"voice": arguments.voice} if arguments.voice else {})

@@ -73,8 +73,8 @@ def judge_words(whisper: str, recordings: list) -> Judge:
     try:
         model = WhisperModel(whisper, compute_type="int8")
     except (OSError, ValueError, RuntimeError) as error:
-        fault = f"neither a folder of faster-whisper nor a size that can be downloaded: {error}"
-        raise UserError(f"--whisper {whisper}: {fault}") from error
+        fault = "is neither a folder of faster-whisper nor a size that can be downloaded"
+        raise UserError(f"--whisper {whisper} {fault}") from error
 
     def judge(audio, text):
         padded = np.pad(resample_to_16_khz(audio), 8_000)  # half a second of silence at each end
@@ -133,11 +133,11 @@ JUDGES = {
 }
 
 
-def load_judges(whisper: str, recordings: list) -> tuple[list[Judge], list[str]]:
+def load_judges(whisper: str | None, recordings: list) -> tuple[list[Judge], list[str]]:
     """Load the judges whose packages are installed.
 
     Args:
-        whisper: faster-whisper's model, a size or a folder.
+        whisper: faster-whisper's model, a size or a folder; None is "base", if it is to be had.
         recordings: of the voice; without any there is no likeness.
 
     Returns:
@@ -152,7 +152,12 @@ def load_judges(whisper: str, recordings: list) -> tuple[list[Judge], list[str]]
         elif load_judge is judge_voice and not recordings:
             missing.append(f"{name} (needs recordings of the voice)")
         else:
-            judges.append(load_judge(whisper, recordings))
+            try:
+                judges.append(load_judge(whisper or "base", recordings))
+            except UserError as error:
+                if whisper:
+                    raise
+                missing.append(f"{name} ({error})")
     return judges, missing
 
 

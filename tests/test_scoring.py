@@ -23,6 +23,7 @@ from orpheus.scoring import (
     measure,
     rejection_reason,
 )
+from orpheus.settings import UserError
 
 
 def failure_of(coarse, text="x" * 30, pace=0.07):
@@ -109,6 +110,15 @@ def test_what_judges_are_given(tmp_path, monkeypatch):
         assert abs(sound - expected).max() < 1e-6
     resampled = mocks["resemblyzer"].preprocess_wav.call_args_list
     assert [call.kwargs for call in resampled] == [{"source_sr": 24_000}] * 2
+
+
+def test_a_whisper_that_cannot_be_had_is_told_and_one_that_was_asked_for_is_an_error(monkeypatch):
+    mocks, _ = mock_judges(monkeypatch)
+    mocks["faster_whisper"].WhisperModel.side_effect = OSError("no network")
+    judges, missing = load_judges(None, [])
+    assert len(judges) == 1 and missing[0].startswith("word errors (--whisper base is neither")
+    with pytest.raises(UserError, match="--whisper tiny is neither a folder"):
+        load_judges("tiny", [])
 
 
 def test_words_of_other_languages_are_not_normalised_as_english(monkeypatch):
