@@ -100,13 +100,8 @@ def make_rows(clips: Clips, settings: Settings, tokenizer, codec=None) -> tuple[
     return choose_rows(path, report, settings, tokenizer)
 
 
-def write_rows(
-    clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
-) -> tuple[Path, Report]:
-    """Return an Arrow file of all rows, which lasts as long as this process, and a report.
-
-    TRL writes what it makes of the rows into the same folder.
-    """
+def write_rows(clips: Clips, settings: Settings, tokenizer, ids, codec) -> tuple[Path, Report]:
+    """Return an Arrow file of all rows, which lasts as long as this process, and a report."""
     report = Report(printable(settings.dataset), note=clips.note)
     folder = Path(tempfile.mkdtemp(prefix="rows-", dir=settings.cache_dir))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -118,10 +113,8 @@ def write_rows(
     return path, report
 
 
-def choose_rows(
-    path: Path, report: Report, settings: Settings, tokenizer
-) -> tuple[Rows, Rows, Report]:
-    """Return the rows of a file that are trained on and held out; complete the report on them."""
+def choose_rows(path: Path, report: Report, settings: Settings, tokenizer) -> tuple:
+    """Return the rows of a file that are trained on, and held out, and the complete report."""
     dataset = Dataset.from_file(str(path))
     report.measures = MeasuredClips(dataset.data.table.select([*COLUMNS]))
     kept = report.add_findings(settings.leave_out, tokenizer) if len(dataset) else []
@@ -144,9 +137,7 @@ def choose_rows(
     return *sides, report
 
 
-def build_rows(
-    window: list["EncodedClip"], report: Report, settings: Settings, tokenizer, ids: SpeechIds
-) -> list[dict]:
+def build_rows(window: list, report: Report, settings: Settings, tokenizer, ids) -> list[dict]:
     """Return the rows of a window of clips, with their measures; report the clips left out."""
     texts = [(clip.text, clip.voice) for clip in window if not clip.error and not clip.row]
     prompts, rows = iter(texts and prompts_ids(tokenizer, ids, texts)), []
@@ -197,11 +188,10 @@ def row_text(clip: Clip, settings: Settings) -> tuple[str, str]:
 
 
 def make_row(prompt: list[int], codes: np.ndarray, ids: SpeechIds, settings: Settings) -> dict:
-    """Return a row of a prompt's ids and (frames, 7) codes.
+    """Return `input_ids` and `labels`, (tokens,) int64, of a prompt's ids and (frames, 7) codes.
 
-    It has `input_ids` (prompt, audio, EOS, EOA) and `labels`, (tokens,) int64 each, −100 where
-    there is no loss. With `too_long` "truncate", a row that is too long is cut at the end of a
-    frame, and gets no end token, so that the model does not learn to stop early.
+    With `too_long` "truncate", a row that is too long is cut at the end of a frame, and gets no end
+    token, so that the model does not learn to stop early.
     """
     end = [ids.eos, ids.eoa]
     max_frames = (settings.max_length - len(prompt) - len(end)) // SLOTS
@@ -223,9 +213,6 @@ def choose_held_out(texts: pa.ChunkedArray, settings: Settings) -> np.ndarray:
     return pc.is_in(texts, value_set=unique.take(pa.array(chosen))).to_numpy()
 
 
-# ---------------------------------------------------------------- the cache
-
-
 def open_cache(settings: Settings) -> Path | None:
     """Return the cache's folder for this codec and this way of trimming; None without a cache.
 
@@ -241,27 +228,15 @@ def open_cache(settings: Settings) -> Path | None:
     return Path(settings.cache_dir, digest.hexdigest()[:16])
 
 
-def cache_file(cache: Path, *key) -> str:
+def cache_file(cache: Path, clip: Clip, *key) -> str:
     """Return the name of a cached clip's file, in one of 256 folders."""
-    name = hashlib.sha256(repr(key).encode(errors="surrogatepass")).hexdigest()
+    key = repr((*key, clip.start, clip.duration)).encode(errors="surrogatepass")
+    name = hashlib.sha256(key).hexdigest()
     return f"{cache}/{name[:2]}/{name[2:]}"
 
 
-def stat_file(clip: Clip, cache: Path) -> str | None:
-    """Return where a clip is cached under the path, size and times of its recording."""
-    if not os.path.isfile(clip.audio):
-        return None
-    stat = os.stat(clip.audio)
-    times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    return cache_file(cache, os.path.abspath(clip.audio), *times, clip.start, clip.duration)
-
-
 def read_cached(path: str, max_frames: int) -> tuple | None:
-    """Return the (sound, codes, True) of a clip in the cache.
-
-    None where it has to be made: there is no such file, it is damaged, or it holds fewer frames
-    than a row can take.
-    """
+    """Return the (sound, codes, True) of a cached clip; None if it is damaged or too short."""
     try:
         with open(path, "rb", buffering=0) as file:
             head, _, codes = file.read().partition(b"\n")
@@ -276,9 +251,6 @@ def write_cached(path: str, sound: Sound, codes: np.ndarray) -> None:
     head = json.dumps(sound._asdict()).encode()
     with atomic_file(Path(path)) as part:
         part.write_bytes(head + b"\n" + codes.astype("<u2").tobytes())
-
-
-# ---------------------------------------------------------------- clips
 
 
 @dataclass
@@ -350,7 +322,7 @@ def load_recording(made: EncodedClip, clip: Clip, settings: Settings, cache: Pat
         if cache and (isinstance(audio, bytes) or os.path.isfile(audio)):
             with io.BytesIO(audio) if isinstance(audio, bytes) else open(audio, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            path = cache_file(cache, digest, clip.start, clip.duration)
+            path = cache_file(cache, clip, digest)
             if found := read_cached(path, max_frames):
                 made.sound, made.codes, made.cached = found
                 for file in made.files:
@@ -363,13 +335,8 @@ def load_recording(made: EncodedClip, clip: Clip, settings: Settings, cache: Pat
         made.error = error
 
 
-def encode_clips(
-    clips: Clips, settings: Settings, tokenizer, ids: SpeechIds, codec
-) -> Iterator[list[EncodedClip]]:
-    """Yield all clips with their codes, in order and in windows.
-
-    At most two windows of samples are in memory.
-    """
+def encode_clips(clips: Clips, settings: Settings, tokenizer, ids, codec) -> Iterator[list]:
+    """Yield all clips with their codes, in order; at most two windows of them are in memory."""
     cache, max_frames = open_cache(settings), settings.max_length // SLOTS
 
     def load_window(batch: list[Clip]) -> tuple[list[EncodedClip], list[Future]]:
@@ -379,9 +346,11 @@ def encode_clips(
             window += [first, *more]
             if first.error or first.sound:
                 continue
-            if cache and isinstance(clip.audio, Path) and (file := stat_file(clip, cache)):
-                first.files = (file,)
-                if found := read_cached(file, max_frames):
+            if cache and isinstance(clip.audio, Path) and os.path.isfile(clip.audio):
+                path, stat = os.path.abspath(clip.audio), os.stat(clip.audio)
+                times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+                first.files = (cache_file(cache, clip, path, *times),)
+                if found := read_cached(*first.files, max_frames):
                     first.sound, first.codes, first.cached = found
                     continue
             loading.append(threads.submit(load_recording, first, clip, settings, cache))
@@ -405,17 +374,14 @@ def encode_clips(
             yield window
 
 
-def encode_sounds(
-    codec, sounds: list[np.ndarray], threads: Executor, size: int = 16
-) -> Iterator[np.ndarray]:
+def encode_sounds(codec, sounds: list[np.ndarray], threads: Executor) -> Iterator[np.ndarray]:
     """Yield the (frames, 7) codes of each (samples,), in order.
 
-    On a GPU they are encoded in batches of like length. On a CPU batches bring nothing, and one
-    thread for each sound is quicker than several for one.
+    A GPU takes batches of like length. A CPU is quicker with one thread for each sound.
     """
     if next(codec.parameters()).device.type == "cuda":
         order, codes = sorted(range(len(sounds)), key=lambda n: len(sounds[n])), {}
-        for batch in (order[n : n + size] for n in range(0, len(order), size)):
+        for batch in (order[n : n + 16] for n in range(0, len(order), 16)):
             codes |= zip(batch, encode(codec, [sounds[n] for n in batch]), strict=True)
         yield from (codes[n] for n in range(len(sounds)))
         return
@@ -427,13 +393,9 @@ def encode_sounds(
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------- batches
-
-
 def length_batches(lengths: list[int], size: int, seed: int) -> list[int]:
     """Return row numbers in an order that puts rows of like length into one batch of `size`.
 
-    Rows are shuffled, sorted by length within pools of 32 batches, and the batches are shuffled.
     The order depends on `seed` alone, so that a resumed run has the same batches. The batch with
     the longest row comes first: if it does not fit in memory, the first step shows it.
     """

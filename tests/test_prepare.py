@@ -28,9 +28,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         (tmp_path / "none", "no such folder; give one of clips"),
         ("no_such_folder", "no such folder; give one of clips"),
         (tmp_path, "give one of its tables as --dataset"),
-        (column, "no column text or .*; there are: file_name, txt"),
+        (column, "no column is known to hold the text; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
-        (broken, "metadata.jsonl row 2: not JSON"),
+        (broken, "metadata.jsonl row 2: not an object in JSON"),
         (empty, "no rows in it"),
         (unreadable, r"no rows left of 1 clips; the first: .*row 2: .*not audio"),
     ]
