@@ -21,11 +21,8 @@ TOLD = GB // 20  # bytes; smaller downloads go without a line and bars
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a new name for a file, or a folder, which is renamed to `path` at the end.
 
-    So `path` is whole or not there, whatever other processes write it. A folder can only replace
-    an empty one.
-
-    Raises:
-        UserError: something cannot be written.
+    So `path` is whole or not there, whatever other processes write. A folder replaces only an
+    empty one.
     """
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
@@ -56,7 +53,6 @@ def make_folder(path: str, name: str) -> None:
 
 
 def absolute_path_or_hub_id(path: str) -> str:
-    """Return an absolute path if `path` exists on this machine, otherwise `path`, a hub id."""
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
@@ -71,19 +67,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def is_model(folder: Path) -> bool:
-    """Return whether a folder holds an adapter or a whole model."""
     return is_adapter(folder) or (folder / "config.json").is_file()
 
 
 def fetch(path: str, patterns: list[str]) -> Path:
     """Return the folder `path`, or that of a hub repository's files that match `patterns`.
 
-    What is in the hub's cache already is used without asking the hub. Otherwise it is downloaded;
-    a large download is announced by a line, and shows bars.
-
-    Raises:
-        UserError: there is neither, the repository is gated, the hub cannot be reached, or the
-            disk has too little space.
+    The hub is not asked for what its cache has already. A UserError says why there is neither.
     """
     if os.path.isdir(path):
         return Path(path)
@@ -112,10 +102,9 @@ def fetch(path: str, patterns: list[str]) -> Path:
 
 
 def announce_download(path: str, files: dict):
-    """Print what of a repository is missing here; return the class of its bars, None for the usual.
+    """Print what is missing here, unless it is little, and return the class of its bars, or None.
 
-    Raises:
-        UserError: it is more than the disk of the cache has room for.
+    A UserError if the cache's disk has no room for it.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import tqdm
@@ -126,8 +115,7 @@ def announce_download(path: str, files: dict):
 
     found = snapshot_download(path, dry_run=True, tqdm_class=NoBar, **files)
     missing = sum(file.file_size or 0 for file in found if file.will_download)
-    cache = constants.HF_HUB_CACHE
-    os.makedirs(cache, exist_ok=True)
+    os.makedirs(cache := constants.HF_HUB_CACHE, exist_ok=True)
     free = shutil.disk_usage(cache).free
     sizes = f"{missing / GB:.1f} GB to download to {cache}, where {free / GB:.1f} GB are free"
     if missing > free:

@@ -98,9 +98,9 @@ def is_left_out(config, name: str) -> bool:
 
 
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool | None:
-    """Return whether a base's head differs from its embeddings, or None if no weights are here.
+    """Return whether a base's head differs from its embeddings in `dtype`, and so is not tied.
 
-    transformers ties the two only where they are the same bit for bit, once they are in `dtype`.
+    None if no weights are here.
     """
     files = sorted(folder.glob("*.safetensors"))
     names = "lm_head.weight", "model.embed_tokens.weight"
@@ -141,11 +141,7 @@ def check_fit(folder: Path, missing: set, unexpected: set) -> None:
 
 
 def training_dtype(keys) -> torch.dtype:
-    """Return the dtype that a run computes in.
-
-    It follows from `fp16` and `bf16` (None counts as true) of its Settings, or of its SFTConfig, in
-    which Unsloth may have changed them for this machine.
-    """
+    """Return the dtype of a run by its Settings, or its SFTConfig, which Unsloth may change."""
     if keys.fp16:
         return torch.float16
     return torch.float32 if keys.bf16 is False else torch.bfloat16
@@ -168,39 +164,24 @@ def speaking_dtype(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def bitsandbytes_config(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the config that quantises to `weights` on loading; None for 16bit and fp8.
-
-    4bit is NF4 with double quantisation, as in QLoRA (arXiv 2305.14314), 8bit is LLM.int8 (arXiv
-    2208.07339).
-    """
+    """Return the config of QLoRA's NF4 (arXiv 2305.14314) or LLM.int8 (2208.07339), or None."""
     if weights == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if weights != "4bit":
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**nf4) if weights == "4bit" else None
 
 
 def settle_model(model, dtype: torch.dtype) -> None:
-    """Set what libraries leave as it was stored: the dtype of 4-bit layers, and a head of its own.
+    """Set what libraries leave as it was stored, by bitsandbytes' own names.
 
-    Names of bitsandbytes' modules and weights, and what they are for:
-
-    - A base that is stored in 4 bits names the dtype of the machine that made it, mostly bfloat16,
-      twice: in its config and with each weight. A GPU before Ampere would emulate that.
-    - On CPUs with avx512_bf16, bitsandbytes repacks the weights in eval mode, and does not undo
-      that in training mode: after the first check there would be no gradients.
-
-    transformers 5 keeps a head that differs from the embeddings, whatever the config says; version
-    4 would throw it away.
+    A base that is stored in 4 bits names the dtype of the machine that made it, mostly bfloat16,
+    in its config and with each weight; a GPU before Ampere would emulate that. And on CPUs with
+    avx512_bf16, weights are repacked in eval mode, and would have no gradients after a check.
     """
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if head.data_ptr() != embeddings.data_ptr():
-        model.config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = False  # transformers 4 would throw this head away
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
@@ -211,20 +192,15 @@ def settle_model(model, dtype: torch.dtype) -> None:
 def load_base(folder: Path, weights: str, dtype: torch.dtype, device_map=None, dequantize_to=None):
     """Return transformers' model of a folder, quantised as `weights` says or as it is stored.
 
-    Args:
-        dtype: of what is not quantised, and of the computation.
-        dequantize_to: a dtype, in which quantised weights are dequantised layer by layer. They keep
-            the values that quantisation gave them.
-
-    Raises:
-        UserError: weights are missing, or are not those of its config.
+    It computes in `dtype`. With `dequantize_to`, a dtype, quantised weights are dequantised, with
+    the values that quantisation gave them.
     """
     keys = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     if not stored_weights(read_model_config(folder)):
         keys["quantization_config"] = bitsandbytes_config(weights, dtype)
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # check_fit says what its table of weights would
+    transformers_logging.set_verbosity_error()  # check_fit says what its table would
     model, info = AutoModelForCausalLM.from_pretrained(str(folder), **keys)
     layers = {name for name in info["unexpected_keys"] if name.startswith("model.layers.")}
     check_fit(folder, set(info["missing_keys"]), layers)
@@ -238,20 +214,14 @@ def load_base(folder: Path, weights: str, dtype: torch.dtype, device_map=None, d
 
 
 def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=torch.float32):
-    """Return (model, tokenizer) of an adapter, a checkpoint, a merged folder or a base.
+    """Return (model, tokenizer) of an adapter, checkpoint, merged folder, base or hub id.
 
-    With weights "4bit" or "8bit", the base's weights get the values that they had in training. On
-    a GPU those of 4 bits stay quantised; elsewhere they are dequantised, which is faster and gives
-    the same logits on every CPU.
+    The base's weights get the values that they had in training, by the run's `weights`: on a GPU
+    they stay in 4 bits; elsewhere they are dequantised, which gives the same logits on every CPU.
 
     Args:
-        path: a folder or hub id.
-        weights: how the base's weights were held in training, as in config.json.
         merged: merge the adapter into its base, in fp16.
         dtype: of the training, as `speaking_dtype` takes it.
-
-    Raises:
-        UserError: there is no such model, or its weights are damaged, missing or not its config's.
     """
     folder = fetch(path, MODEL_FILES)
     whole = find_base(folder) if is_adapter(folder) else folder
@@ -280,11 +250,9 @@ def load_model(path: str, weights: str = "16bit", merged: bool = False, dtype=to
 
 
 def add_old_names(folder: Path) -> None:
-    """Add to a saved model's or adapter's configs what transformers 4 reads.
+    """Add to saved configs what transformers 4 reads, and so vLLM before 0.19.1.
 
-    transformers 5 writes the rotary settings as `rope_parameters` and a tokenizer class of its own.
-    Version 4, and so vLLM before 0.19.1, takes theta 10,000 and no scaling instead, without a word,
-    and refuses the tokenizer.
+    For `rope_parameters` it would take theta 10,000 and no scaling, without a word.
     """
     for path in folder.glob("*config.json"):
         values = read_json(path)
@@ -309,10 +277,7 @@ def check_loaded(model, settings: Settings, dtype: torch.dtype) -> None:
             f"weights {settings.weights}: {settings.backend} loaded 16-bit ones instead; "
             "`python -m bitsandbytes` says what is wrong with it"
         )
-    used = model.dtype if settings.weights == "16bit" else dtype
-    if used != dtype:
-        print(f"changed dtype: {dtype} was asked for, {settings.backend} loaded {used}")
-    weights = str(used).removeprefix("torch.")
+    weights = str(model.dtype if settings.weights == "16bit" else dtype).removeprefix("torch.")
     if settings.weights != "16bit":
         weights = f"{settings.weights.replace('bit', '-bit')}, {weights}"
     method = "all weights" if settings.full_finetuning else f"LoRA r={settings.lora_r}"
