@@ -10,7 +10,7 @@ from conftest import DEMO, script
 import finetune
 from orpheus.files import is_adapter
 from orpheus.settings import UserError, read_settings
-from orpheus.trainer import check_compatibility, resolve_settings
+from orpheus.trainer import resolve_settings
 
 WORDS = [*DEMO, "--limit", "16", "--held_out", "0.2", "--max_steps", "3", "--logging_steps", "1"]
 WORDS += ["--sample_texts", '["one"]', "--max_seconds", "0.5", "--save_steps", "3"]
@@ -49,12 +49,12 @@ def test_two_ranks_learn_what_one_does(backend, tmp_path):
     assert code == 0 and "steps    4" in printed, errors
 
 
-def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it(monkeypatch):
+def test_fsdp_reaches_the_trainer_and_unsloth_refuses_it():
     layers = '{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
-    words = {"fsdp": "full_shard", "fsdp_config": layers}
+    words = {"fsdp": "full_shard", "fsdp_config": layers, "backend": "transformers"}
     settings = resolve_settings(read_settings("data/demo/config.json", words))
     arguments = finetune.make_sft_config(settings)
     assert arguments.fsdp and "LlamaDecoderLayer" in str(arguments.fsdp_config)
     with pytest.raises(UserError, match='fsdp needs backend "transformers"'):
-        check_compatibility(settings, arguments)
+        finetune.make_sft_config(settings.replace(backend="unsloth"))
     assert "unsloth" not in sys.modules
