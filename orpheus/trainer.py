@@ -132,7 +132,8 @@ class SpeechTrainer(SFTTrainer):
             if self.args.auto_find_batch_size and first and batch_size > 1:
                 raise torch.OutOfMemoryError("GPU out of memory.") from error  # accelerate's words
             remedy = "--plan shows what fits"
-            remedy += ", --auto_find_batch_size true tries fewer rows" if batch_size > 1 else ""
+            if batch_size > 1 and not self.args.auto_find_batch_size:
+                remedy += ", --auto_find_batch_size true tries fewer rows"
             raise UserError(self.at_step(f"out of GPU memory; {remedy}")) from error
 
     def at_step(self, fault: str) -> str:
