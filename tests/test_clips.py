@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import unicodedata
 from pathlib import Path
 
@@ -92,7 +91,10 @@ def test_separators_and_headers(text, tmp_path):
 @pytest.mark.parametrize(
     "text, line",
     [
-        ("a.wav,one\nb.wav,two", "no header with known columns (a.wav,one); add one such as"),
+        (
+            "a.wav,one\nb.wav,two",
+            "no header with known columns in the first line (a.wav,one); add one such as",
+        ),
         (
             "clip;words spoken\na.wav;one",
             "there are: clip, words spoken; name it with --text_column",
@@ -191,8 +193,6 @@ def test_the_third_column_of_ljspeech(tmp_path):
     assert texts(tmp_path) == ["one day", "two days"]
     table(tmp_path, "b|two\na\nb|one|two|three\na|text|four\n")
     assert texts(tmp_path)[0] == "two" and "more columns" in texts(tmp_path)[2]
-    table(tmp_path, "a.wav|anna|EN|One.\nb.wav|ben|EN|Two.\n")
-    assert pairs(tmp_path) == [("anna", "One."), ("ben", "Two.")]
 
 
 # ---------------------------------------------------------------- columns
@@ -349,7 +349,6 @@ def hub_folders(tmp_path_factory):
         readme += f"- config_name: {name}\n  data_files:\n"
         for split in ("train", "test"):
             readme += f"  - split: {split}\n    path: {name}/{split}-*\n"
-    shutil.copytree(home / "configs", home / "configs2")
     (home / "configs/README.md").write_text(readme + "---\n")
     return home
 
@@ -362,7 +361,6 @@ def test_splits_of_a_downloaded_folder(hub_folders):
     assert texts(folder, dataset_split="train[1:3]", limit=1) == ["two"]
     assert texts(folder, dataset_split="train[-25%:]") == ["four"]
     assert read(folder)[0][0].audio.startswith(b"RIFF")
-    assert "folders de, en are read" in read(hub_folders / "configs2")[1]
     assert "no split dev; there are: train, validation, test" in refusal(
         folder, dataset_split="dev"
     )
@@ -448,8 +446,6 @@ def test_a_hub_dataset(hub_folders, tmp_path, monkeypatch):
     folder = {"me/speech": hub_folders / "splits", "me/loose": tmp_path}
 
     def load_builder(name, config=None, revision=None, **how):
-        if revision == "offline":
-            raise ConnectionError("the hub is out of reach")
         return load(str(folder.get(name, name)), config, **how)
 
     def download(name, **how):
@@ -463,19 +459,14 @@ def test_a_hub_dataset(hub_folders, tmp_path, monkeypatch):
     assert texts("me/speech", limit=3, dataset_split="train[1:]") == ["two", "three", "four"]
     assert not asked
     assert texts("me/speech", dataset_split="test") == ["six"]
-    assert texts("me/speech", dataset_split="test", dataset_revision="offline") == ["six"]
     table(tmp_path, "file_name,text\na.wav,one\nb.wav,two\n")
     assert texts("me/loose", limit=1) == ["one"]  # an AudioFolder, which is never streamed
-    assert [how.get("allow_patterns") and len(how["allow_patterns"]) for _, how in asked] == [
-        2,
-        None,
-        None,
-    ]
-    assert "no such folder here" in refusal("me/nothing")
+    patterns = [how["allow_patterns"] for _, how in asked]
+    assert len(patterns[0]) == 2 and patterns[1] is None
+    assert "cannot be read: " in refusal("me/nothing")
 
 
 def test_keys_of_the_hub(tmp_path):
-    assert "dataset_revision is for hub datasets" in refusal("data/numbers", dataset_revision="v1")
     assert "no such folder" in refusal(tmp_path / "nothing")
     assert "a single audio file; set --dataset to" in refusal(noise(tmp_path / "a.wav"))
 
@@ -506,17 +497,13 @@ def test_pairs_and_their_folders(tmp_path):
 @pytest.mark.parametrize(
     "names, line",
     [
-        ("a.flac texts.csv", "no metadata.csv; give its table: --dataset"),
-        ("de/metadata.csv en/metadata.csv de/a.wav", "there are tables in de, en; choose one with"),
-        ("a.flac b.m4a", "2 recordings, but no metadata.csv and no .txt beside any"),
-        ("wav.scp text a.flac", "Kaldi's wav.scp"),
-        ("84/12/84_12.trans.txt 84/12/84_12_1.flac", "LibriSpeech"),
-        ("train2/transcripts.txt train2/audio/1/2/1_2_3.flac", "MLS"),
-        ("txt/p1/p1_001.txt wav48/p1/p1_001_mic1.flac", "VCTK"),
-        ("vocal.list a.wav", "give its table: --dataset"),
-        ("a.wav book.srt", "subtitles"),
-        ("en-0001.tar", "WebDataset"),
-        ("list.xlsx a.wav", "save it as metadata.csv"),
+        ("a.flac texts.csv", "texts.csv is its table, give that as --dataset"),
+        ("de/metadata.csv en/metadata.csv de/a.wav", "de/metadata.csv is its table"),
+        ("wav.scp text a.flac", "*.scp (as wav.scp)"),
+        ("84/12/84_12.trans.txt 84/12/84_12_1.flac", "*.txt (as 84/12/84_12.trans.txt)"),
+        ("txt/p1/p1_001.txt wav48/p1/p1_001_mic1.flac", "*.flac (as wav48/p1/p1_001_mic1.flac)"),
+        ("vocal.list a.wav", "vocal.list is its table"),
+        ("list.xlsx a.wav", "*.xlsx (as list.xlsx)"),
     ],
 )
 def test_a_folder_in_no_known_form(names, line, tmp_path):
@@ -551,7 +538,7 @@ BAD = {  # file_name, text: what the report says
     ("good.wav", True): "holds bool, not text",
     ("good.wav", "?!…"): "nothing to speak",
     ("good.wav", "\U0001f600"): "nothing to speak",
-    ("good.wav", "\x1b[1mone"): "a control character (U+001B)",
+    ("good.wav", "\x1b[1mone"): "a control character: ",
 }
 GOOD = {  # file_name: text
     "8bit.wav": "one",
