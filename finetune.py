@@ -11,13 +11,14 @@ Every key can stand in config.json, or be given as --key value: these, and those
 
 import contextlib
 import functools
+import io
 import os
 import sys
 import time
 from pathlib import Path
 
 from orpheus import files, runs
-from orpheus.settings import Settings, UserError, quiet_libraries, read_command_line, read_json, run
+from orpheus.settings import Settings, UserError, read_command_line, read_json, run
 
 
 def main() -> None:
@@ -91,7 +92,7 @@ def import_backend(settings: Settings) -> None:
     if settings.backend == "unsloth":
         # Unsloth counts runs by downloading from the hub, and waits minutes for one that is down
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        with quiet_libraries():
+        with contextlib.redirect_stdout(io.StringIO()):  # what libraries print
             import unsloth  # noqa: F401
 
 
@@ -145,7 +146,7 @@ def load_model(settings: Settings, arguments):
     files.check_weights(folder)
     print(f"loading  {settings.model}")
     disable_progress_bar()
-    with quiet_libraries():
+    with contextlib.redirect_stdout(io.StringIO()):
         model = load(folder, settings, dtype)
     check_loaded(model, settings, dtype)
     settle_model(model, dtype)
@@ -225,7 +226,7 @@ def make_trainer(model, tokenizer, dataset, arguments, settings: Settings, evalu
     tokenizer.pad_token = TOKEN_NAMES["pad"]
     disable_progress_bars()  # nothing is downloaded from here on
     trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
-    with quiet_libraries():
+    with contextlib.redirect_stdout(io.StringIO()):
         trainer = SpeechTrainer(
             model=model,
             args=arguments,

@@ -155,7 +155,7 @@ def speaking_bytes(config: dict, base_config) -> float:
 def memory_plan(config: dict, base: Base) -> dict[str, float]:
     """Return the bytes on the GPU at the worst moment of a run, by what they hold.
 
-    `config` is Settings.flat(), with bf16 and fp16 resolved.
+    `config` is a dict of the settings, with bf16 and fp16 resolved.
     """
     shape, (product, state), full = base.config, bytes_per_value(config), config["full_finetuning"]
     lora, linear = base.lora * config["lora_r"], BYTES_PER_WEIGHT.get(config["weights"], state)
@@ -215,7 +215,7 @@ def format_settings(change: dict | None) -> str:
 
 def print_plan(settings: Settings, base: Base) -> None:
     """--plan: where the memory goes, and what this GPU or, without one, other cards hold."""
-    config = settings.flat()
+    config = dict(settings)
     keys = "max_length", "gradient_checkpointing", "per_device_train_batch_size"
     print(f"{settings.model}: {format_settings({name: config[name] for name in keys})}")
     for name, size in memory_plan(config, base).items():

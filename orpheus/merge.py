@@ -69,7 +69,7 @@ def save_merged(voice: Voice, weights: str, out: Path) -> None:
             saved.save_pretrained(str(part))
         add_old_names(part)
         if voice.home:
-            settings = voice.settings.flat() | {"weights": "16bit"}
+            settings = dict(voice.settings) | {"weights": "16bit"}
             write_text(part / SAVED_CONFIG, json.dumps(settings, indent=2) + "\n")
             shutil.copy(voice.home / SAVED_REPORT, part)
             if sample := find_sample(voice.home):

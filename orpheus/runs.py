@@ -151,7 +151,7 @@ def is_finished(settings: Settings, checkpoint: Path) -> bool:
 def save_config(settings: Settings) -> None:
     """Save the settings, with paths that hold from any folder; before any checkpoint needs them."""
     paths = {name: absolute_path_or_hub_id(getattr(settings, name)) for name in PATHS}
-    values = settings.flat() | paths | {"overwrite": False, "resume": False}
+    values = dict(settings) | paths | {"overwrite": False, "resume": False}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     write_text(Path(settings.output_dir) / SAVED_CONFIG, text)
 
@@ -160,7 +160,7 @@ def check_resumed(settings: Settings, digest: str, checkpoint: Path) -> None:
     """Raise UserError where a run cannot go on from a checkpoint as it began, with the reasons."""
     out = Path(settings.output_dir)
     saved = read_settings(out / SAVED_CONFIG, saved=True)  # newer keys have their defaults
-    before, now = saved.flat(), settings.flat()
+    before, now = dict(saved), dict(settings)
     now["model"] = absolute_path_or_hub_id(settings.model)  # as it is saved
     known = (Settings.model_fields.keys() | trainer_keys()) - CHANGEABLE
     changes = [
@@ -213,7 +213,7 @@ def model_card(home: Path, settings: Settings, name: str, merged: str = "") -> s
     adapter = not (merged or settings.full_finetuning)
     lora = f"a LoRA of rank {settings.lora_r} over {settings.weights} weights"
     values = {
-        **settings.flat(),
+        **dict(settings),
         **report,
         "name": name,
         "base": settings.model if is_hub_id(settings.model) else Path(settings.model).name,

@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import difflib
-import io
 import json
-import logging
 import os
 import re
 import signal
@@ -148,11 +146,7 @@ class Settings(  # pydantic takes the fields of the last base first
     SpeakingSettings, OutputSettings, TrainingSettings, MemorySettings, ModelSettings, RowSettings,
     DataSettings,
 ):  # fmt: skip
-    """All settings of a run. Keys that are not declared above are TRL's SFTConfig's."""
-
-    def flat(self) -> dict[str, Any]:
-        """Return all keys and values in one dict."""
-        return dict(self)
+    """All settings of a run, and any of TRL's SFTConfig. dict(settings) has them in one dict."""
 
     @property
     def trainer(self) -> dict[str, Any]:
@@ -381,8 +375,3 @@ def run(main: Callable[[], None]) -> None:
             code, message = 1, f"{what}; {write_error_log()}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def quiet_libraries():
-    """Return a context that keeps what libraries print off the console."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -401,7 +401,7 @@ def print_machine(settings: Settings, base: memory.Base) -> None:
     """Print the GPU, its memory and what the run needs of it, driver, versions and attention."""
     if not torch.cuda.is_available():
         return
-    config, (free, total) = settings.flat(), torch.cuda.mem_get_info()
+    config, (free, total) = dict(settings), torch.cuda.mem_get_info()
     driver, attention = torch._C._cuda_getDriverVersion(), "sdpa"  # 12080 for CUDA 12.8
     if settings.backend == "unsloth":
         from unsloth.utils import attention_dispatch

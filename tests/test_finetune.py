@@ -30,7 +30,7 @@ def test_every_sftconfig_key_is_reachable(tmp_path):
     settings = resolve_settings(settings_of(output_dir=str(tmp_path), **keys))
     arguments = finetune.make_sft_config(settings)
     assert (arguments.adam_beta2, arguments.neftune_noise_alpha) == (0.95, 5.0)
-    assert settings.flat()["adam_beta2"] == 0.95
+    assert dict(settings)["adam_beta2"] == 0.95
 
 
 def test_the_main_job_without_a_gpu(tmp_path):

@@ -42,7 +42,7 @@ def read(folder, **overrides):
 
 def config_and_base(folder, **overrides):
     settings = read(folder, **overrides)
-    return settings.flat(), read_base(settings)
+    return dict(settings), read_base(settings)
 
 
 def test_the_plan_needs_only_a_config(orpheus, tmp_path):

@@ -139,10 +139,10 @@ def test_a_changed_copy_leaves_the_settings_alone():
     settings = read_settings(None, {"adam_beta2": "0.9"})
     changed = settings.replace(limit=5, adam_beta2=0.8, adam_beta1=0.7, learning_rate=1.0)
     assert (settings.limit, settings.trainer["adam_beta2"]) == (None, 0.9)
-    assert "adam_beta1" not in settings.flat() and settings.learning_rate == 2e-4
+    assert "adam_beta1" not in dict(settings) and settings.learning_rate == 2e-4
     given = {"adam_beta2": 0.8, "adam_beta1": 0.7, "learning_rate": 1.0}
     assert changed.limit == 5 and given.items() <= changed.trainer.items()
-    assert changed.flat().keys() == settings.flat().keys() | {"adam_beta1"}
+    assert dict(changed).keys() == dict(settings).keys() | {"adam_beta1"}
 
 
 # ---------------------------------------------------------------- config files
@@ -173,15 +173,15 @@ def test_a_config_that_cannot_be_read(tmp_path):
 def test_config_json_is_the_user_s(tmp_path, monkeypatch):
     """Edited, with half of its lines deleted, or missing, it changes no other default."""
     monkeypatch.setattr(orpheus.settings, "CONFIG", tmp_path / "config.json")
-    defaults, demo = Settings().flat(), read_json("data/demo/config.json")
-    assert read_settings().flat() == defaults
+    defaults, demo = dict(Settings()), read_json("data/demo/config.json")
+    assert dict(read_settings()) == defaults
     whole = {"dataset": str(tmp_path), "lora_r": 8, "output_dir": "outputs/anna", "max_steps": 5}
     for edited in (whole, dict(list(whole.items())[:2]), {}):
         (tmp_path / "config.json").write_text(json.dumps(edited))
-        assert read_settings().flat() == defaults | edited
-        assert Settings().flat() == defaults
+        assert dict(read_settings()) == defaults | edited
+        assert dict(Settings()) == defaults
         settings = read_settings("data/demo/config.json", {"voice": "anna"})
-        assert settings.flat() == defaults | demo | {"voice": "anna"}
+        assert dict(settings) == defaults | demo | {"voice": "anna"}
 
 
 def test_a_config_with_a_byte_order_mark(tmp_path):
@@ -206,7 +206,7 @@ def test_paths_are_looked_for_beside_their_config(tmp_path, monkeypatch):
 def test_keys_of_a_saved_config_are_not_looked_up(tmp_path):
     (tmp_path / "saved.json").write_text('{"a_key_of_an_earlier_trl": 1}')
     settings = read_settings(tmp_path / "saved.json", saved=True)
-    assert settings.flat()["a_key_of_an_earlier_trl"] == 1
+    assert dict(settings)["a_key_of_an_earlier_trl"] == 1
     with pytest.raises(UserError, match=r"saved\.json: no key is named 'a_key_of_an_earlier_trl'"):
         read_settings(tmp_path / "saved.json")
 

@@ -418,7 +418,7 @@ def account(shapes, backend, weights: str, checkpointing, row: int, accumulation
 
 def plan(base: Base, backend, weights: str, checkpointing, row: int, accumulation: int) -> float:
     """Bytes that --plan gives for the same step, without samples, the codec and CUDA's own."""
-    settings = Settings().flat()
+    settings = dict(Settings())
     settings |= {"backend": backend, "weights": weights, "gradient_checkpointing": checkpointing}
     settings |= {"max_length": row, "gradient_accumulation_steps": accumulation, "bf16": True}
     parts = memory_plan(settings | {"sample_texts": []}, base)

@@ -168,7 +168,7 @@ def fit_to(cap: float, settings):
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
         # Unsloth sizes its loss by it
         torch.cuda.mem_get_info = lambda *_: (cap * GIB - torch.cuda.memory_reserved(), total)
-    rows = most_rows(settings.flat(), read_base(settings), cap * GIB)
+    rows = most_rows(dict(settings), read_base(settings), cap * GIB)
     return settings.replace(per_device_train_batch_size=rows)
 
 
@@ -193,7 +193,7 @@ def measure_training(model, tokenizer, ids, settings, line: dict) -> dict:
         [int(counts[a:b, column].sum()) for a, b in itertools.pairwise(marks)]
         for column in range(3)
     )
-    base, plan = read_base(settings), settings.flat()
+    base, plan = read_base(settings), dict(settings)
     by_slot, by_pair = operations(settings, base)
     parts = memory_plan(plan, base)
     parts.pop("codec, CUDA")  # no codec is here, and the peak is that of torch's own memory
