@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import os
 import re
 import signal
