@@ -24,15 +24,16 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from orpheus.align import align, letters
 from orpheus.audio import audio_file
 from orpheus.clips import check_text
 from orpheus.files import atomic_file, make_folder, write_text
 from orpheus.recording import (
     SPEECH_RATE,
+    align,
     check_recording,
     choose_gain,
     detect_speech,
+    letters,
     load_whisper,
     measure_level,
     read_spans,

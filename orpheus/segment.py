@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orpheus.align import Word, count_edits, letters
 from orpheus.doctor import find_outliers
-from orpheus.recording import SPEECH_RATE, STEP
+from orpheus.recording import SPEECH_RATE, STEP, Word, count_edits, letters
 
 SPEECH, QUIET = 0.5, 0.35  # probabilities at which speech starts and ends, as in silero-vad
 SHORTEST_PAUSE = 0.13  # shorter gaps are closures within words

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from orpheus import align
-from orpheus.align import Word, count_edits, edits, letters, read_script
+from orpheus import recording as align
+from orpheus.recording import Word, count_edits, edits, letters, read_script
 
 
 def use_difflib(monkeypatch):

@@ -14,10 +14,9 @@ from test_recording import rms_loudness
 from data import cut
 from data.prepare import make_rows
 from orpheus import recording
-from orpheus.align import Word
 from orpheus.audio import read_audio
 from orpheus.clips import read_clips
-from orpheus.recording import SPEECH_RATE, STEP, detect_speech, read_spans
+from orpheus.recording import SPEECH_RATE, STEP, Word, detect_speech, read_spans
 from orpheus.segment import KEEP, find_speech
 from orpheus.settings import UserError, read_settings
 

@@ -236,7 +236,7 @@ def test_mistakes_before_any_model_is_loaded(tmp_path, monkeypatch):
         ([*DEMO, "--model", tmp_path / "llama"], "config.json: cannot be read"),
         ([*DEMO, "--model", "data/demo/bas"], "no such folder"),
         ([*DEMO, "--model", "some/model"], "the hub cannot be reached"),
-        ([*DEMO, "--sample_texts", '["one", " "]'], "the text is empty"),
+        ([*DEMO, "--sample_texts", '["one", " "]'], "nothing to speak"),
         ([*DEMO, "--eval_strategy", "steps"], "eval_strategy cannot be set, leave it out"),
         ([*DEMO, "--dataset", "data/demo"], "no column is known|no metadata.csv"),
         ([*DEMO, "--output_dir", "data/demo/base", "--overwrite"], "holds config.json, and no run"),

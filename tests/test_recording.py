@@ -9,10 +9,10 @@ import soundfile
 import soxr
 
 from orpheus import recording
-from orpheus.align import Word
 from orpheus.recording import (
     SPEECH_RATE,
     STEP,
+    Word,
     check_recording,
     choose_gain,
     detect_speech,

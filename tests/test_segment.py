@@ -5,7 +5,7 @@ import pytest
 from test_align import use_difflib
 
 from orpheus import segment
-from orpheus.align import Word
+from orpheus.recording import Word
 from orpheus.segment import KEEP, STEP, choose_cuts, find_speech, make_windows, reject_odd_pace
 
 SECOND = 16_000 / STEP

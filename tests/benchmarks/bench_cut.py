@@ -31,8 +31,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from data import cut  # noqa: E402
-from orpheus.align import Word, edits, letters  # noqa: E402
-from orpheus.recording import SPEECH_RATE  # noqa: E402
+from orpheus.recording import (  # noqa: E402
+    SPEECH_RATE,
+    Word,
+    edits,
+    letters,
+)
 
 RATE = 24_000
 
