@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 
 import numpy as np
@@ -217,8 +218,7 @@ PLAY = """(async () => {
   for (const button of document.querySelectorAll("figcaption button")) button.click();
   const played = [];
   for (const audio of document.querySelectorAll("audio")) {
-    await audio.play();
-    await new Promise((resolve) => (audio.onended = resolve));
+    if (!audio.readyState) await new Promise((known) => (audio.onloadedmetadata = known));
     played.push(audio.duration);
   }
   const texts = (tag) => [...document.querySelectorAll(tag)].map((e) => e.textContent);
@@ -235,6 +235,8 @@ def in_browser(folder, url, expression):
         ["bash", "-c", command], pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL
     )
     os.close(their_in), os.close(their_out)
+    watchdog = threading.Timer(60, browser.kill)
+    watchdog.start()
     replies = os.fdopen(our_in, "rb", buffering=0)
 
     def ask(method, session=None, **parameters):
@@ -242,8 +244,10 @@ def in_browser(folder, url, expression):
         message |= {"sessionId": session} if session else {}
         os.write(our_out, json.dumps(message).encode() + b"\0")
         while True:
-            raw = b"".join(iter(lambda: replies.read(1), b"\0"))
-            if "id" in (reply := json.loads(raw)):
+            raw = b""
+            while not raw.endswith(b"\0"):
+                raw += replies.read(1) or pytest.fail("the browser has ended")
+            if "id" in (reply := json.loads(raw[:-1])):
                 return reply.get("result", {})
 
     try:
@@ -258,6 +262,7 @@ def in_browser(folder, url, expression):
             time.sleep(0.2)
         return ask("Runtime.evaluate", session, **asked)["result"]["value"]
     finally:
+        watchdog.cancel()
         browser.kill()
         browser.wait()
         os.close(our_out), replies.close()
