@@ -52,7 +52,8 @@ def main() -> None:
     model = given.model if given.voice == make_demo.NEW else str(ROOT / "data" / "demo" / "base")
     out = ROOT / "outputs" / "bench_voice" / given.voice
     table = record(given.voice, make_demo.test_texts(7, given.texts), out / "recordings")
-    words = ["--model", model, "--voice", given.voice, "--file", table, "--out", out]
+    words = ["--model", model, "--voice", given.voice, "--file", table]
+    words += ["--out", out / "evaluation.html"]
     words += [
         "--config",
         CONFIG,

