@@ -1,4 +1,4 @@
-"""Whether the judges of orpheus.evaluate that are installed rate a clip of data/numbers above noise.
+"""Whether the judges of orpheus.evaluate that are installed rate clips of data/numbers above noise.
 
 python tests/benchmarks/check_judges.py
 python tests/benchmarks/check_judges.py --clips 5 --whisper base  # a size of faster-whisper
