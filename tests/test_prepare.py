@@ -27,7 +27,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     cases = [
         (tmp_path / "none", "no such folder; give one of clips"),
         ("no_such_folder", "no such folder; give one of clips"),
-        (tmp_path, "give one of its tables as --dataset"),
+        (tmp_path, "no column is known to hold the text"),  # tables of folders are read together
         (column, "no column is known to hold the text; there are: file_name, txt"),
         (latin, "cannot be read as UTF-8"),
         (broken, "metadata.jsonl row 2: not an object in JSON"),
