@@ -25,7 +25,7 @@ from tqdm import tqdm
 from orpheus.audio import measure_clip
 from orpheus.clips import read_clips
 from orpheus.codec import decode_stream, encode
-from orpheus.files import is_adapter, write_text
+from orpheus.files import is_adapter, make_folder, write_text
 from orpheus.rows import row_text
 from orpheus.runs import SAVED_REPORT
 from orpheus.scoring import Judge, load_judges, measure
@@ -180,12 +180,13 @@ def choose_lines(voice: Voice, file: str | None, count: int) -> tuple[list[Line]
 def recorded_sounds(lines: list[Line], corpus: Corpus, voice: Voice) -> Iterator[Sound]:
     """Yield the recordings, trimmed as for training, the same through the codec, another voice."""
     lines = [line for line in lines if line.recording]
-    for line in lines:
-        yield Sound("recordings", line, measure_clip(line.recording, voice.settings)[0])
-    for line in lines:
-        audio, _ = measure_clip(line.recording, voice.settings)
-        codes = encode(voice.codec, [audio])[0]
-        yield Sound(CODEC, line, np.concatenate([*decode_stream(voice.codec, codes, seed=0)]))
+    recordings = [
+        Sound("recordings", line, measure_clip(line.recording, voice.settings)[0]) for line in lines
+    ]
+    yield from recordings
+    for sound in recordings:
+        codes = encode(voice.codec, [sound.audio])[0]
+        yield Sound(CODEC, sound.line, np.concatenate([*decode_stream(voice.codec, codes, seed=0)]))
     for name, line in spread(corpus.others, len(lines)):
         line = line._replace(kind=lines[0].kind)
         audio, _ = measure_clip(line.recording, voice.settings)
@@ -340,6 +341,7 @@ def main() -> None:
     voice = load_voice(model, **options)
     options = {"codec": voice.settings.codec} | options
     out = Path(arguments.out or (voice.home or Path()) / "evaluation.html")
+    make_folder(str(out.parent), "out")  # so that a page which cannot be written is told first
     lines, corpus, notes = choose_lines(voice, arguments.file, arguments.texts)
     judges, missing = load_judges(arguments.whisper, corpus.references)
     notes += [f"Not scored: {', '.join(missing)}."] if missing else []
